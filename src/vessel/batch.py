@@ -1,0 +1,193 @@
+"""What travels between loader, network, losses and metrics. torch only.
+
+Shape letters: B images, K phrases of one image, N = sum of K over the batch (every phrase is one `[SEG]`),
+T tiles of one image, L tokens, P supervised tokens, S side of the SAM2 frame, H W native image size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class TokenIds:
+    """Ids that network and prompt must agree on."""
+
+    seg: int
+    image: int
+    pad: int
+    eos: int
+
+
+@dataclass(frozen=True)
+class Views:
+    """How an image is shown to the network; data and network take it from the same place.
+
+    Attributes:
+        tile: side of a tile for the vision encoder, pixels.
+        tokens_per_tile: image tokens that the vision encoder makes of one tile.
+        max_tiles: tiles of an image at most, thumbnail not counted.
+        frame: side S of the SAM2 frame, pixels.
+    """
+
+    tile: int
+    tokens_per_tile: int
+    max_tiles: int
+    frame: int
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image with its phrases, ready to be collated.
+
+    Attributes:
+        id: frame id in the data set, unique.
+        patient: pseudonym of the patient; the unit of splits and intervals.
+        video: pseudonym of the pullback or angiography run.
+        phrases: K phrases, in the order of their `[SEG]` tokens.
+        tiles: uint8 [T, 3, t, t], RGB tiles for the vision encoder (thumbnail last when T > 1).
+        frame: uint8 [3, S, S], the whole image for SAM2, aspect ratio not kept.
+        input_ids: int64 [L].
+        labels: int64 [L], -100 where a token is not supervised.
+        size: native (H, W); masks and predictions have this size.
+        masks: bool [K, H, W], an all-false mask says that the phrase is absent; None when there is no truth.
+    """
+
+    id: str
+    patient: str
+    video: str
+    phrases: tuple[str, ...]
+    tiles: Tensor
+    frame: Tensor
+    input_ids: Tensor
+    labels: Tensor
+    size: tuple[int, int]
+    masks: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B samples collated; tensors move between devices with `to`, the rest stays as it is.
+
+    Attributes:
+        ids, patients, videos, phrases, sizes: as in `Sample`, one entry an image.
+        tiles: uint8 [sum of T, 3, t, t].
+        frames: uint8 [B, 3, S, S].
+        input_ids: int64 [B, L], right-padded.
+        attention_mask: bool [B, L].
+        labels: int64 [B, L], -100 where a token is not supervised.
+        masks: one bool [K, H, W] an image, or None when there is no truth.
+    """
+
+    ids: tuple[str, ...]
+    patients: tuple[str, ...]
+    videos: tuple[str, ...]
+    phrases: tuple[tuple[str, ...], ...]
+    sizes: tuple[tuple[int, int], ...]
+    tiles: Tensor
+    frames: Tensor
+    input_ids: Tensor
+    attention_mask: Tensor
+    labels: Tensor
+    masks: tuple[Tensor, ...] | None = None
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def _map(self, move: Any) -> Batch:
+        moved: dict[str, Any] = {
+            f.name: move(v) for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)
+        }
+        if self.masks is not None:
+            moved["masks"] = tuple(move(m) for m in self.masks)
+        return replace(self, **moved)
+
+    def to(self, *args: Any, **kwargs: Any) -> Batch:
+        """Move every tensor; arguments as `Tensor.to` takes them."""
+        return self._map(lambda tensor: tensor.to(*args, **kwargs))
+
+    def pin_memory(self) -> Batch:
+        """Page-locked copy; the DataLoader calls this."""
+        return self._map(Tensor.pin_memory)
+
+
+@dataclass(frozen=True)
+class Output:
+    """What the network computes for a batch.
+
+    Attributes:
+        mask_logits: float32 [N, h, w], the mask decoder's resolution (a quarter of the SAM2 frame).
+        seg_to_image: int64 [N], the image of the batch that each `[SEG]` belongs to.
+        lm_logits: [P, V], logits that predict the supervised tokens.
+        lm_targets: int64 [P], those tokens.
+    """
+
+    mask_logits: Tensor
+    seg_to_image: Tensor
+    lm_logits: Tensor
+    lm_targets: Tensor
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """What `validation_step` and `test_step` of the task hand to callbacks.
+
+    Attributes:
+        loss: scalar.
+        probabilities: one float32 [K, H, W] an image at native size, values in [0, 1].
+        seg_emitted: bool [N], the language model itself would have chosen `[SEG]` where the answer holds it.
+    """
+
+    loss: Tensor
+    probabilities: tuple[Tensor, ...]
+    seg_emitted: Tensor
+
+
+def collate(samples: list[Sample], pad_id: int) -> Batch:
+    """Right-pad the tokens and stack the rest.
+
+    Raises:
+        ValueError: when only some of the samples carry masks.
+    """
+    with_masks = [s.masks is not None for s in samples]
+    if any(with_masks) != all(with_masks):
+        missing = [s.id for s in samples if s.masks is None]
+        raise ValueError(f"samples with and without masks in one batch; without: {missing}")
+    lengths = torch.tensor([len(s.input_ids) for s in samples])
+
+    def padded(rows: list[Tensor], value: int) -> Tensor:
+        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
+
+    return Batch(
+        ids=tuple(s.id for s in samples),
+        patients=tuple(s.patient for s in samples),
+        videos=tuple(s.video for s in samples),
+        phrases=tuple(s.phrases for s in samples),
+        sizes=tuple(s.size for s in samples),
+        tiles=torch.cat([s.tiles for s in samples]),
+        frames=torch.stack([s.frame for s in samples]),
+        input_ids=padded([s.input_ids for s in samples], pad_id),
+        attention_mask=torch.arange(int(lengths.max()))[None] < lengths[:, None],
+        labels=padded([s.labels for s in samples], -100),
+        masks=tuple(s.masks for s in samples if s.masks is not None) if all(with_masks) else None,
+    )
+
+
+def upsample(mask_logits: Tensor, frame_size: int, size: tuple[int, int]) -> Tensor:
+    """Bring decoder logits to an image's own size, as the public model does.
+
+    Args:
+        mask_logits: [K, h, w].
+        frame_size: side S of the SAM2 frame; the logits pass through S x S.
+        size: native (H, W).
+
+    Returns:
+        float32 [K, H, W].
+    """
+    logits = F.interpolate(mask_logits[:, None].float(), (frame_size, frame_size), mode="bilinear", align_corners=False)
+    return F.interpolate(logits, size, mode="bilinear", align_corners=False)[:, 0]

@@ -1,0 +1,56 @@
+"""Errors that a user can mend: what was wrong, where, and what to do. They reach the terminal without a traceback."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+
+class VesselError(ValueError):
+    """Bad input or a refused action; the message says what, where and what to do."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One bad item of a folder.
+
+    Attributes:
+        where: file, and the index inside it where there is one.
+        reason: what is wrong.
+        remedy: what the user can do.
+    """
+
+    where: str
+    reason: str
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.reason}; {self.remedy}"
+
+
+class BadItems(VesselError):
+    """Every bad item of an input, reported at once."""
+
+    def __init__(self, what: str, problems: Sequence[Problem]) -> None:
+        self.problems = tuple(problems)
+        lines = "\n".join(f"  {p}" for p in self.problems)
+        super().__init__(f"{what}: {len(self.problems)} bad item(s), nothing was written\n{lines}")
+
+
+@contextmanager
+def told_to_the_user() -> Iterator[None]:
+    """Print a `VesselError`, also one wrapped by Hydra's instantiate, as one message and exit with status 1."""
+    try:
+        yield
+    except Exception as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, VesselError):
+            cause = cause.__cause__ or cause.__context__
+        if cause is None:
+            raise
+        # A loader's worker process sends its traceback as the message; the user's part comes last.
+        message = str(cause).rpartition("vessel.errors.VesselError: ")[2].rstrip()
+        print(f"error: {message}", file=sys.stderr)
+        raise SystemExit(1) from None
