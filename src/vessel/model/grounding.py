@@ -1,0 +1,213 @@
+"""SAM2 with a language prompt: the sam2 package's network, driven by the `[SEG]` embedding as third sparse token."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from hydra.core.global_hydra import GlobalHydra
+from torch import Tensor, nn
+
+
+@contextmanager
+def _hydra_as_found() -> Iterator[None]:
+    """`import sam2` initialises Hydra's global state, after which no command could start; take that back."""
+    was_initialised = GlobalHydra.instance().is_initialized()
+    yield
+    if not was_initialised:
+        GlobalHydra.instance().clear()
+
+
+with _hydra_as_found():
+    from sam2.modeling.backbones.hieradet import Hiera
+    from sam2.modeling.backbones.image_encoder import FpnNeck, ImageEncoder
+    from sam2.modeling.memory_attention import MemoryAttention, MemoryAttentionLayer
+    from sam2.modeling.memory_encoder import CXBlock, Fuser, MaskDownSampler, MemoryEncoder
+    from sam2.modeling.position_encoding import PositionEmbeddingSine
+    from sam2.modeling.sam.transformer import RoPEAttention
+    from sam2.modeling.sam2_base import SAM2Base
+
+
+@dataclass(frozen=True)
+class GroundingSizes:
+    """Sizes of SAM2; the defaults are `sam2_hiera_large`, generation 2.0.
+
+    Attributes:
+        frame: side of the input frame, pixels, a multiple of 32.
+        embed_dim, heads: width and heads of Hiera's first stage; both double at each stage.
+        stages, windows: blocks and window size of each of the four stages.
+        global_blocks: indices of blocks with global attention; none may be the first of a stage.
+        background: spatial size of Hiera's position table.
+        width: width of the feature pyramid, the mask decoder and the prompt.
+        memory_width, memory_layers, memory_mlp: the video memory, which images do not use.
+    """
+
+    frame: int = 1024
+    embed_dim: int = 144
+    heads: int = 2
+    stages: Sequence[int] = (2, 6, 36, 4)
+    windows: Sequence[int] = (8, 4, 16, 8)
+    global_blocks: Sequence[int] = (23, 33, 43)
+    background: Sequence[int] = (7, 7)
+    width: int = 256
+    memory_width: int = 64
+    memory_layers: int = 4
+    memory_mlp: int = 2048
+
+
+@dataclass(frozen=True)
+class FrameFeatures:
+    """SAM2's view of B frames, computed once whatever the number of phrases.
+
+    Attributes:
+        top: [B, C, S/16, S/16].
+        high: [B, C/8, S/4, S/4] and [B, C/4, S/8, S/8], already projected for the mask decoder.
+    """
+
+    top: Tensor
+    high: tuple[Tensor, Tensor]
+
+    def of(self, index: Tensor) -> FrameFeatures:
+        """The features of the frames that `index` (int64 [N]) names."""
+        return FrameFeatures(self.top[index], (self.high[0][index], self.high[1][index]))
+
+
+class Grounding(SAM2Base):
+    """SAM2 whose mask decoder listens to a language embedding.
+
+    Parameter names are those of the sam2 package, so that its weights load as they are.
+    """
+
+    def encode(self, frames: Tensor) -> FrameFeatures:
+        """Features of normalised frames [B, 3, S, S]; no graph is kept through a frozen image encoder."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and _trains(self.image_encoder)):
+            # the pyramid's upsampling returns float32 whatever it is given
+            s0, s1, top = (level.to(frames.dtype) for level in self.image_encoder(frames)["backbone_fpn"])
+        return FrameFeatures(top, (self.sam_mask_decoder.conv_s0(s0), self.sam_mask_decoder.conv_s1(s1)))
+
+    def decode(self, features: FrameFeatures, prompts: Tensor) -> tuple[Tensor, Tensor]:
+        """Masks for N prompts.
+
+        Args:
+            features: of N frames, one per prompt.
+            prompts: [N, C], the projected `[SEG]` states.
+
+        Returns:
+            three candidate masks' logits float32 [N, 3, S/4, S/4] and their predicted IoU [N, 3].
+        """
+        encoder = self.sam_prompt_encoder
+        n, dtype = len(prompts), features.top.dtype
+        # Without a click SAM2 pads twice with "not a point"; the language embedding comes third.
+        padding = encoder.not_a_point_embed.weight[None].expand(n, 2, -1)
+        dense = encoder.no_mask_embed.weight.reshape(1, -1, 1, 1).expand_as(features.top)
+        masks, ious, _, _ = self.sam_mask_decoder(
+            image_embeddings=features.top + self.no_mem_embed.reshape(1, -1, 1, 1),
+            image_pe=self._dense_position().to(dtype),
+            sparse_prompt_embeddings=torch.cat([padding, prompts[:, None]], dim=1).to(dtype),
+            dense_prompt_embeddings=dense,
+            multimask_output=True,
+            repeat_image=False,
+            high_res_features=list(features.high),
+        )
+        return masks.float(), ious.float()
+
+    def _dense_position(self) -> Tensor:
+        """Random Fourier position of every cell, float32 [1, C, s, s]; sam2's own version fails on bf16 weights."""
+        matrix = self.sam_prompt_encoder.pe_layer.positional_encoding_gaussian_matrix.float()
+        side = self.sam_image_embedding_size
+        centres = (torch.arange(side, device=matrix.device) + 0.5) / side
+        y, x = torch.meshgrid(centres, centres, indexing="ij")
+        with torch.autocast(matrix.device.type, enabled=False):
+            angles = 2 * torch.pi * ((2 * torch.stack([x, y], dim=-1) - 1) @ matrix)
+        return torch.cat([angles.sin(), angles.cos()], dim=-1).permute(2, 0, 1)[None]
+
+
+def _trains(module: nn.Module) -> bool:
+    return any(p.requires_grad for p in module.parameters())
+
+
+def best_candidate(masks: Tensor, ious: Tensor) -> Tensor:
+    """The candidate with the highest predicted IoU: masks [N, 3, h, w], ious [N, 3] -> [N, h, w]."""
+    return masks[torch.arange(len(masks), device=masks.device), ious.argmax(dim=1)]
+
+
+def build_grounding(sizes: GroundingSizes) -> Grounding:
+    """Build SAM2 with random weights."""
+    channels = [sizes.embed_dim * 2**stage for stage in reversed(range(4))]
+    encoder = ImageEncoder(
+        scalp=1,
+        trunk=Hiera(
+            embed_dim=sizes.embed_dim,
+            num_heads=sizes.heads,
+            stages=tuple(sizes.stages),
+            global_att_blocks=tuple(sizes.global_blocks),
+            window_pos_embed_bkg_spatial_size=tuple(sizes.background),
+            window_spec=tuple(sizes.windows),
+        ),
+        neck=FpnNeck(
+            position_encoding=PositionEmbeddingSine(sizes.width, normalize=True, warmup_cache=False),
+            d_model=sizes.width,
+            backbone_channel_list=channels,
+            fpn_top_down_levels=[2, 3],
+            fpn_interp_model="nearest",
+        ),
+    )
+    return Grounding(
+        image_encoder=encoder,
+        memory_attention=_memory_attention(sizes),
+        memory_encoder=_memory_encoder(sizes),
+        image_size=sizes.frame,
+        num_maskmem=7,
+        sigmoid_scale_for_mem_enc=20.0,
+        sigmoid_bias_for_mem_enc=-10.0,
+        use_mask_input_as_output_without_sam=True,
+        directly_add_no_mem_embed=True,
+        use_high_res_features_in_sam=True,
+        multimask_output_in_sam=True,
+        multimask_min_pt_num=0,
+        multimask_max_pt_num=1,
+        multimask_output_for_tracking=True,
+        use_multimask_token_for_obj_ptr=True,
+        iou_prediction_use_sigmoid=True,
+        use_obj_ptrs_in_encoder=True,
+        add_tpos_enc_to_obj_ptrs=False,
+        only_obj_ptrs_in_the_past_for_eval=True,
+        pred_obj_scores=True,
+        pred_obj_scores_mlp=True,
+        fixed_no_obj_ptr=True,
+        use_mlp_for_obj_ptr_proj=True,
+    )
+
+
+def _memory_attention(sizes: GroundingSizes) -> MemoryAttention:
+    def rope(**extra: object) -> RoPEAttention:
+        side = sizes.frame // 16
+        return RoPEAttention(
+            embedding_dim=sizes.width, num_heads=1, downsample_rate=1, dropout=0.1, feat_sizes=(side, side), **extra
+        )
+
+    layer = MemoryAttentionLayer(
+        activation="relu",
+        cross_attention=rope(rope_k_repeat=True, kv_in_dim=sizes.memory_width),
+        d_model=sizes.width,
+        dim_feedforward=sizes.memory_mlp,
+        dropout=0.1,
+        pos_enc_at_attn=False,
+        pos_enc_at_cross_attn_keys=True,
+        pos_enc_at_cross_attn_queries=False,
+        self_attention=rope(),
+    )
+    return MemoryAttention(d_model=sizes.width, pos_enc_at_input=True, layer=layer, num_layers=sizes.memory_layers)
+
+
+def _memory_encoder(sizes: GroundingSizes) -> MemoryEncoder:
+    block = CXBlock(dim=sizes.width, kernel_size=7, padding=3, layer_scale_init_value=1e-6, use_dwconv=True)
+    return MemoryEncoder(
+        out_dim=sizes.memory_width,
+        in_dim=sizes.width,
+        mask_downsampler=MaskDownSampler(embed_dim=sizes.width, kernel_size=3, stride=2, padding=1),
+        fuser=Fuser(block, num_layers=2),
+        position_encoding=PositionEmbeddingSine(sizes.memory_width, normalize=True, warmup_cache=False),
+    )

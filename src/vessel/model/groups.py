@@ -1,0 +1,70 @@
+"""Named groups of parameters, and which of them train."""
+
+from __future__ import annotations
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from vessel.errors import VesselError
+
+# First match wins; the rest of SAM2 (video memory, point and mask prompts, object pointers) has no part in images.
+GROUPS = (
+    ("lora", "lora_"),
+    ("tokens", "modules_to_save"),
+    ("tokens", "trainable_tokens"),
+    ("tokens", "language_model.embed_tokens"),
+    ("tokens", "lm_head"),
+    ("vision", "vision_tower"),
+    ("projector", "multi_modal_projector"),
+    ("language", "language_model"),
+    ("text_hidden_fcs", "text_hidden_fcs"),
+    ("frozen heads", "iou_prediction_head"),
+    ("frozen heads", "pred_obj_score_head"),
+    ("mask_decoder", "sam_mask_decoder"),
+    ("image_encoder", "image_encoder"),
+    ("prompt", "not_a_point_embed"),
+    ("prompt", "no_mask_embed"),
+    ("prompt", "grounding.no_mem_embed"),
+)
+TRAINABLE = {
+    "lora": {"lora", "tokens", "projector", "text_hidden_fcs", "mask_decoder"},
+    "decoder_only": {"text_hidden_fcs", "mask_decoder"},
+    "all": {group for group, _ in GROUPS} - {"frozen heads"},
+}
+
+
+def group_of(name: str) -> str:
+    """The group that a parameter belongs to, by its name in `Sa2VA`."""
+    return next((group for group, part in GROUPS if part in name), "video memory")
+
+
+def choose_trainable(network: nn.Module, choice: str) -> None:
+    """Set `requires_grad` of every parameter.
+
+    Heads that get no gradient stay frozen in every choice, so that plain DDP works. Where there are adapters, `all`
+    keeps the adapted language model frozen and trains everything else.
+
+    Raises:
+        VesselError: unknown choice, or one that leaves nothing of the language model that could learn `[SEG]`.
+    """
+    if choice not in TRAINABLE:
+        raise VesselError(f"trainable={choice}: use one of {', '.join(TRAINABLE)}")
+    groups = TRAINABLE[choice]
+    adapted = any(isinstance(m, BaseTunerLayer) for m in network.modules())
+    for name, parameter in network.named_parameters():
+        group = group_of(name)
+        is_base = adapted and (group == "language" or (group == "tokens" and not _is_token_adapter(name)))
+        parameter.requires_grad_(group in groups and not is_base)
+
+
+def _is_token_adapter(name: str) -> bool:
+    return "modules_to_save" in name or "trainable_tokens" in name
+
+
+def trainable_groups(network: nn.Module) -> dict[str, list[tuple[str, nn.Parameter]]]:
+    """Trainable parameters by group, in the network's order."""
+    groups: dict[str, list[tuple[str, nn.Parameter]]] = {}
+    for name, parameter in network.named_parameters():
+        if parameter.requires_grad:
+            groups.setdefault(group_of(name), []).append((name, parameter))
+    return groups

@@ -1,0 +1,158 @@
+"""Sa2VA: a language model that sees the image and a SAM2 that draws what its `[SEG]` token means.
+
+Letters: B images, N `[SEG]` tokens of the batch, T tiles, L tokens, d width of the language model, C width of SAM2.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import InternVLForConditionalGeneration
+
+from vessel.batch import Batch, Output, TokenIds, Views, upsample
+from vessel.errors import VesselError
+from vessel.model.grounding import Grounding, GroundingSizes, best_candidate, build_grounding
+from vessel.model.groups import trainable_groups
+from vessel.model.mllm import LanguageSizes, VisionSizes, build_mllm
+
+# Channel statistics of ImageNet: both encoders were trained with them.
+_MEAN = (0.485, 0.456, 0.406)
+_STD = (0.229, 0.224, 0.225)
+
+
+def normalise(images: Tensor) -> Tensor:
+    """Standardise RGB images: uint8 [N, 3, h, w] -> float32 [N, 3, h, w]."""
+    mean = torch.tensor(_MEAN, device=images.device).view(3, 1, 1)
+    std = torch.tensor(_STD, device=images.device).view(3, 1, 1)
+    return (images.float() / 255 - mean) / std
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Everything that fixes the shape of a network.
+
+    Attributes:
+        language, vision, grounding: sizes of the three networks.
+        max_tiles: tiles of an image at most, thumbnail not counted.
+    """
+
+    language: LanguageSizes
+    vision: VisionSizes
+    grounding: GroundingSizes
+    max_tiles: int = 12
+
+    @property
+    def views(self) -> Views:
+        """How images must be cut and resized for this network."""
+        return Views(self.vision.tile, self.vision.tokens_per_tile, self.max_tiles, self.grounding.frame)
+
+
+class Sa2VA(nn.Module):
+    """The network, made of three built parts.
+
+    Args:
+        mllm: InternVL with its language head.
+        grounding: SAM2 that listens to a language embedding.
+        tokens: ids of `[SEG]` and of the image token.
+    """
+
+    def __init__(self, mllm: InternVLForConditionalGeneration, grounding: Grounding, tokens: TokenIds) -> None:
+        super().__init__()
+        width = mllm.config.text_config.hidden_size
+        self.mllm = mllm
+        self.grounding = grounding
+        self.text_hidden_fcs = nn.Sequential(
+            nn.Linear(width, width), nn.ReLU(), nn.Linear(width, grounding.hidden_dim), nn.Dropout(0.0)
+        )
+        self.tokens = tokens
+
+    def forward(self, batch: Batch) -> Output:
+        """Teacher-forced pass: the answer, `[SEG]` tokens included, is part of `batch.input_ids`.
+
+        Raises:
+            VesselError: image tokens and vision features differ in number, frames have another size than the
+                network's, or masks and `[SEG]` tokens differ in number.
+        """
+        self._check(batch)
+        hidden = self.language_states(batch)
+        is_seg = batch.input_ids == self.tokens.seg
+        seg_to_image = is_seg.nonzero()[:, 0]
+        supervised = batch.labels[:, 1:] != -100
+        return Output(
+            mask_logits=self.masks(batch.frames, hidden[is_seg], seg_to_image),
+            seg_to_image=seg_to_image,
+            lm_logits=self.mllm.lm_head(hidden[:, :-1][supervised]),
+            lm_targets=batch.labels[:, 1:][supervised],
+        )
+
+    def embed(self, input_ids: Tensor, tiles: Tensor) -> Tensor:
+        """Token embeddings [B, L, d] with the tiles' features (uint8 [T, 3, t, t]) in place of image tokens.
+
+        Raises:
+            VesselError: the number of image tokens is not the number of features.
+        """
+        pixels = normalise(tiles).to(self.mllm.dtype)
+        features = self.mllm.model.get_image_features(pixels).pooler_output
+        embeddings = self.mllm.get_input_embeddings()(input_ids)
+        is_image = input_ids == self.tokens.image
+        count = features.shape[0] * features.shape[1]
+        if int(is_image.sum()) != count:
+            raise VesselError(
+                f"the prompt holds {int(is_image.sum())} image tokens but the vision encoder made {count} features of "
+                f"{len(tiles)} tiles; build prompts with vessel.data.prompt and the network's own views"
+            )
+        return embeddings.masked_scatter(is_image[:, :, None], features.to(embeddings.dtype))
+
+    def language_states(self, batch: Batch) -> Tensor:
+        """Last hidden states after the final norm, [B, L, d]."""
+        return self.mllm.model.language_model(
+            inputs_embeds=self.embed(batch.input_ids, batch.tiles),
+            attention_mask=batch.attention_mask,
+            use_cache=False,
+        ).last_hidden_state
+
+    def masks(self, frames: Tensor, seg_states: Tensor, seg_to_image: Tensor) -> Tensor:
+        """Mask logits float32 [N, S/4, S/4] of frames uint8 [B, 3, S, S] for states [N, d] of their images int64 [N]."""
+        dtype = self.grounding.no_mem_embed.dtype
+        features = self.grounding.encode(normalise(frames).to(dtype))
+        prompts = self.text_hidden_fcs(seg_states)
+        return best_candidate(*self.grounding.decode(features.of(seg_to_image), prompts))
+
+    def probabilities(self, output: Output, batch: Batch) -> tuple[Tensor, ...]:
+        """One float32 [K, H, W] an image at its native size, values in [0, 1]."""
+        per_image = output.mask_logits.split([len(p) for p in batch.phrases])
+        side = self.grounding.image_size
+        return tuple(
+            upsample(logits, side, size).sigmoid() for logits, size in zip(per_image, batch.sizes, strict=True)
+        )
+
+    def emitted(self, output: Output) -> Tensor:
+        """Whether the language model itself would have chosen `[SEG]` where the answer holds it: bool [N]."""
+        at_seg = output.lm_targets == self.tokens.seg
+        return output.lm_logits[at_seg].argmax(-1) == self.tokens.seg
+
+    def trainable_groups(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
+        """Trainable parameters by group, in the network's order."""
+        return trainable_groups(self)
+
+    def _check(self, batch: Batch) -> None:
+        side = self.grounding.image_size
+        if tuple(batch.frames.shape[-2:]) != (side, side):
+            raise VesselError(
+                f"frames of {tuple(batch.frames.shape[-2:])} pixels for a network of {side} x {side}: train and "
+                "predict with the one resolution of `model.grounding.frame`"
+            )
+        phrases = [len(p) for p in batch.phrases]
+        found = (batch.input_ids == self.tokens.seg).sum(1).tolist()
+        if found != phrases:
+            raise VesselError(f"images {list(batch.ids)} hold {phrases} phrases but {found} [SEG] tokens")
+
+
+def build_sa2va(sizes: Sizes, tokens: TokenIds) -> Sa2VA:
+    """Build the network with random weights on the current device (`with torch.device("meta")` counts for free)."""
+    mllm = build_mllm(sizes.language, sizes.vision, tokens)
+    with torch.device("cpu"):  # Hiera reads values while it is built, which the meta device has not
+        grounding = build_grounding(sizes.grounding)
+    return Sa2VA(mllm, grounding.to(torch.get_default_device()), tokens)

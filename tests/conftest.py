@@ -1,0 +1,110 @@
+"""Fixtures that several test modules share: tiny real networks, prompts and batches, and the optional shared data."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
+torch.set_num_threads(1)
+
+from vessel.batch import Batch, Sample, collate  # noqa: E402
+from vessel.data.prompt import Prompt  # noqa: E402
+from vessel.model.grounding import GroundingSizes  # noqa: E402
+from vessel.model.lora import Lora  # noqa: E402
+from vessel.model.mllm import LanguageSizes, VisionSizes  # noqa: E402
+from vessel.model.plan import NetworkPlan  # noqa: E402
+from vessel.model.sa2va import Sizes  # noqa: E402
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+SIZES = Sizes(
+    LanguageSizes(width=32, layers=2, heads=4, kv_heads=2, mlp=64, vocabulary=512, context=2048),
+    VisionSizes(tile=56, width=16, layers=1, heads=2, mlp=32),
+    GroundingSizes(
+        frame=64, embed_dim=8, heads=1, stages=(1, 2, 2, 1), windows=(4, 4, 4, 2), global_blocks=(4,), width=32,
+        memory_width=8, memory_layers=1, memory_mlp=32,
+    ),
+    max_tiles=1,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def shared():
+    """A folder or file of the data that lies beside a developer's checkout; skips where it is absent."""
+
+    def find(name: str) -> Path:
+        path = SHARED / name
+        if not path.exists():
+            pytest.skip(f"shared/{name} is not beside this checkout")
+        return path
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def prompt() -> Prompt:
+    return Prompt()
+
+
+@pytest.fixture
+def plan(prompt):
+    """A plan for a network of a few thousand weights; keywords replace its fields."""
+
+    def make(**changes) -> NetworkPlan:
+        torch.manual_seed(0)
+        fields = {"sizes": SIZES, "lora": Lora(r=0), "trainable": "all", **changes}
+        return NetworkPlan(tokens=prompt.token_ids, new_tokens=prompt.new_tokens, **fields)
+
+    return make
+
+
+@pytest.fixture
+def make_batch(prompt):
+    """Random images whose masks are discs: `make_batch([["lumen"], ["lumen", "cap"]])` makes two."""
+
+    def make(phrases: list[list[str]], *, size: tuple[int, int] = (48, 40), seed: int = 0) -> Batch:
+        generator = torch.Generator().manual_seed(seed)
+        views = SIZES.views
+        samples = []
+        for i, asked in enumerate(phrases):
+            ids, labels = prompt.encode(asked, views.tokens_per_tile)
+            y, x = torch.meshgrid(torch.arange(size[0]), torch.arange(size[1]), indexing="ij")
+            disc = (y - size[0] / 2) ** 2 + (x - size[1] / 2) ** 2 < 100
+            samples.append(
+                Sample(
+                    id=f"f{i}",
+                    patient=f"p{i}",
+                    video=f"p{i}_v1",
+                    phrases=tuple(asked),
+                    tiles=torch.randint(0, 256, (1, 3, views.tile, views.tile), generator=generator, dtype=torch.uint8),
+                    frame=torch.randint(0, 256, (3, views.frame, views.frame), generator=generator, dtype=torch.uint8),
+                    input_ids=ids,
+                    labels=labels,
+                    size=size,
+                    masks=disc.expand(len(asked), *size).clone(),
+                )  # fmt: skip
+            )
+        return collate(samples, prompt.token_ids.pad)
+
+    return make
+
+
+@pytest.fixture
+def compose():
+    """A command's configuration as the command sees it, with model, lora and objective built."""
+    from types import SimpleNamespace
+
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.utils import instantiate
+
+    from vessel.conf_path import CONF
+
+    def make(name: str, overrides: list[str]) -> SimpleNamespace:
+        with initialize_config_dir(CONF, version_base="1.3"):
+            config = hydra_compose(name, overrides)
+        built = {key: instantiate(config[key]) for key in ("model", "lora", "objective", "optimizer")}
+        return SimpleNamespace(**{**config, **built})
+
+    return make
