@@ -1,0 +1,294 @@
+"""Who is on an image: file names parsed into patient, video and frame, and pseudonyms in their place."""
+
+from __future__ import annotations
+
+import hmac
+import json
+import os
+import re
+import secrets
+import unicodedata
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vessel.errors import BadItemsError, Problem, VesselError
+
+# The grammars that are recognised without being asked for; `frame` counts within `video`.
+GRAMMARS = (
+    re.compile(r"(?P<video>(?P<patient>.+))_frame_(?P<frame>\d+)"),
+    re.compile(r"(?P<video>(?P<patient>[^_]+)_\d+)_(?P<frame>\d+)"),
+)
+HOSPITAL_ID = re.compile(r"(?<!\d)\d{10}(?!\d)")
+# In free text a run of ten digits inside a number, a hash or a time stamp with decimals is no hospital id.
+_ID_IN_TEXT = re.compile(r"(?<![0-9A-Za-z.])\d{10}(?![0-9A-Za-z]|\.\d)")
+_CARET_NAME = re.compile(r"[^\W\d_]{2,}(?: [^\W\d_]+)*\^[^\W\d_]{2,}")
+_SHORTEST_STEM = 6
+
+
+@dataclass(frozen=True)
+class RawIdentity:
+    """What a file name says.
+
+    Attributes:
+        patient: text that holds the name or the hospital id.
+        video: the pullback or run of the patient.
+        frame: number within the video; None when the grammar has none.
+    """
+
+    patient: str
+    video: str
+    frame: int | None
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Pseudonyms of one image: `patient` p7f3a91c2, `video` p7f3a91c2_v1, and `id` p7f3a91c2_v1_000012."""
+
+    patient: str
+    video: str
+    frame: int
+
+    @property
+    def id(self) -> str:
+        """Name of the frame in the data set."""
+        return f"{self.video}_{self.frame:06d}"
+
+
+def compile_grammar(identity: str) -> tuple[re.Pattern[str], ...]:
+    """The patterns that a stem is matched against, whole.
+
+    Args:
+        identity: `auto`, or a regular expression with the named group `patient`; `video` and `frame` are optional.
+
+    Raises:
+        VesselError: when it is no valid expression or has no group `patient`.
+    """
+    if identity == "auto":
+        return GRAMMARS
+    try:
+        pattern = re.compile(identity)
+    except re.error as error:
+        raise VesselError(f"identity={identity}: not a regular expression ({error})") from error
+    if "patient" not in pattern.groupindex:
+        raise VesselError(
+            f"identity={identity}: needs a group (?P<patient>…), and may have (?P<video>…) and (?P<frame>…)"
+        )
+    return (pattern,)
+
+
+def parse(stem: str, grammar: Iterable[re.Pattern[str]]) -> RawIdentity | None:
+    """Read a file stem by the first grammar that matches all of it; None when none does."""
+    stem = unicodedata.normalize("NFC", stem)
+    for pattern in grammar:
+        if found := pattern.fullmatch(stem):
+            groups = found.groupdict()
+            frame = groups.get("frame") or ""
+            number = int(frame) if frame.isdecimal() else None
+            return RawIdentity(found["patient"], groups.get("video") or found["patient"], number)
+    return None
+
+
+def normal_name(text: str) -> str:
+    """A name without case, spaces, underscores, carets and brackets: equal for every spelling of one patient."""
+    return re.sub(r"[\W_]+", "", unicodedata.normalize("NFKC", text).casefold())
+
+
+def patient_keys(texts: Iterable[str]) -> tuple[dict[str, str], list[Problem]]:
+    """One key for all spellings of a patient: the hospital id where there is one, else the normalised name.
+
+    A name that was seen with an id stands for that id when it comes without.
+
+    Returns:
+        key by text, and every name that could be any of several ids.
+    """
+    ids_of: defaultdict[str, set[str]] = defaultdict(set)
+    split: dict[str, tuple[str | None, str]] = {}
+    for text in texts:
+        found = HOSPITAL_ID.search(text)
+        name = normal_name(_name_part(text))
+        split[text] = (found[0] if found else None, name)
+        if found and name:
+            ids_of[name].add(found[0])
+    keys, problems = {}, []
+    for text, (hospital_id, name) in split.items():
+        known = sorted(ids_of[name])
+        if hospital_id is None and len(known) > 1:
+            reason = f"the name goes with {len(known)} hospital ids, so the patient is uncertain"
+            problems.append(Problem(text, reason, "put the id into the file name"))
+        keys[text] = hospital_id or (known[0] if known else name)
+    return keys, problems
+
+
+def pseudonym(key: str, salt: bytes) -> str:
+    """`p` and eight hexadecimal digits; cannot be turned back without the salt."""
+    return "p" + hmac.new(salt, key.encode(), "sha256").hexdigest()[:8]
+
+
+@dataclass(frozen=True)
+class Pseudonyms:
+    """What `pseudonymise` decided.
+
+    Attributes:
+        identities: one for each file.
+        patients: pseudonym by patient key.
+        names: spellings of names that occur in the files.
+    """
+
+    identities: tuple[Identity, ...]
+    patients: Mapping[str, str]
+    names: tuple[str, ...]
+
+
+def pseudonymise(files: Sequence[Path], grammar: Iterable[re.Pattern[str]], salt: bytes) -> Pseudonyms:
+    """Give each file the identity that the data set will know it by.
+
+    Videos are numbered within a patient, and frames without a number within a video, by file name.
+
+    Raises:
+        BadItemsError: listing every file that the grammar does not match, or that cannot be told apart from another.
+    """
+    grammar = tuple(grammar)
+    parsed = {file: parse(file.stem, grammar) for file in files}
+    known = {file: raw for file, raw in parsed.items() if raw is not None}
+    if len(known) < len(files):
+        remedy = "rename it, or say how names are built: identity='(?P<patient>…)_(?P<video>…)_(?P<frame>…)'"
+        unknown = [file for file in files if file not in known]
+        raise BadItemsError(
+            "file names", [Problem(str(file), "tells no patient, video and frame", remedy) for file in unknown]
+        )
+    keys, problems = patient_keys(raw.patient for raw in known.values())
+    patients = {key: pseudonym(key, salt) for key in keys.values()}
+    if len(set(patients.values())) != len(patients):
+        raise VesselError("two patients got the same pseudonym; delete the salt in the mapping folder and run again")
+    identities = _identities(known, {text: patients[key] for text, key in keys.items()})
+    owners: dict[str, Path] = {}
+    for file, identity in zip(known, identities, strict=True):
+        first = owners.setdefault(identity.id, file)
+        if first != file:
+            problems.append(
+                Problem(str(file), f"same patient, video and frame as {first.name}", "rename or remove one")
+            )
+    if problems:
+        raise BadItemsError("file names", problems)
+    return Pseudonyms(tuple(identities), patients, tuple(sorted({_name_part(text) for text in keys})))
+
+
+def _identities(known: Mapping[Path, RawIdentity], patients: Mapping[str, str]) -> list[Identity]:
+    videos: defaultdict[str, set[str]] = defaultdict(set)
+    for raw in known.values():
+        videos[patients[raw.patient]].add(raw.video)
+    counted: defaultdict[tuple[str, str], int] = defaultdict(int)
+    identities = []
+    for raw in known.values():
+        patient = patients[raw.patient]
+        counted[patient, raw.video] += 1
+        video = f"{patient}_v{sorted(videos[patient]).index(raw.video) + 1}"
+        identities.append(Identity(patient, video, counted[patient, raw.video] if raw.frame is None else raw.frame))
+    return identities
+
+
+def _name_part(text: str) -> str:
+    found = HOSPITAL_ID.search(text)
+    return (text[: found.start()] if found else text).strip(" _^(")
+
+
+@dataclass(frozen=True)
+class MappingFolder:
+    """Where raw names and their pseudonyms are kept: outside the data set, readable by the owner only."""
+
+    path: Path
+
+    def salt(self) -> bytes:
+        """The salt kept here, or a new random one; `write` keeps it."""
+        kept = self.path / "salt"
+        if not kept.is_file():
+            return secrets.token_bytes(32)
+        try:
+            return bytes.fromhex(kept.read_text().strip())
+        except ValueError as error:
+            raise VesselError(f"{kept} is damaged; restore it from a copy, or delete it for new pseudonyms") from error
+
+    def write(self, salt: bytes, pseudonyms: Pseudonyms, stems: Sequence[str]) -> None:
+        """Keep the salt and who is who, beside what is here already.
+
+        Args:
+            salt: what the pseudonyms were made with.
+            pseudonyms: of the files.
+            stems: raw stem of each file.
+        """
+        self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.path.chmod(0o700)
+        before = self.read()
+        files = {stem: identity.id for stem, identity in zip(stems, pseudonyms.identities, strict=True)}
+        content = {
+            "patients": {**before["patients"], **pseudonyms.patients},
+            "files": {**before["files"], **files},
+            "names": sorted({*before["names"], *pseudonyms.names}),
+        }
+        self._write("salt", salt.hex() + "\n")
+        self._write("mapping.json", json.dumps(content, indent=1, ensure_ascii=False, sort_keys=True) + "\n")
+
+    def read(self) -> dict[str, Any]:
+        """`patients`: pseudonym by key, `files`: frame id by raw stem, `names`: raw spellings; all may be empty."""
+        kept = self.path / "mapping.json"
+        if not kept.is_file():
+            return {"patients": {}, "files": {}, "names": []}
+        try:
+            return json.loads(kept.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise VesselError(f"{kept} is damaged; restore it from a copy, or delete it and prepare again") from error
+
+    def _write(self, name: str, text: str) -> None:
+        temporary = self.path / f".{name}.{os.getpid()}"
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
+            stream.write(text)
+        temporary.replace(self.path / name)
+
+
+def mapping_folder(out: Path) -> Path:
+    """Where the mapping of the data set `out` is unless the user chose another place."""
+    return out.with_name(out.name + ".identity")
+
+
+class RawIdentifiers:
+    """Finds names and hospital ids in text that is about to leave the machine.
+
+    Patterns find ten-digit ids and names with a DICOM caret. A mapping folder adds every patient and file that it
+    knows; one without a mapping adds nothing.
+    """
+
+    def __init__(self, mapping: Path | None = None) -> None:
+        self._patterns = [_ID_IN_TEXT, _CARET_NAME]
+        self._stems: list[str] = []
+        if mapping is None:
+            return
+        kept = MappingFolder(mapping).read()
+        # Numbers of a study such as 001 would be found in every table; whole file stems still are.
+        self._patterns += [_bounded(key) for key in kept["patients"] if key.isdigit() and len(key) >= _SHORTEST_STEM]
+        self._patterns += [pattern for name in kept["names"] if (pattern := _name_pattern(name))]
+        stems = {unicodedata.normalize("NFC", stem).casefold() for stem in kept["files"]}
+        self._stems = sorted(stem for stem in stems if len(stem) >= _SHORTEST_STEM)
+
+    def find(self, text: str) -> list[str]:
+        """Every raw identifier in `text`, as it stands there, sorted; empty when it may leave."""
+        text = unicodedata.normalize("NFC", text)
+        found = {match[0] for pattern in self._patterns for match in pattern.finditer(text)}
+        lowered = text.casefold()
+        return sorted(found | {stem for stem in self._stems if stem in lowered})
+
+
+def _bounded(pattern: str) -> re.Pattern[str]:
+    return re.compile(rf"(?<![^\W_]){pattern}(?![^\W_])", re.IGNORECASE)
+
+
+def _name_pattern(name: str) -> re.Pattern[str] | None:
+    """Matches a name however its parts are joined; initials only when something joins them, short words not at all."""
+    parts = [re.escape(part) for part in re.split(r"[\W_]+", name) if part]
+    length = len(normal_name(name))
+    if not re.search(r"[^\W\d_]", name) or (len(parts) == 1 and length < 4):
+        return None
+    return _bounded((r"[\W_]*" if length > 4 else r"[\W_]").join(parts))

@@ -1,0 +1,69 @@
+"""Images as every command sees them: uint8 RGB, upright, whatever the file held."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from vessel.errors import Problem, VesselError
+
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"})
+BIT_DEPTHS = (8, 10, 12, 14, 16)
+
+
+def read_rgb(path: Path) -> np.ndarray:
+    """Read any common image file as upright RGB.
+
+    EXIF rotation is applied. Grey becomes three equal channels. 16-bit grey is scaled linearly from the smallest of 8,
+    10, 12, 14 and 16 bits that holds its maximum, since files do not say their depth. Transparency is shown on black.
+
+    Returns:
+        uint8 [H, W, 3].
+
+    Raises:
+        VesselError: when the file is missing, unreadable, truncated, or of a kind without one clear RGB picture.
+    """
+    try:
+        with Image.open(path) as opened:
+            opened.load()
+            pages = getattr(opened, "n_frames", 1)
+            if pages > 1 and opened.format != "MPO":  # a phone's MPO holds one picture and its thumbnails
+                raise VesselError(Problem(str(path), f"holds {pages} pictures", "save each as a file of its own"))
+            upright = ImageOps.exif_transpose(opened)
+    except VesselError:
+        raise
+    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        # Pillow's message repeats the path; its class and first line are what helps.
+        reason = (
+            f"cannot be read as an image ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
+        )
+        raise VesselError(Problem(str(path), reason, "replace the file by an intact copy, or remove it")) from error
+    return _to_rgb(upright, path)
+
+
+def _to_rgb(image: Image.Image, path: Path) -> np.ndarray:
+    if image.mode.startswith("I"):
+        return np.repeat(_to_8_bit(np.asarray(image), path)[..., None], 3, axis=2)
+    if image.mode == "F":
+        raise VesselError(Problem(str(path), "floating-point pixels have no known range", "save it as 8- or 16-bit"))
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", rgba.size, (0, 0, 0, 255)), rgba)
+    return np.array(image.convert("RGB"))
+
+
+def _to_8_bit(grey: np.ndarray, path: Path) -> np.ndarray:
+    low, high = int(grey.min()), int(grey.max())
+    if low < 0 or high >= 2 ** BIT_DEPTHS[-1]:
+        reason = f"grey values {low} to {high} do not fit 16 bits"
+        raise VesselError(Problem(str(path), reason, "save it as 8- or 16-bit grey"))
+    depth = next(bits for bits in BIT_DEPTHS if high < 2**bits)
+    return np.rint(grey.astype(np.float64) * (255 / (2**depth - 1))).astype(np.uint8)
+
+
+def pixel_hash(image: np.ndarray) -> str:
+    """SHA-256 of decoded pixels and their shape: the same for copies of a picture in different file formats."""
+    return hashlib.sha256(repr(image.shape).encode() + np.ascontiguousarray(image).tobytes()).hexdigest()

@@ -1,0 +1,279 @@
+"""`prepare`: a source of images and labels becomes a data set, or nothing is written and every reason is listed."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import track
+
+from vessel.data.canonical import Job, Written, make_folders, slug, write_frame, write_summary
+from vessel.data.catalog import KIND, VERSION, Catalog, check_split, digest
+from vessel.data.identity import Identity, MappingFolder, Pseudonyms, compile_grammar, mapping_folder, pseudonymise
+from vessel.data.layouts import LAYOUTS, Source, read_source
+from vessel.data.overview import tables
+from vessel.data.splits import NOTES, make_split
+from vessel.errors import BadItemsError, Problem, VesselError
+
+SYNTHETIC = "synthetic"
+# Starting processes takes longer than this many images do.
+_SERIAL_BELOW = 40
+
+
+@dataclass
+class Synthetic:
+    """What `source=synthetic` paints; conf/prepare.yaml has the defaults."""
+
+    kind: str
+    patients: int
+    frames: int
+    size: int
+    seed: int
+
+
+@dataclass
+class Options:
+    """The options of the command; conf/prepare.yaml has the defaults, `--help` the explanations."""
+
+    source: str
+    out: str
+    layout: str
+    phrase: str
+    missing: str
+    identity: str
+    mapping: str | None
+    split: str
+    folds: int
+    gap: int
+    seed: int
+    workers: int
+    overwrite: bool
+    synthetic: Synthetic
+
+    @property
+    def target(self) -> Path:
+        """Folder of the data set, absolute."""
+        return Path(self.out).expanduser().absolute()
+
+    @property
+    def identities(self) -> Path:
+        """Folder of the mapping, absolute."""
+        return Path(self.mapping).expanduser().absolute() if self.mapping else mapping_folder(self.target)
+
+
+def prepare(options: Options) -> Catalog:
+    """Make the data set that `options` describe, or find that it is there already.
+
+    Raises:
+        BadItemsError: listing every image and label that cannot be used; nothing is written then.
+        VesselError: when the source, an option, the split or the place of the output does not do.
+    """
+    _check(options)
+    console = Console()
+    mapping = MappingFolder(options.identities)
+    with source_folder(options) as folder:
+        source = read_source(folder, layout=options.layout, phrase=options.phrase, missing=options.missing)
+        # Painted patients need no secret; a fixed salt makes the whole data set a function of its seed.
+        salt = b"synthetic" if options.source == SYNTHETIC else mapping.salt()
+        fingerprint = _source_fingerprint(source, options, salt)
+        if unchanged := _already_there(options, fingerprint):
+            console.print(f"already prepared, unchanged: {options.target}", soft_wrap=True)
+            return unchanged
+        options.target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{options.target.name}.", dir=options.target.parent) as temporary:
+            making = Path(temporary) / "new"
+            pseudonyms = _make(source, options, salt, making, fingerprint)
+            if options.source != SYNTHETIC:
+                mapping.write(salt, pseudonyms, [item.image.stem for item in source.items])
+            _put_in_place(making, options.target, Path(temporary) / "old")
+    catalog = Catalog.open(options.target)
+    _report(catalog, options, console)
+    return catalog
+
+
+def _check(options: Options) -> None:
+    choices = {"layout": ("auto", *LAYOUTS), "missing": ("error", "empty"), "split": tuple(NOTES)}
+    for name, allowed in choices.items():
+        if (value := getattr(options, name)) not in allowed:
+            raise VesselError(f"{name}={value}: choose one of {', '.join(allowed)}")
+    for name in ("folds", "gap", "workers"):
+        if getattr(options, name) < 0:
+            raise VesselError(f"{name}={getattr(options, name)}: must be 0 or more")
+    if not slug(options.phrase).strip("_"):
+        raise VesselError("phrase=: say what the masks show, such as phrase='blood vessel'")
+    out, source = options.target.resolve(), Path(options.source).expanduser().resolve()
+    if source.is_dir() and options.source != SYNTHETIC and (out.is_relative_to(source) or source.is_relative_to(out)):
+        raise VesselError(f"out={options.out} and source={options.source}: neither may be inside the other")
+    if options.identities.resolve().is_relative_to(out):
+        raise VesselError(f"mapping={options.mapping} is inside the data set; names must not travel with it")
+
+
+@contextmanager
+def source_folder(options: Options) -> Iterator[Path]:
+    """The folder to read: the one named, a downloaded hub data set, or a freshly painted one that is removed again."""
+    folder = Path(options.source).expanduser()
+    if options.source == SYNTHETIC:
+        from vessel.data.synthetic import write_source
+
+        wanted = options.synthetic
+        with tempfile.TemporaryDirectory() as painted:
+            folder = Path(painted) / SYNTHETIC
+            write_source(
+                folder,
+                kind=wanted.kind,
+                patients=wanted.patients,
+                frames=wanted.frames,
+                size=wanted.size,
+                seed=wanted.seed,
+            )
+            yield folder
+    elif folder.is_dir():
+        yield folder
+    elif re.fullmatch(r"[\w.-]+/[\w.-]+", options.source):
+        yield _download(options.source)
+    else:
+        raise VesselError(f"source={options.source}: no such folder, and not the form of a hub id (NAME/DATASET)")
+
+
+def _download(hub_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(hub_id, repo_type="dataset"))
+    except (OSError, ValueError) as error:
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        raise VesselError(
+            f"source={hub_id}: no such folder here, and the hub gave no data set of this id ({reason}); "
+            "check the spelling, the connection and `hf auth login`, or give a folder"
+        ) from error
+
+
+def _source_fingerprint(source: Source, options: Options, salt: bytes) -> str:
+    """Changes with every pixel, label and option that the data set depends on; tells nothing without the salt."""
+
+    def content(path: Path) -> str:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+
+    items = [
+        {
+            "stem": item.image.stem,
+            "image": content(item.image),
+            "labels": {
+                phrase: content(label) if isinstance(label, Path) else [[p.points, p.canvas] for p in label]
+                for phrase, label in item.labels.items()
+            },
+        }
+        for item in source.items
+    ]
+    settings = [VERSION, options.identity, options.split, options.folds, options.gap, options.seed]
+    return hmac.new(salt, digest([settings, items]).encode(), "sha256").hexdigest()
+
+
+def _already_there(options: Options, fingerprint: str) -> Catalog | None:
+    """The data set at `out` when it came from the same source by the same options; None when the place is free."""
+    out = options.target
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return None
+    try:
+        manifest = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        manifest = None
+    if not isinstance(manifest, dict) or manifest.get("kind") != KIND:
+        raise VesselError(f"out={options.out} exists and is no prepared data set; choose another folder")
+    if options.overwrite:
+        return None
+    if manifest.get("source_fingerprint") != fingerprint:
+        raise VesselError(
+            f"out={options.out} holds a data set of another source, other options, or another mapping folder; "
+            "choose another out=, or replace it with overwrite=true"
+        )
+    return Catalog.open(out)
+
+
+def _make(source: Source, options: Options, salt: bytes, making: Path, fingerprint: str) -> Pseudonyms:
+    """Write the data set into the folder `making`."""
+    problems = [*source.problems, *_clashing_folders(source.phrases)]
+    files = [item.image for item in source.items]
+    pseudonyms = None
+    try:
+        pseudonyms = pseudonymise(files, compile_grammar(options.identity), salt)
+        identities = pseudonyms.identities
+    except BadItemsError as error:
+        # Go on under numbers: images and labels are looked at too, so that all that is wrong is told at once.
+        problems += error.problems
+        identities = tuple(Identity("p", "v", number) for number in range(len(files)))
+    make_folders(making, source.phrases)
+    jobs = [Job(item, who, source.phrases, making) for item, who in zip(source.items, identities, strict=True)]
+    written: list[Written] = []
+    for result in track(_run(jobs, options.workers), "reading and writing", len(jobs), transient=True):
+        if isinstance(result, Written):
+            written.append(result)
+        else:
+            problems += result
+    if problems or pseudonyms is None:
+        raise BadItemsError(f"source={options.source}", problems)
+    frames = [each.frame for each in written]
+    # Before sorting by pseudonym: the split follows the order of the files, whatever the salt.
+    split = make_split(frames, unit=options.split, folds=options.folds, gap=options.gap, seed=options.seed)
+    if leaks := check_split(frames, split):
+        names = {who.id: file.name for who, file in zip(identities, files, strict=True)}
+        told = [re.sub(r"p[0-9a-f]{8}_v\d+_\d{6,}", lambda found: names[found[0]], leak) for leak in leaks]
+        remedy = "remove one, or name the files so that both belong to one patient"
+        raise BadItemsError("split", [Problem(options.source, leak, remedy) for leak in told])
+    written.sort(key=lambda each: each.frame.id)
+    write_summary(making, written, split, name=options.target.name, source_fingerprint=fingerprint)
+    return pseudonyms
+
+
+def _clashing_folders(phrases: Iterable[str]) -> list[Problem]:
+    owners: dict[str, str] = {}
+    return [
+        Problem(f"phrase {phrase!r}", f"would share a folder with {owners[slug(phrase)]!r}", "rename one")
+        for phrase in phrases
+        if owners.setdefault(slug(phrase), phrase) != phrase
+    ]
+
+
+def _run(jobs: list[Job], workers: int) -> Iterator[Written | list[Problem]]:
+    workers = workers or os.cpu_count() or 1
+    if workers == 1 or len(jobs) < _SERIAL_BELOW:
+        yield from map(write_frame, jobs)
+        return
+    # Fresh processes: forking one that shows a progress bar copies a thread's locks.
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        yield from pool.map(write_frame, jobs, chunksize=4)
+
+
+def _put_in_place(made: Path, out: Path, aside: Path) -> None:
+    """Rename `made` to `out`; what was there goes to `aside`, and comes back when the rename fails."""
+    if out.exists():
+        shutil.move(out, aside)
+    try:
+        made.rename(out)
+    except OSError:
+        if aside.exists():
+            aside.rename(out)
+        raise
+
+
+def _report(catalog: Catalog, options: Options, console: Console) -> None:
+    for table in tables(catalog.manifest["statistics"], catalog.split):
+        console.print(table)
+    if catalog.split.note:
+        console.print(f"note: {catalog.split.note}", style="yellow", soft_wrap=True)
+    console.print(f"data set:      {catalog.root}", soft_wrap=True)
+    console.print(f"contact sheet: {catalog.root / 'contact_sheet.png'}", soft_wrap=True)
+    if options.source != SYNTHETIC:
+        console.print(f"mapping:       {options.identities} (names; keep it apart and private)", soft_wrap=True)

@@ -1,0 +1,107 @@
+"""Reading a prepared data set, and noticing when it is none or was changed."""
+
+import json
+from dataclasses import asdict
+
+import pytest
+
+from vessel.data.catalog import Catalog, Frame, Split, digest, fingerprint_of
+from vessel.errors import VesselError
+
+
+def frame(patient, number):
+    video = f"{patient}_v1"
+    masks = {"cap": None, "lumen": f"masks/lumen/{video}_{number:06d}.png"}
+    return Frame(f"{video}_{number:06d}", "", 8, 8, patient, video, number, masks, f"{patient}{number}")
+
+
+def write(root, *, frames=None, split=None, **changes):
+    frames = frames or [frame(p, n) for p in ("pa", "pb", "pc", "pd") for n in (1, 2)]
+    ids = {p: tuple(f.id for f in frames if f.patient == p) for p in ("pa", "pb", "pc", "pd")}
+    parts = {"train": ids["pa"] + ids["pb"], "val": ids["pc"], "test": ids["pd"]}
+    folds = ({"train": ids["pc"], "val": ids["pa"] + ids["pb"]},)
+    split = split or Split("patient", 0, 0, "", parts, folds)
+    manifest = {
+        "kind": "vessel dataset",
+        "version": 1,
+        "name": "t",
+        "phrases": ["cap", "lumen"],
+        "masks_hash": "m",
+        "fingerprint": fingerprint_of(frames, "m"),
+        "split_hash": split.hash,
+        **changes,
+    }
+    (root / "frames.json").write_text(json.dumps([asdict(f) for f in frames]))
+    (root / "splits.json").write_text(json.dumps(split.to_json()))
+    (root / "manifest.json").write_text(json.dumps(manifest))
+    return root
+
+
+def edit(file, change):
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))
+
+
+def test_parts_and_folds(tmp_path):
+    catalog = Catalog.open(write(tmp_path))
+    assert catalog.phrases == ("cap", "lumen")
+    assert [f.patient for f in catalog.part("train")] == ["pa", "pa", "pb", "pb"]
+    assert [f.id for f in catalog.part("train", fold=0)] == ["pc_v1_000001", "pc_v1_000002"]
+    assert [f.patient for f in catalog.part("test", fold=0)] == ["pd", "pd"]
+    assert catalog.frames["pa_v1_000001"].masks["cap"] is None
+
+
+def test_missing_parts_and_folds_list_those_there(tmp_path):
+    catalog = Catalog.open(write(tmp_path))
+    with pytest.raises(VesselError, match="no split 'dev'; it has train, val, test"):
+        catalog.part("dev")
+    with pytest.raises(VesselError, match="no fold 1; it has folds 0 to 0"):
+        catalog.part("train", fold=1)
+
+
+def test_hash_is_of_the_canonical_json(tmp_path):
+    content = json.loads((write(tmp_path) / "splits.json").read_text())
+    stated = content.pop("hash")
+    assert stated == digest(content) == Catalog.open(tmp_path).split.hash
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "frames.json", "splits.json"])
+def test_missing_or_broken_files(tmp_path, name):
+    (write(tmp_path) / name).write_text("{")
+    with pytest.raises(VesselError, match=rf"{name} cannot be read"):
+        Catalog.open(tmp_path)
+    (tmp_path / name).unlink()
+    with pytest.raises(VesselError, match=rf"no {name}.*python -m vessel\.prepare source=\.\.\. out="):
+        Catalog.open(tmp_path)
+
+
+@pytest.mark.parametrize("changes", [{"kind": "vessel run"}, {"version": 2}, {"fingerprint": "0"}, {"split_hash": "0"}])
+def test_manifests_of_something_else(tmp_path, changes):
+    with pytest.raises(VesselError, match="not a prepared data set"):
+        Catalog.open(write(tmp_path, **changes))
+
+
+def test_guard_D9_an_edited_split_is_refused(tmp_path):
+    edit(write(tmp_path) / "splits.json", lambda content: content["train"].append(content["test"].pop()))
+    with pytest.raises(VesselError, match="its hash differs"):
+        Catalog.open(tmp_path)
+
+
+def test_edited_frames_are_refused(tmp_path):
+    edit(write(tmp_path) / "frames.json", lambda content: content[0].update(patient="pz"))
+    with pytest.raises(VesselError, match="do not belong together"):
+        Catalog.open(tmp_path)
+
+
+def test_frames_with_unknown_fields_are_refused(tmp_path):
+    edit(write(tmp_path) / "frames.json", lambda content: content[0].update(colour="red"))
+    with pytest.raises(VesselError, match="colour"):
+        Catalog.open(tmp_path)
+
+
+def test_guard_D9_a_leaking_split_is_refused_even_with_a_fitting_hash(tmp_path):
+    parts = {"train": ("pa_v1_000001",), "val": ("pb_v1_000001",), "test": ("pa_v1_000002",)}
+    write(tmp_path, split=Split("patient", 0, 0, "", parts, ()))
+    with pytest.raises(VesselError, match="patient pa in both train and test"):
+        Catalog.open(tmp_path)

@@ -1,0 +1,92 @@
+"""Image files of every kind become upright RGB, or a message."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vessel.data.images import pixel_hash, read_rgb
+from vessel.errors import VesselError
+
+RNG = np.random.default_rng(0)
+
+
+def test_rgb_png_comes_back_exactly(tmp_path):
+    pixels = RNG.integers(0, 256, (5, 7, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "größe mit leer.png")
+    assert np.array_equal(read_rgb(tmp_path / "größe mit leer.png"), pixels)
+
+
+def test_exif_rotation_is_applied(tmp_path):
+    pixels = np.zeros((16, 32, 3), dtype=np.uint8)
+    pixels[:, :16] = 255  # left half white; orientation 6 turns it clockwise: white on top
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(pixels).save(tmp_path / "a.jpg", exif=exif, quality=100)
+    upright = read_rgb(tmp_path / "a.jpg")
+    assert upright.shape == (32, 16, 3)
+    assert upright[:14].min() > 250
+    assert upright[18:].max() < 5
+
+
+@pytest.mark.parametrize(
+    ("maximum", "expected"),
+    [(255, 255), (256, 64), (1023, 255), (4095, 255), (2**14 - 1, 255), (40000, 156), (65535, 255)],
+)
+def test_16_bit_grey_is_scaled_from_its_depth(tmp_path, maximum, expected):
+    # 256 needs 10 bits: 256 * 255 / 1023 = 63.8; 40000 needs 16: 40000 * 255 / 65535 = 155.6
+    Image.fromarray(np.array([[0, maximum]], dtype=np.uint16)).save(tmp_path / "a.png")
+    assert read_rgb(tmp_path / "a.png").tolist() == [[[0, 0, 0], [expected] * 3]]
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "RGBA", "CMYK", "YCbCr"])
+def test_modes_become_rgb(tmp_path, mode):
+    image = Image.new("RGB", (4, 3), (255, 255, 255)).convert(mode)
+    image.save(tmp_path / "a.tif" if mode in {"CMYK", "YCbCr"} else tmp_path / "a.png")
+    rgb = read_rgb(next(tmp_path.iterdir()))
+    assert rgb.dtype == np.uint8
+    assert rgb.shape == (3, 4, 3)
+    assert rgb.min() >= 254
+
+
+def test_transparency_is_shown_on_black(tmp_path):
+    Image.new("RGBA", (2, 2), (200, 100, 50, 0)).save(tmp_path / "a.png")
+    assert read_rgb(tmp_path / "a.png").max() == 0
+
+
+def test_truncated_jpeg_is_named(tmp_path):
+    Image.fromarray(RNG.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(tmp_path / "cut.jpg")
+    whole = (tmp_path / "cut.jpg").read_bytes()
+    (tmp_path / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(VesselError, match=r"cut\.jpg: cannot be read.*truncated.*replace the file"):
+        read_rgb(tmp_path / "cut.jpg")
+
+
+@pytest.mark.parametrize("content", [b"", b"no image at all"])
+def test_no_image_is_named(tmp_path, content):
+    (tmp_path / "b.png").write_bytes(content)
+    with pytest.raises(VesselError, match=r"b\.png"):
+        read_rgb(tmp_path / "b.png")
+
+
+def test_missing_file_is_named(tmp_path):
+    with pytest.raises(VesselError, match=r"gone\.png"):
+        read_rgb(tmp_path / "gone.png")
+
+
+def test_several_pages_are_refused(tmp_path):
+    page = Image.new("L", (4, 4))
+    page.save(tmp_path / "run.tif", save_all=True, append_images=[page])
+    with pytest.raises(VesselError, match="holds 2 pictures"):
+        read_rgb(tmp_path / "run.tif")
+
+
+def test_floating_point_is_refused(tmp_path):
+    Image.fromarray(np.ones((2, 2), dtype=np.float32)).save(tmp_path / "f.tif")
+    with pytest.raises(VesselError, match="floating-point"):
+        read_rgb(tmp_path / "f.tif")
+
+
+def test_hash_sees_pixels_and_shape():
+    flat = np.arange(12, dtype=np.uint8)
+    assert pixel_hash(flat.reshape(2, 2, 3)) == pixel_hash(flat.reshape(2, 2, 3).copy())
+    assert pixel_hash(flat.reshape(1, 4, 3)) != pixel_hash(flat.reshape(2, 2, 3))
