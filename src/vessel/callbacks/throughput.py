@@ -1,0 +1,63 @@
+"""How fast the run is, and how many samples one optimizer step really sees."""
+
+from __future__ import annotations
+
+from collections import deque
+from time import perf_counter
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.types import STEP_OUTPUT
+from typing_extensions import override
+
+from vessel.batch import Batch
+
+
+class Throughput(Callback):
+    """Log `throughput/samples_per_second` of all ranks, `throughput/seconds_per_step` and, once, the global batch.
+
+    Time runs from the end of one batch to the end of the next, waiting for data included, validation excluded.
+
+    Args:
+        window: batches to average over.
+    """
+
+    def __init__(self, window: int = 50) -> None:
+        self._recent: deque[tuple[float, int]] = deque(maxlen=window)
+        self._last = 0.0
+        self._announced = False
+
+    @override
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._last = perf_counter()
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._last = perf_counter()
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
+        if self._announced:
+            return
+        self._announced = True
+        total = len(batch) * trainer.world_size * trainer.accumulate_grad_batches
+        rank_zero_info(
+            f"global batch: {len(batch)} samples x {trainer.world_size} ranks x "
+            f"{trainer.accumulate_grad_batches} accumulated = {total}"
+        )
+        for logger in trainer.loggers:
+            logger.log_metrics({"throughput/global_batch": total}, step=trainer.global_step)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Batch, batch_idx: int
+    ) -> None:
+        now = perf_counter()
+        self._recent.append((now - self._last, len(batch)))
+        self._last = now
+        seconds, samples = (sum(column) for column in zip(*self._recent, strict=True))
+        rates = {
+            "throughput/samples_per_second": samples * trainer.world_size / seconds,
+            "throughput/seconds_per_step": seconds / len(self._recent) * trainer.accumulate_grad_batches,
+        }
+        pl_module.log_dict(rates, on_step=True, on_epoch=False, batch_size=len(batch))

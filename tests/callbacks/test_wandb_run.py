@@ -1,0 +1,44 @@
+import json
+
+import numpy as np
+import pytest
+from lightning.pytorch.loggers import WandbLogger
+from PIL import Image
+from tests.wandb_offline import media, read_history
+
+from vessel.callbacks.mask_panels import MaskPanels
+from vessel.callbacks.parameter_table import ParameterTable
+from vessel.callbacks.threshold_sweep import THRESHOLDS, ThresholdSweep
+
+
+@pytest.mark.slow
+def test_an_offline_run_holds_curves_panels_and_tables(tmp_path, monkeypatch, trainer, toy_task, batches):
+    for variable in ("WANDB_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR", "WANDB_ARTIFACT_DIR"):
+        monkeypatch.setenv(variable, str(tmp_path / "wandb-home"))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    logger = WandbLogger(project="vessel", offline=True, save_dir=tmp_path / "views")
+    sweep = ThresholdSweep()
+    trainer(sweep, MaskPanels(images=1), ParameterTable(), logger=logger, max_epochs=2).fit(
+        toy_task(), batches(), batches(2)
+    )
+    logger.experiment.finish()
+    history = read_history(tmp_path / "views")
+
+    def logged(name: str) -> list:
+        return [row[name] for row in history if name in row]
+
+    assert len(logged("val/dice_best")) == 2
+    assert logged("val/threshold")[-1] == pytest.approx(sweep.threshold)
+    for name, written in {
+        "val/threshold_sweep": "threshold_sweep/epoch_001.png",
+        "panels/p0_v0_000": "panels/epoch_001_p0_v0_000.png",
+    }.items():
+        assert len(logged(name)) == 2
+        with Image.open(media(tmp_path / "views", logged(name)[-1])) as shown, Image.open(tmp_path / written) as file:
+            assert np.array_equal(np.asarray(shown), np.asarray(file))
+    table = json.loads(media(tmp_path / "views", logged("val/threshold_sweep_table")[-1]).read_text())
+    assert table["columns"] == ["threshold", "dice", "iou", "precision", "recall"]
+    assert [row[0] for row in table["data"]] == list(THRESHOLDS)
+    assert [row[1] for row in table["data"]] == pytest.approx(sweep.curve["dice"])
+    parameters = json.loads(media(tmp_path / "views", logged("parameters")[0]).read_text())
+    assert [row[0] for row in parameters["data"]] == ["projector", "mask_decoder", "encoder (frozen)"]

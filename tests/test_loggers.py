@@ -1,0 +1,77 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from PIL import Image
+
+from vessel.loggers import JsonLines, log_figure, log_table
+
+
+@pytest.fixture
+def png(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 255, (6, 5, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "figure.png")
+    return tmp_path / "figure.png"
+
+
+def lines(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_one_object_a_call_in_order(tmp_path):
+    logger = JsonLines(tmp_path / "run")
+    logger.log_metrics({"train/loss": 0.5, "epoch": 2}, step=7)
+    logger.log_metrics({"val/dice": torch.tensor(0.25)}, step=8)
+    first, second = lines(tmp_path / "run")
+    assert list(first) == ["step", "epoch", "time", "train/loss"]
+    assert (first["step"], first["epoch"], first["train/loss"]) == (7, 2, 0.5)
+    assert list(second) == ["step", "time", "val/dice"]
+    assert second["time"] >= first["time"] > 1.7e9
+
+
+def test_numbers_that_json_lacks_become_null(tmp_path):
+    JsonLines(tmp_path).log_metrics({"a": float("nan"), "b": float("-inf"), "c": 0.0}, step=0)
+    (line,) = lines(tmp_path)
+    assert (line["a"], line["b"], line["c"]) == (None, None, 0.0)
+
+
+def test_resuming_appends_even_after_half_a_line(tmp_path):
+    JsonLines(tmp_path).log_metrics({"a": 1.0}, step=0)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 1, "ti')
+    JsonLines(tmp_path).log_metrics({"a": 2.0}, step=1)
+    JsonLines(tmp_path).log_metrics({"a": 3.0}, step=2)
+    text = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(text[i])["a"] for i in (0, 2, 3)] == [1.0, 2.0, 3.0]
+    assert len(text) == 4
+
+
+def test_other_ranks_are_silent(tmp_path, monkeypatch):
+    from lightning.pytorch.utilities import rank_zero_only
+
+    monkeypatch.setattr(rank_zero_only, "rank", 1)
+    JsonLines(tmp_path).log_metrics({"a": 1.0}, step=0)
+    assert not list(tmp_path.iterdir())
+
+
+def test_tensorboard_gets_the_figure(tmp_path, png):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    logger = TensorBoardLogger(tmp_path, name="tb")
+    log_figure([logger], "val/threshold_sweep", png, 5)
+    log_table([logger], "table", ["a"], [[1]], 5)
+    logger.finalize("success")
+    events = EventAccumulator(logger.log_dir)
+    events.Reload()
+    (image,) = events.Images("val/threshold_sweep")
+    assert (image.step, image.height, image.width) == (5, 6, 5)
+
+
+def test_file_loggers_are_left_alone(tmp_path, png):
+    loggers = [CSVLogger(tmp_path / "csv"), JsonLines(tmp_path / "jsonl")]
+    log_figure(loggers, "f", png, 0)
+    log_table(loggers, "t", ["a"], [[1]], 0)
+    assert not (tmp_path / "csv").exists()
+    assert not (tmp_path / "jsonl").exists()
