@@ -100,9 +100,8 @@ class Batch:
         return len(self.ids)
 
     def _map(self, move: Any) -> Batch:
-        moved: dict[str, Any] = {
-            f.name: move(v) for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)
-        }
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved: dict[str, Any] = {name: move(value) for name, value in values.items() if isinstance(value, Tensor)}
         if self.masks is not None:
             moved["masks"] = tuple(move(m) for m in self.masks)
         return replace(self, **moved)

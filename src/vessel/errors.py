@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NoReturn
 
 
 class VesselError(ValueError):
@@ -30,7 +31,7 @@ class Problem:
         return f"{self.where}: {self.reason}; {self.remedy}"
 
 
-class BadItems(VesselError):
+class BadItemsError(VesselError):
     """Every bad item of an input, reported at once."""
 
     def __init__(self, what: str, problems: Sequence[Problem]) -> None:
@@ -53,4 +54,15 @@ def told_to_the_user() -> Iterator[None]:
         # A loader's worker process sends its traceback as the message; the user's part comes last.
         message = str(cause).rpartition("vessel.errors.VesselError: ")[2].rstrip()
         print(f"error: {message}", file=sys.stderr)
-        raise SystemExit(1) from None
+        _end_the_job(message)
+
+
+def _end_the_job(message: str) -> NoReturn:
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.errors import CompactHydraException
+    from hydra.types import RunMode
+
+    # In a sweep the other jobs go on: Hydra has to see an exception, and shows this kind without a traceback.
+    if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
+        raise CompactHydraException(message) from None
+    raise SystemExit(1) from None

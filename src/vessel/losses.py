@@ -1,6 +1,7 @@
 """Loss functions: tensors in, scalars out.
 
-Formulas of the public Sa2VA training code: binary cross-entropy and Dice on mask logits, cross-entropy on answer tokens.
+Formulas of the public Sa2VA training code: binary cross-entropy and Dice on mask logits, cross-entropy on the tokens of
+an answer.
 Letters: N masks, P points or pixels of a mask.
 """
 

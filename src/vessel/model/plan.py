@@ -35,7 +35,7 @@ class NetworkPlan:
     sizes: Sizes
     tokens: TokenIds
     new_tokens: range
-    lora: Lora = Lora(r=0)
+    lora: Lora = field(default_factory=lambda: Lora(r=0))
     trainable: str = "lora"
     weights: Sequence[str] = ()
     frozen_dtype: torch.dtype = torch.float32

@@ -114,7 +114,7 @@ class Sa2VA(nn.Module):
         ).last_hidden_state
 
     def masks(self, frames: Tensor, seg_states: Tensor, seg_to_image: Tensor) -> Tensor:
-        """Mask logits float32 [N, S/4, S/4] of frames uint8 [B, 3, S, S] for states [N, d] of their images int64 [N]."""
+        """Mask logits float32 [N, S/4, S/4] of frames uint8 [B, 3, S, S], by states [N, d] of images int64 [N]."""
         dtype = self.grounding.no_mem_embed.dtype
         features = self.grounding.encode(normalise(frames).to(dtype))
         prompts = self.text_hidden_fcs(seg_states)

@@ -17,6 +17,9 @@ from torch import Tensor, nn
 from vessel.errors import VesselError
 
 # (our prefix or part, public prefix or part); `{}` stands for a layer number.
+_OUR_LAYER = "mllm.model.vision_tower.encoder.layer.{}."
+_LAYER = "vision_model.encoder.layers.{}."
+_SAM2 = "grounding_encoder.sam2_model."
 _NAMES = (
     ("mllm.lm_head.", "language_model.lm_head."),
     ("mllm.model.language_model.", "language_model.model."),
@@ -26,17 +29,17 @@ _NAMES = (
     ("mllm.model.vision_tower.embeddings.cls_token", "vision_model.embeddings.class_embedding"),
     ("mllm.model.vision_tower.embeddings.position_embeddings", "vision_model.embeddings.position_embedding"),
     ("mllm.model.vision_tower.embeddings.patch_embeddings.projection.", "vision_model.embeddings.patch_embedding."),
-    ("mllm.model.vision_tower.encoder.layer.{}.attention.projection_layer.", "vision_model.encoder.layers.{}.attn.proj."),
-    ("mllm.model.vision_tower.encoder.layer.{}.attention.qkv.", "vision_model.encoder.layers.{}.attn.qkv."),
-    ("mllm.model.vision_tower.encoder.layer.{}.layernorm_before.", "vision_model.encoder.layers.{}.norm1."),
-    ("mllm.model.vision_tower.encoder.layer.{}.layernorm_after.", "vision_model.encoder.layers.{}.norm2."),
-    ("mllm.model.vision_tower.encoder.layer.{}.lambda_1", "vision_model.encoder.layers.{}.ls1"),
-    ("mllm.model.vision_tower.encoder.layer.{}.lambda_2", "vision_model.encoder.layers.{}.ls2"),
-    ("mllm.model.vision_tower.encoder.layer.{}.mlp.", "vision_model.encoder.layers.{}.mlp."),
-    ("grounding.memory_encoder.fuser.layers.{}.gamma", "grounding_encoder.sam2_model.memory_encoder.fuser.layers.{}.g_weight"),
-    ("grounding.", "grounding_encoder.sam2_model."),
+    (f"{_OUR_LAYER}attention.projection_layer.", f"{_LAYER}attn.proj."),
+    (f"{_OUR_LAYER}attention.qkv.", f"{_LAYER}attn.qkv."),
+    (f"{_OUR_LAYER}layernorm_before.", f"{_LAYER}norm1."),
+    (f"{_OUR_LAYER}layernorm_after.", f"{_LAYER}norm2."),
+    (f"{_OUR_LAYER}lambda_1", f"{_LAYER}ls1"),
+    (f"{_OUR_LAYER}lambda_2", f"{_LAYER}ls2"),
+    (f"{_OUR_LAYER}mlp.", f"{_LAYER}mlp."),
+    ("grounding.memory_encoder.fuser.layers.{}.gamma", f"{_SAM2}memory_encoder.fuser.layers.{{}}.g_weight"),
+    ("grounding.", _SAM2),
     ("text_hidden_fcs.", "text_hidden_fcs."),
-)  # fmt: skip
+)
 _QKV = re.compile(r"(.*\.attention\.)([qkv])_proj(\..*)")
 
 
@@ -162,11 +165,21 @@ def read_safetensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
             raise VesselError(f"{path}: damaged or truncated ({error}); copy it again") from error
 
 
-def fingerprint(state: Iterable[tuple[str, Tensor]]) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes, independent of order: 16 hexadecimal digits."""
-    digests = []
+def digests(state: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
+    """SHA-256 over name, dtype, shape and bytes of each tensor, by name."""
+    found = {}
     for name, tensor in state:
         digest = hashlib.sha256(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-        digests.append(digest.digest())
-    return hashlib.sha256(b"".join(sorted(digests))).hexdigest()[:16]
+        found[name] = digest.hexdigest()
+    return found
+
+
+def fingerprint(state: Iterable[tuple[str, Tensor]]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes, independent of order: 16 hexadecimal digits."""
+    return combined(digests(state))
+
+
+def combined(digests: Mapping[str, str]) -> str:
+    """The fingerprint of tensors whose digests are known."""
+    return hashlib.sha256("".join(sorted(digests.values())).encode()).hexdigest()[:16]
