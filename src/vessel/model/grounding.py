@@ -154,7 +154,7 @@ def build_grounding(sizes: GroundingSizes) -> Grounding:
             fpn_interp_model="nearest",
         ),
     )
-    return Grounding(
+    grounding = Grounding(
         image_encoder=encoder,
         memory_attention=_memory_attention(sizes),
         memory_encoder=_memory_encoder(sizes),
@@ -179,6 +179,12 @@ def build_grounding(sizes: GroundingSizes) -> Grounding:
         fixed_no_obj_ptr=True,
         use_mlp_for_obj_ptr_proj=True,
     )
+    # An untrained head must not choose among the candidates: with equal predictions the first is always taken.
+    # Otherwise the choice wanders from image to image and the masks are trained in turns.
+    last = grounding.sam_mask_decoder.iou_prediction_head.layers[-1]
+    nn.init.zeros_(last.weight)
+    nn.init.zeros_(last.bias)
+    return grounding
 
 
 def _memory_attention(sizes: GroundingSizes) -> MemoryAttention:
