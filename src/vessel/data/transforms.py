@@ -1,0 +1,110 @@
+"""From an image to what the network sees: tiles for the vision encoder, one frame for SAM2; and augmentation."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from vessel.batch import Views
+
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # it would ask the network for a newer version
+
+
+def tile_grid(width: int, height: int, *, tile: int, max_tiles: int) -> tuple[int, int]:
+    """Columns and rows of tiles whose shape is nearest to the image's (InternVL's dynamic tiling).
+
+    Of grids with equally near shapes the larger one is taken only when the image has more than half its pixels.
+    """
+    grids = {(i, j) for i in range(1, max_tiles + 1) for j in range(1, max_tiles + 1) if i * j <= max_tiles}
+    best, best_difference = (1, 1), float("inf")
+    for columns, rows in sorted(grids, key=lambda grid: (grid[0] * grid[1], grid)):
+        difference = abs(width / height - columns / rows)
+        is_tie = difference == best_difference and width * height > 0.5 * tile * tile * columns * rows
+        if difference < best_difference or is_tie:
+            best, best_difference = (columns, rows), difference
+    return best
+
+
+def cut_tiles(image: NDArray[np.uint8], views: Views) -> Tensor:
+    """Tiles of an RGB image [H, W, 3], row by row, then a thumbnail when there is more than one: uint8 [T, 3, t, t]."""
+    side = views.tile
+    height, width = image.shape[:2]
+    columns, rows = tile_grid(width, height, tile=side, max_tiles=views.max_tiles)
+    resized = _resize(image, columns * side, rows * side)
+    tiles = [
+        resized[y : y + side, x : x + side] for y in range(0, rows * side, side) for x in range(0, columns * side, side)
+    ]
+    if len(tiles) > 1:
+        tiles.append(_resize(image, side, side))
+    return torch.from_numpy(np.stack(tiles)).permute(0, 3, 1, 2).contiguous()
+
+
+def whole_frame(image: NDArray[np.uint8], views: Views) -> Tensor:
+    """The whole image as SAM2 sees it, aspect ratio not kept: uint8 [3, S, S]."""
+    return torch.from_numpy(_resize(image, views.frame, views.frame)).permute(2, 0, 1).contiguous()
+
+
+def _resize(image: NDArray[np.uint8], width: int, height: int) -> NDArray[np.uint8]:
+    return np.array(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
+
+
+@dataclass
+class Augmentation:
+    """Random changes of image and masks together, in training only.
+
+    Attributes:
+        flip: mirror left-right and upside down.
+        rotate: largest angle, degrees.
+        scale: largest relative change of size.
+        shift: largest shift, share of the side.
+        brightness, contrast: largest relative changes.
+        gamma: largest change of gamma, percent.
+        blur: chance of a slight Gaussian blur.
+        noise: chance of Gaussian noise.
+    """
+
+    flip: bool = True
+    rotate: float = 180.0
+    scale: float = 0.1
+    shift: float = 0.05
+    brightness: float = 0.2
+    contrast: float = 0.2
+    gamma: float = 20.0
+    blur: float = 0.1
+    noise: float = 0.1
+
+    def __post_init__(self) -> None:
+        import albumentations as A
+
+        flips = [A.HorizontalFlip(p=0.5), A.VerticalFlip(p=0.5)] if self.flip else []
+        self._compose = A.Compose(
+            [
+                *flips,
+                A.Affine(
+                    rotate=(-self.rotate, self.rotate),
+                    scale=(1 - self.scale, 1 + self.scale),
+                    translate_percent=(-self.shift, self.shift),
+                    p=0.9,
+                ),
+                A.RandomBrightnessContrast(self.brightness, self.contrast, p=0.5),
+                A.RandomGamma((100 - self.gamma, 100 + self.gamma), p=0.3),
+                A.GaussianBlur(sigma_limit=(0.3, 1.0), blur_limit=0, p=self.blur),
+                A.GaussNoise(std_range=(0.01, 0.05), p=self.noise),
+            ]
+        )
+
+    def __call__(
+        self, image: NDArray[np.uint8], masks: NDArray[np.bool_], seed: int
+    ) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+        """Change an image [H, W, 3] and its masks [K, H, W] alike; the same seed gives the same change."""
+        self._compose.set_random_seed(seed)
+        changed: Mapping[str, Any] = self._compose(image=image, masks=list(masks.astype(np.uint8)))
+        return changed["image"], np.stack(changed["masks"]).astype(bool)

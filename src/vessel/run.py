@@ -1,0 +1,67 @@
+"""A run and what it leaves behind: the manifest, found again from a run folder, a checkpoint or an export."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What somebody needs to know, or to repeat, what made some weights. Plain JSON values only.
+
+    Attributes:
+        name: of the run.
+        config: the resolved configuration.
+        data: name, fingerprint, split hash, split unit and note of the data set, and its counts.
+        phrases: what the network was trained to segment, in order.
+        prompt: chat template.
+        weights: one load report per source the network started from.
+        parent: fingerprint and name of the run whose checkpoint this run started from.
+        threshold: probability above which a pixel is vessel, chosen on validation; None before the first validation.
+        fingerprint: of the weights, as `vessel.model.weights.fingerprint` gives it; empty in the manifest of a run.
+        created: UTC time.
+        versions: of Python and the packages that matter.
+    """
+
+    name: str
+    config: Mapping[str, Any]
+    data: Mapping[str, Any]
+    phrases: tuple[str, ...]
+    prompt: str
+    weights: tuple[Mapping[str, Any], ...] = ()
+    parent: Mapping[str, Any] | None = None
+    threshold: float | None = None
+    fingerprint: str = ""
+    created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+    versions: Mapping[str, str] = field(default_factory=lambda: _versions())
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, fit for JSON and for a checkpoint read with `weights_only=True`."""
+        return json.loads(json.dumps(asdict(self)))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Manifest:
+        """The inverse of `as_dict`."""
+        return cls(**{**values, "phrases": tuple(values["phrases"]), "weights": tuple(values["weights"])})
+
+    def with_(self, **changes: Any) -> Manifest:
+        """A copy with some facts changed."""
+        return replace(self, **changes)
+
+    def write(self, folder: Path) -> None:
+        """Write `manifest.json`."""
+        (folder / MANIFEST).write_text(json.dumps(self.as_dict(), indent=1, ensure_ascii=False) + "\n")
+
+
+def _versions() -> dict[str, str]:
+    packages = ("vessel", "torch", "lightning", "transformers", "peft", "sam2")
+    return {"python": platform.python_version()} | {p: version(p) for p in packages}

@@ -1,0 +1,188 @@
+"""The system around the network: steps, losses, metrics, optimizer, and what a checkpoint holds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from lightning import LightningModule
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from vessel.batch import Batch, Output, StepOutput
+from vessel.errors import VesselError
+from vessel.losses import lm_loss
+from vessel.metrics.overlap import OverlapSweep
+from vessel.model.sa2va import Sa2VA
+
+
+class Objective(Protocol):
+    """A mask loss, see `vessel.losses`."""
+
+    @property
+    def lm_weight(self) -> float:
+        """Weight of the language-model loss."""
+
+    def __call__(self, mask_logits: Tensor, masks: Sequence[Tensor], frame_size: int) -> Mapping[str, Tensor]:
+        """Weighted mask losses by name."""
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """AdamW with linear warm-up, then cosine to `final` of the learning rate, by optimizer steps.
+
+    Attributes:
+        lr: highest learning rate.
+        weight_decay: on matrices; vectors (biases, norms, scales) do not decay.
+        betas: of AdamW.
+        warmup: share of all steps.
+        final: share of `lr` at the last step.
+    """
+
+    lr: float = 4e-5
+    weight_decay: float = 0.05
+    betas: Sequence[float] = (0.9, 0.999)
+    warmup: float = 0.05
+    final: float = 0.0
+
+    def factor(self, step: int, steps: int) -> float:
+        """Share of `lr` at optimizer step `step` (0-based) of `steps`."""
+        warm = max(1, round(self.warmup * steps))
+        if step < warm:
+            return (step + 1) / warm
+        done = min(1.0, (step - warm) / max(1, steps - warm))
+        return self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+class VesselTask(LightningModule):
+    """Sa2VA in training, validation and test.
+
+    Args:
+        build: makes the network, weights loaded and adapters in place; called once, by `configure_model`.
+        objective: mask loss and weight of the language-model loss.
+        optimizer: learning rate and its course.
+        keep_frozen: whether a checkpoint holds frozen tensors too; needed when they are not the weights of a source.
+        manifest: plain facts of the run that every checkpoint carries.
+        threshold: probability above which a pixel is vessel in val and test metrics.
+    """
+
+    def __init__(
+        self,
+        build: Callable[[], Sa2VA],
+        *,
+        objective: Objective,
+        optimizer: OptimizerSettings,
+        keep_frozen: bool,
+        manifest: Mapping[str, Any],
+        threshold: float = 0.5,
+    ) -> None:
+        super().__init__()
+        self.build, self.objective, self.optimizer_settings = build, objective, optimizer
+        self.keep_frozen, self.manifest = keep_frozen, dict(manifest)
+        self.strict_loading = False  # `on_load_checkpoint` checks by name what has to be there
+        self.network: Sa2VA | None = None
+        self.overlap = nn.ModuleDict({f"{stage}_overlap": OverlapSweep((threshold,)) for stage in ("val", "test")})
+
+    def configure_model(self) -> None:
+        """Build the network, under the strategy's own context."""
+        if self.network is None:
+            self.network = self.build()
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Loss of a batch."""
+        return self._step(batch, "train")[0]
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> StepOutput:
+        """Loss and probabilities of a batch."""
+        return self._scored(batch, "val")
+
+    def test_step(self, batch: Batch, batch_idx: int) -> StepOutput:
+        """Loss and probabilities of a batch."""
+        return self._scored(batch, "test")
+
+    def on_validation_epoch_end(self) -> None:
+        """Log Dice, IoU, precision and recall per image, patient and phrase."""
+        self._log_overlap("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log Dice, IoU, precision and recall per image, patient and phrase."""
+        self._log_overlap("test")
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """AdamW over trainable parameters only."""
+        settings = self.optimizer_settings
+        trainable = [p for p in self.parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for p in trainable if p.ndim > 1], "weight_decay": settings.weight_decay},
+            {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+        optimizer: Optimizer = AdamW([g for g in groups if g["params"]], lr=settings.lr, betas=tuple(settings.betas))
+        steps = int(self.trainer.estimated_stepping_batches)
+        scheduler = LambdaLR(optimizer, lambda step: settings.factor(step, steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what cannot be found elsewhere: trained tensors, frozen ones on demand, and the run's manifest."""
+        trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        state = checkpoint["state_dict"]
+        if not self.keep_frozen:
+            checkpoint["state_dict"] = {name: tensor for name, tensor in state.items() if name in trained}
+        checkpoint["vessel"] = self.manifest
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint that lacks a tensor this run trains."""
+        state = checkpoint["state_dict"]
+        own = {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+        wrong = [n for n, p in own.items() if n not in state or state[n].shape != p.shape]
+        if wrong:
+            raise VesselError(
+                f"ckpt: {len(wrong)} of {len(own)} trained tensors are missing or misshapen (first: {wrong[0]}); "
+                "resume with the configuration of the run that wrote it"
+            )
+
+    def _step(self, batch: Batch, stage: str) -> tuple[Tensor, Output]:
+        assert self.network is not None
+        assert batch.masks is not None
+        output = self.network(batch)
+        losses = dict(self.objective(output.mask_logits, batch.masks, self.network.grounding.image_size))
+        losses["lm_loss"] = self.objective.lm_weight * lm_loss(output.lm_logits, output.lm_targets)
+        loss = torch.stack(list(losses.values())).sum()
+        logged = {f"{stage}/{name}": value.detach() for name, value in (losses | {"loss": loss}).items()}
+        in_training = stage == "train"
+        self.log_dict(
+            logged,
+            batch_size=len(batch),
+            on_step=in_training,
+            on_epoch=not in_training,
+            sync_dist=not in_training,
+        )
+        return loss, output
+
+    def _scored(self, batch: Batch, stage: str) -> StepOutput:
+        assert self.network is not None
+        assert batch.masks is not None
+        loss, output = self._step(batch, stage)
+        probabilities = self.network.probabilities(output, batch)
+        self.overlap[f"{stage}_overlap"].update(
+            probabilities,
+            batch.masks,
+            ids=batch.ids,
+            patients=batch.patients,
+            videos=batch.videos,
+            phrases=batch.phrases,
+        )
+        emitted = self.network.emitted(output)
+        self.log(
+            f"{stage}/seg_emission", emitted.float().mean(), batch_size=len(emitted), on_epoch=True, sync_dist=True
+        )
+        return StepOutput(loss.detach(), probabilities, emitted)
+
+    def _log_overlap(self, stage: str) -> None:
+        metric = self.overlap[f"{stage}_overlap"]
+        assert isinstance(metric, OverlapSweep)
+        self.log_dict({f"{stage}/{name}": value.float() for name, value in metric.compute().items()})
+        metric.reset()

@@ -1,0 +1,77 @@
+import numpy as np
+import pytest
+import torch
+
+from vessel.batch import Views
+from vessel.data.transforms import Augmentation, cut_tiles, tile_grid, whole_frame
+
+# Width, height -> grid and tiles with thumbnail, the golden table of the specification, section 1.3.
+TILINGS = {
+    (448, 448): ((1, 1), 1), (512, 512): ((1, 1), 1), (565, 584): ((1, 1), 1), (700, 605): ((2, 2), 5),
+    (768, 768): ((2, 2), 5), (800, 800): ((2, 2), 5), (999, 960): ((3, 3), 10), (1024, 1024): ((3, 3), 10),
+    (2048, 2048): ((3, 3), 10), (640, 480): ((4, 3), 13), (1024, 768): ((4, 3), 13), (1280, 720): ((4, 2), 9),
+    (3504, 2336): ((3, 2), 7),
+}  # fmt: skip
+PUBLIC = Views(tile=448, tokens_per_tile=256, max_tiles=12, frame=1024)
+
+
+@pytest.mark.parametrize(("size", "expected"), TILINGS.items())
+def test_golden_table_of_tilings(size, expected):
+    grid = tile_grid(*size, tile=448, max_tiles=12)
+    tiles = grid[0] * grid[1]
+    assert (grid, tiles + (tiles > 1)) == expected
+
+
+def test_tiles_run_row_by_row_with_the_thumbnail_last():
+    views = Views(tile=8, tokens_per_tile=4, max_tiles=4, frame=16)
+    image = np.zeros((16, 16, 3), np.uint8)
+    image[:8, :8], image[:8, 8:], image[8:, :8], image[8:, 8:] = 10, 20, 30, 40
+    tiles = cut_tiles(image, views)
+    assert tiles.shape == (5, 3, 8, 8)
+    assert [int(tile.float().mean()) for tile in tiles] == [10, 20, 30, 40, 25]
+
+
+def test_whole_frame_ignores_the_aspect_ratio():
+    frame = whole_frame(np.full((10, 30, 3), 7, np.uint8), PUBLIC)
+    assert frame.shape == (3, 1024, 1024)
+    assert frame.dtype == torch.uint8
+    assert (frame == 7).all()
+
+
+def _scene():
+    image = np.zeros((64, 64, 3), np.uint8)
+    masks = np.zeros((2, 64, 64), bool)
+    masks[0, 10:30, 12:40] = True
+    masks[1, 40:60, 5:25] = True
+    image[masks[0]] = 120
+    image[masks[1]] = 220
+    return image, masks
+
+
+def test_image_and_masks_move_together():
+    image, masks = _scene()
+    steady = Augmentation(brightness=0.0, contrast=0.0, gamma=0.0, blur=0.0, noise=0.0)
+    for seed in range(10):
+        moved, moved_masks = steady(image, masks, seed)
+        assert moved_masks.dtype == bool
+        bright = moved[..., 0] > 170
+        assert (bright & moved_masks[1]).sum() / max(1, (bright | moved_masks[1]).sum()) > 0.85
+
+
+def test_the_same_seed_gives_the_same_change():
+    image, masks = _scene()
+    augmentation = Augmentation()
+    first, again, other = (augmentation(image, masks, seed) for seed in (3, 3, 4))
+    assert np.array_equal(first[0], again[0])
+    assert np.array_equal(first[1], again[1])
+    assert not np.array_equal(first[0], other[0])
+
+
+def test_nothing_changes_when_everything_is_off():
+    image, masks = _scene()
+    off = Augmentation(
+        flip=False, rotate=0.0, scale=0.0, shift=0.0, brightness=0.0, contrast=0.0, gamma=0.0, blur=0.0, noise=0.0
+    )
+    same, same_masks = off(image, masks, 1)
+    assert np.array_equal(same, image)
+    assert np.array_equal(same_masks, masks)

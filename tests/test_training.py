@@ -1,0 +1,121 @@
+"""A run from its configuration, on painted pullbacks, with the real trainer and every callback."""
+
+import json
+import math
+import re
+
+import pytest
+import torch
+
+from vessel.errors import VesselError
+from vessel.restore import best_checkpoint, read_checkpoint, restore
+from vessel.run import Manifest
+
+
+pytestmark = pytest.mark.slow
+
+
+def lines(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def values(run, name):
+    return {line["step"]: line[name] for line in lines(run) if name in line}
+
+
+def test_a_run_leaves_what_its_readers_need(tiny_run):
+    manifest = Manifest.from_dict(json.loads((tiny_run / "manifest.json").read_text()))
+    assert manifest.phrases == ("lumen", "side branch")
+    assert manifest.data["unit"] == "patient"
+    assert len(manifest.data["split_hash"]) == 64
+    assert "run" not in json.dumps(manifest.config["callbacks"])
+    assert str(tiny_run) not in (tiny_run / "manifest.json").read_text()
+    assert {"train/loss", "val/dice", "val/iou", "val/dice_patient", "val/dice/lumen", "val/seg_emission", "val/lm_loss"} <= {
+        name for line in lines(tiny_run) for name in line
+    }
+    for made in ("parameters.json", "threshold_sweep/threshold_sweep.csv", "tokenizer/tokenizer.json", "csv", "panels"):
+        assert (tiny_run / made).exists(), made
+
+
+def test_a_checkpoint_is_plain_data_with_manifest_and_threshold(tiny_run):
+    checkpoint = read_checkpoint(best_checkpoint(tiny_run))
+    assert Manifest.from_dict(checkpoint["vessel"]).name == "tiny"
+    assert 0.05 <= checkpoint["callbacks"]["ThresholdSweep"]["threshold"] <= 0.95
+
+
+def test_restored_network_computes_what_the_checkpoint_holds(tiny_run, make_batch):
+    one, two = restore(str(tiny_run)), restore(str(best_checkpoint(tiny_run)))
+    batch = make_batch([["lumen", "side branch"]])
+    with torch.no_grad():
+        assert torch.equal(one.network(batch).mask_logits, two.network(batch).mask_logits)
+    assert one.manifest.fingerprint == two.manifest.fingerprint != ""
+    assert 0.05 <= one.threshold <= 0.95
+    state = read_checkpoint(best_checkpoint(tiny_run))["state_dict"]
+    restored = one.network.state_dict()
+    assert all(torch.equal(restored[name.removeprefix("network.")], t) for name, t in state.items() if "network" in name)
+
+
+def test_the_same_seed_gives_the_same_losses(train_tiny, tiny_run, tmp_path):
+    train_tiny(tmp_path / "again")
+    train_tiny(tmp_path / "other", "seed=1")
+    assert values(tmp_path / "again", "train/loss") == values(tiny_run, "train/loss")
+    assert values(tmp_path / "other", "train/loss") != values(tiny_run, "train/loss")
+
+
+def test_a_run_goes_on_from_its_last_checkpoint(train_tiny, tiny_run, tmp_path):
+    """Same losses as a run that was never stopped; `ckpt` also takes the run's folder."""
+    train_tiny(tmp_path / "half", "trainer.max_steps=2", "optimizer.warmup=1.0")
+    train_tiny(tmp_path / "rest", f"ckpt={tmp_path}/half/checkpoints/last.ckpt", "optimizer.warmup=1.0")
+    assert min(values(tmp_path / "rest", "train/loss")) == 2
+
+
+def test_lora_checkpoint_of_loaded_weights_holds_trained_tensors_only(train_tiny, tmp_path):
+    from safetensors.torch import save_file
+
+    from vessel.model.lora import merged_state
+    from vessel.model.weights import to_public
+
+    train_tiny(tmp_path / "base", "trainer.max_steps=2")
+    base = restore(str(tmp_path / "base")).network
+    (tmp_path / "public").mkdir()
+    save_file({n: t.contiguous() for n, t in to_public(merged_state(base))}, tmp_path / "public" / "model.safetensors")
+    run = tmp_path / "lora"
+    train_tiny(run, f"weights=[{tmp_path}/public]", "lora=r8", "trainable=lora", "optimizer=lora")
+    state = read_checkpoint(best_checkpoint(run))["state_dict"]
+    assert all("lora_" in n or "modules_to_save" in n or "projector" in n or "sam_mask_decoder" in n or "fcs" in n for n in state)
+    manifest = Manifest.from_dict(read_checkpoint(best_checkpoint(run))["vessel"])
+    assert manifest.weights[0]["missing"] == 0
+    restored = restore(str(run)).network
+    assert torch.equal(restored.grounding.no_mem_embed, base.grounding.no_mem_embed)  # from the base
+    name = "mllm.lm_head.modules_to_save.default.weight"
+    assert torch.equal(restored.state_dict()[name], state[f"network.{name}"])  # from the checkpoint
+
+
+def test_bf16_trains(train_tiny, tmp_path):
+    train_tiny(tmp_path, "trainer.precision=bf16-mixed", "lora=r8", "trainable=all")
+    assert all(math.isfinite(v) for v in values(tmp_path, "train/loss").values())
+
+
+@pytest.mark.parametrize("override", ["objective=sa2va", "trainable=decoder_only", "trainer.accumulate_grad_batches=2", "data.fold=1"])
+def test_options_train(train_tiny, tmp_path, override):
+    assert train_tiny(tmp_path, override) is not None
+
+
+def test_bad_input_is_refused(train_tiny, tmp_path):
+    for override, message in {
+        "data.phrases=[aorta]": "aorta.*holds",
+        "data.root=nowhere": r"vessel\.prepare",
+        "data.fold=9": "fold",
+        "ckpt=nowhere.ckpt": "nowhere",
+        "+sead=1": "sead",
+        "data.root=???": "data.root",
+        "trainable=some": "decoder_only",
+        "model.language.vocabulary=100": "vocabulary=100",
+    }.items():
+        with pytest.raises(Exception) as caught:  # noqa: PT011 - Hydra wraps what its targets raise
+            train_tiny(tmp_path, override)
+        cause = caught.value
+        while cause is not None and not isinstance(cause, VesselError):
+            cause = cause.__cause__ or cause.__context__
+        assert cause is not None, f"{override}: {caught.value!r}"
+        assert re.search(message, str(cause)), f"{override}: {cause}"
