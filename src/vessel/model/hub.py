@@ -122,22 +122,8 @@ def public_config(network: Sa2VA, *, template: str, views: Views, dtype: str) ->
         dtype: key of `DTYPES`.
     """
     dtype_name = str(DTYPES[dtype]).removeprefix("torch.")
-    text: Any = network.mllm.config.text_config
-    vision: Any = network.mllm.config.vision_config
-    kept = (
-        "hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "num_key_value_heads",
-        "vocab_size", "max_position_embeddings", "rms_norm_eps", "hidden_act", "attention_dropout", "initializer_range",
-        "use_sliding_window", "eos_token_id", "pad_token_id", "bos_token_id",
-    )  # fmt: skip
-    llm = {name: getattr(text, name) for name in kept}
-    llm |= {
-        "architectures": ["Qwen2ForCausalLM"],
-        "model_type": "qwen2",
-        "rope_theta": text.rope_parameters["rope_theta"],
-        "tie_word_embeddings": False,
-        "dtype": dtype_name,
-    }
     module = "modeling_sa2va_chat.Sa2VAChatModel"
+    language = _language_config(network) | {"dtype": dtype_name}
     return {
         "architectures": ["Sa2VAChatModel"],
         "model_type": "sa2va_chat",
@@ -147,7 +133,7 @@ def public_config(network: Sa2VA, *, template: str, views: Views, dtype: str) ->
             "AutoModelForCausalLM": module,
         },
         "template": template,
-        "hidden_size": text.hidden_size,
+        "hidden_size": language["hidden_size"],
         "force_image_size": views.tile,
         "downsample_ratio": 0.5,
         "ps_version": "v2",
@@ -161,25 +147,42 @@ def public_config(network: Sa2VA, *, template: str, views: Views, dtype: str) ->
         "use_backbone_lora": 0,
         "tie_word_embeddings": False,
         "dtype": dtype_name,
-        "llm_config": llm,
-        "vision_config": {
-            "architectures": ["InternVisionModel"],
-            "model_type": "intern_vit_6b",
-            "hidden_size": vision.hidden_size,
-            "intermediate_size": vision.intermediate_size,
-            "num_attention_heads": vision.num_attention_heads,
-            "num_hidden_layers": vision.num_hidden_layers,
-            "image_size": views.tile,
-            "patch_size": vision.patch_size[0],
-            "num_channels": vision.num_channels,
-            "layer_norm_eps": vision.layer_norm_eps,
-            "hidden_act": vision.hidden_act,
-            "initializer_range": vision.initializer_range,
-            "norm_type": "layer_norm",
-            "qkv_bias": True,
-            "qk_normalization": False,
-            "drop_path_rate": 0.0,
-            "use_flash_attn": False,
-            "dtype": dtype_name,
-        },
+        "llm_config": language,
+        "vision_config": _vision_config(network) | {"dtype": dtype_name},
+    }
+
+
+def _language_config(network: Sa2VA) -> dict[str, Any]:
+    text: Any = network.mllm.config.text_config
+    kept = (
+        "hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "num_key_value_heads",
+        "vocab_size", "max_position_embeddings", "rms_norm_eps", "hidden_act", "attention_dropout", "initializer_range",
+        "use_sliding_window", "eos_token_id", "pad_token_id", "bos_token_id",
+    )  # fmt: skip
+    return {
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        **{name: getattr(text, name) for name in kept},
+        "rope_theta": text.rope_parameters["rope_theta"],
+        "tie_word_embeddings": False,
+    }
+
+
+def _vision_config(network: Sa2VA) -> dict[str, Any]:
+    vision: Any = network.mllm.config.vision_config
+    kept = (
+        "hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "num_channels",
+        "layer_norm_eps", "hidden_act", "initializer_range",
+    )  # fmt: skip
+    return {
+        "architectures": ["InternVisionModel"],
+        "model_type": "intern_vit_6b",  # the public code's name for every InternViT
+        **{name: getattr(vision, name) for name in kept},
+        "image_size": vision.image_size[0],
+        "patch_size": vision.patch_size[0],
+        "norm_type": "layer_norm",
+        "qkv_bias": True,
+        "qk_normalization": False,
+        "drop_path_rate": 0.0,
+        "use_flash_attn": False,
     }

@@ -1,0 +1,26 @@
+"""`python -m vessel.predict ckpt=… images=FILE|FOLDER|DATASET phrases=[a,b] out=DIR`: masks for images.
+
+Options: `--help`.
+"""
+
+from __future__ import annotations
+
+import hydra
+from omegaconf import DictConfig
+
+from vessel.conf_path import CONF
+from vessel.errors import told_to_the_user
+
+
+@hydra.main(version_base="1.3", config_path=CONF, config_name="predict")
+def main(cfg: DictConfig) -> None:
+    """Read the options and predict."""
+    with told_to_the_user():
+        from vessel.options import typed
+        from vessel.prediction import Options, predict
+
+        predict(typed(cfg, Options, "vessel.predict"))
+
+
+if __name__ == "__main__":
+    main()

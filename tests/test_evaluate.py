@@ -1,0 +1,199 @@
+"""`vessel.evaluate`, through its function and once as a user runs it."""
+
+import csv
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from vessel.cleanup import Cleanup
+from vessel.data.catalog import Catalog
+from vessel.data.masks import read_mask
+from vessel.errors import VesselError
+from vessel.evaluation import DataOptions, Options, evaluate
+from vessel.prediction import Options as PredictOptions
+from vessel.prediction import predict
+from vessel.proof import drawn_image, masks_of
+from vessel.restore import best_checkpoint, restore
+
+pytestmark = pytest.mark.slow
+
+
+def set_threshold(run, threshold):
+    file = best_checkpoint(run)
+    checkpoint = torch.load(file, weights_only=True)
+    checkpoint["callbacks"]["ThresholdSweep"]["threshold"] = threshold
+    torch.save(checkpoint, file)
+
+
+@pytest.fixture
+def run_folder(tiny_run, tmp_path):
+    """A copy of the run without results, with a threshold at which its hardly trained network draws something."""
+    shutil.copytree(tiny_run, tmp_path / "run")
+    probabilities = masks_of(str(tiny_run), {"drawn": drawn_image(64)})["drawn"]
+    set_threshold(tmp_path / "run", float(np.median(probabilities)))
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def score(run_folder, tmp_path):
+    def call(**changes):
+        root = changes.pop("root", None)
+        defaults = {
+            "ckpt": str(run_folder), "split": "test", "out": None, "other_data": False, "overwrite": False,
+            "batch_size": 3, "workers": 0, "device": "cpu",
+        }  # fmt: skip
+        return evaluate(Options(**defaults | changes, data=DataOptions(root and str(root))), tmp_path / "elsewhere")
+
+    return call
+
+
+@pytest.fixture
+def damaged(oct_set, tmp_path):
+    """The data set with one test image cut short."""
+    shutil.copytree(oct_set, tmp_path / "damaged")
+    catalog = Catalog.open(tmp_path / "damaged")
+    frame = catalog.part("test")[1]
+    image = catalog.root / frame.image
+    image.write_bytes(image.read_bytes()[:500])
+    return catalog.root, frame
+
+
+def test_figures_are_those_of_the_masks_that_predict_writes(score, run_folder, oct_set, tmp_path):
+    report = score()
+    options = {"phrases": None, "split": "test", "decode": "forced", "threshold": "auto", "cleanup": Cleanup()}
+    rest = {"overwrite": False, "batch_size": 1, "workers": 0, "device": "cpu"}
+    predicted = predict(PredictOptions(str(run_folder), str(oct_set), str(tmp_path / "masks"), **options, **rest))
+    frames = Catalog.open(oct_set).frames
+    dice = []
+    for image in predicted["images"]:
+        frame = frames[image["id"]]
+        size = (frame.height, frame.width)
+        truth = frame.masks["lumen"]
+        a = read_mask(tmp_path / "masks" / image["phrases"]["lumen"]["mask"], size)
+        b = np.zeros(size, bool) if truth is None else read_mask(oct_set / truth, size)
+        total = a.sum() + b.sum()
+        dice.append(2 * (a & b).sum() / total if total else 1.0)
+    assert np.mean(dice) > 0
+    assert report["summary"]["lumen"]["dice"]["mean"] == pytest.approx(np.mean(dice), abs=1e-3)
+    assert report["summary"].keys() == {"all", "lumen", "side branch"}
+    assert report["summary"]["all"]["dice"]["n_images"] == report["n_ok"] == 4
+
+
+def test_results_folder(score, run_folder):
+    report = score()
+    out = run_folder / "evaluate/test"
+    assert json.loads((out / "metrics.json").read_text()) == report
+    rows = list(csv.DictReader((out / "per_image.csv").open()))
+    assert len(rows) == 4 * 2
+    panels = sorted(path.name.split("_p")[0] for path in (out / "panels").iterdir())
+    assert panels == ["best", "first_1", "first_2", "first_3", "median", "worst"]
+    assert 0 <= report["seg_emission"] <= 1
+    assert report["note"] == ""
+
+
+def test_best_and_worst_panels_are_those_of_the_table(score, run_folder):
+    score()
+    by_image = {}
+    for row in csv.DictReader((run_folder / "evaluate/test/per_image.csv").open()):
+        by_image.setdefault(row["id"], []).append(float(row["dice"]))
+    means = {name: np.mean(values) for name, values in by_image.items()}
+    panels = run_folder / "evaluate/test/panels"
+    [worst], [best] = panels.glob("worst_*"), panels.glob("best_*")
+    assert means[worst.stem.removeprefix("worst_")] == min(means.values())
+    assert means[best.stem.removeprefix("best_")] == max(means.values())
+
+
+def test_guard_I8_the_report_says_which_weights_it_is_about(score, run_folder):
+    report = score()
+    assert report["run"] == "tiny"
+    assert report["fingerprint"] == restore(str(run_folder)).manifest.fingerprint != ""
+    assert report["source"].endswith(best_checkpoint(run_folder).name)
+
+
+def test_guard_I6_the_threshold_is_the_stored_one_and_never_chosen_here(score, run_folder):
+    for stored in (0.05, 0.95):
+        set_threshold(run_folder, stored)
+        report = score(overwrite=True)
+        assert report["threshold"] == stored
+        assert "chosen on validation" in report["threshold_source"]
+    set_threshold(run_folder, None)
+    report = score(overwrite=True)
+    assert report["threshold"] == 0.5
+    assert "No threshold was chosen" in report["note"]
+
+
+def test_guard_I1_an_image_that_fails_is_counted_and_never_scored(score, damaged, run_folder):
+    root, frame = damaged
+    report = score(root=root)
+    assert (report["n_ok"], report["n_failed"]) == (3, 1)
+    [failure] = report["failures"]
+    assert (failure["id"], failure["file"]) == (frame.id, frame.image)
+    assert str(root) not in json.dumps(failure)
+    assert frame.id not in (run_folder / "evaluate/test/per_image.csv").read_text()
+    assert report["summary"]["all"]["dice"]["n_images"] == 3
+
+
+def test_when_nothing_could_be_scored_the_command_fails(score, damaged, run_folder):
+    root, _ = damaged
+    for frame in Catalog.open(root).part("test"):
+        (root / frame.image).write_bytes(b"")
+    with pytest.raises(VesselError, match="none of 4 images"):
+        score(root=root)
+    report = json.loads((run_folder / "evaluate/test/metrics.json").read_text())
+    assert (report["n_ok"], report["n_failed"], report["summary"]) == (0, 4, {})
+
+
+def test_guard_D9_other_data_must_be_asked_for_by_name(score, oct_set, tmp_path):
+    shutil.copytree(oct_set, tmp_path / "moved")
+    assert score(root=tmp_path / "moved")["data"]["same_as_run"]
+    other = tmp_path / "other"
+    command = [sys.executable, "-m", "vessel.prepare", "source=synthetic", f"out={other}", "synthetic.patients=4"]
+    subprocess.run([*command, "synthetic.frames=2", "synthetic.size=64"], check=True, cwd=tmp_path, capture_output=True)
+    with pytest.raises(VesselError, match="other_data=true"):
+        score(root=other)
+    report = score(root=other, other_data=True)
+    assert not report["data"]["same_as_run"]
+    assert "not the data set of the run" in report["note"]
+
+
+def test_training_and_validation_images_are_called_so(score):
+    assert "training images" in score(split="train")["note"]
+    assert "were chosen on these images" in score(split="val")["note"]
+    with pytest.raises(VesselError, match="split=dev"):
+        score(split="dev")
+
+
+def test_guard_I10_results_of_other_weights_are_not_written_over(score, run_folder, tmp_path):
+    first = score(out=str(tmp_path / "results"))
+    assert score(out=str(tmp_path / "results")) == first
+    other = run_folder / "checkpoints/other.ckpt"
+    checkpoint = torch.load(best_checkpoint(run_folder), weights_only=True)
+    name = next(iter(checkpoint["state_dict"]))
+    checkpoint["state_dict"][name] = checkpoint["state_dict"][name] + 1
+    torch.save(checkpoint, other)
+    with pytest.raises(VesselError, match="results of other weights"):
+        score(ckpt=str(other), out=str(tmp_path / "results"))
+    assert json.loads((tmp_path / "results/metrics.json").read_text()) == first
+    assert score(ckpt=str(other), out=str(tmp_path / "results"), overwrite=True)["fingerprint"] != first["fingerprint"]
+
+
+def test_a_checkpoint_outside_a_run_gets_the_default_folder(score, run_folder, tmp_path):
+    lone = tmp_path / "lone.ckpt"
+    shutil.copy(best_checkpoint(run_folder), lone)
+    shutil.copytree(run_folder / "tokenizer", tmp_path / "tokenizer", dirs_exist_ok=True)
+    score(ckpt=str(lone))
+    assert (tmp_path / "elsewhere/metrics.json").is_file()
+
+
+def test_as_a_user_runs_it(run_folder, tmp_path):
+    command = [sys.executable, "-m", "vessel.evaluate", "ckpt=run", "split=val"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (run_folder / "evaluate/val/metrics.json").is_file()
+    for told in ("lumen", "recall", "intervals", "threshold", "note:", "evaluate/val"):
+        assert told in done.stdout

@@ -1,0 +1,187 @@
+"""A trained network that is asked: failures, batches, and answers given or generated."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from vessel.batch import collate
+from vessel.data.dataset import make_sample
+from vessel.data.inputs import find_images
+from vessel.data.prompt import ANSWERS
+from vessel.errors import VesselError
+from vessel.inference import Failure, Prediction, Predictor, choose_device, without_truth
+from vessel.losses import lm_loss
+from vessel.restore import restore
+
+pytestmark = pytest.mark.slow  # the run that is restored takes seconds
+PHRASES = ("lumen", "side branch")
+
+
+@pytest.fixture
+def restored(tiny_run):
+    return restore(str(tiny_run))
+
+
+@pytest.fixture
+def scans(tmp_path):
+    """Five noisy pictures, the third of them cut short."""
+    rng = np.random.default_rng(0)
+    for i in range(5):
+        Image.fromarray(rng.integers(0, 256, (40 + i, 50, 3), dtype=np.uint8)).save(tmp_path / f"scan {i}.png")
+    cut = tmp_path / "scan 2.png"
+    cut.write_bytes(cut.read_bytes()[:900])
+    return tmp_path
+
+
+def ask(restored, scans, *, batch_size=2, workers=0, **options):
+    targets = find_images(str(scans))
+    predictor = Predictor(restored, device="cpu", **options)
+    load = without_truth(targets, PHRASES, restored)
+    return list(predictor.predict(targets, load, batch_size=batch_size, workers=workers))
+
+
+def test_probabilities_have_the_size_of_the_image(restored, scans):
+    answers = ask(restored, scans)
+    good = [a for a in answers if isinstance(a, Prediction)]
+    assert [a.target.id for a in good] == ["scan 0", "scan 1", "scan 3", "scan 4"]
+    for answer, height in zip(good, (40, 41, 43, 44), strict=True):
+        assert [p.shape for p in answer.probabilities] == [(height, 50)] * 2
+        assert all(0 <= p.min() <= p.max() <= 1 for p in answer.probabilities)
+        assert answer.answers == (ANSWERS[0],) * 2
+
+
+def test_guard_I1_an_unreadable_image_is_a_failure_and_the_others_go_on(restored, scans):
+    answers = ask(restored, scans)
+    [failure] = [a for a in answers if isinstance(a, Failure)]
+    assert answers.index(failure) == 2
+    assert (failure.id, failure.file) == ("scan 2", "scan 2.png")
+    assert "cannot be read as an image" in failure.reason
+    assert str(scans) not in failure.reason
+
+
+def test_batches_and_workers_change_nothing(restored, scans):
+    one, many = ask(restored, scans, batch_size=1), ask(restored, scans, batch_size=4, workers=1)
+    assert [type(a) for a in one] == [type(a) for a in many]
+    for a, b in zip(one, many, strict=True):
+        if isinstance(a, Prediction):
+            assert torch.allclose(torch.stack(a.probabilities), torch.stack(b.probabilities), atol=1e-5)
+
+
+def test_same_probabilities_as_the_network_gives(restored, scans):
+    target = find_images(str(scans))[0]
+    image = np.asarray(Image.open(target.file))
+    batch = collate([make_sample(image, PHRASES, restored.prompt, restored.views)], restored.prompt.token_ids.pad)
+    with torch.no_grad():
+        logits = restored.network(batch).mask_logits[:, None]
+    side = restored.views.frame
+    full = torch.nn.functional.interpolate(logits, (side, side), mode="bilinear")
+    expected = torch.nn.functional.interpolate(full, image.shape[:2], mode="bilinear")[:, 0].sigmoid()
+    answer = ask(restored, scans)[0]
+    assert torch.allclose(torch.stack(answer.probabilities), expected, atol=1e-6)
+
+
+def test_guard_I7_a_batch_too_large_for_the_memory_is_asked_image_by_image(restored, scans):
+    def small_memory(_, arguments):
+        if len(arguments[0]) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    restored.network.register_forward_pre_hook(small_memory)
+    assert [type(a) for a in ask(restored, scans, batch_size=4)].count(Prediction) == 4
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory."),
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+    ],
+    ids=["gpu", "python", "cpu"],
+)
+def test_guard_I7_out_of_memory_is_a_failure_and_no_score(restored, scans, error):
+    def no_memory(_, arguments):
+        if arguments[0].sizes[-1] == (40, 50):
+            raise error
+
+    restored.network.register_forward_pre_hook(no_memory)
+    answers = ask(restored, scans, batch_size=1)
+    assert isinstance(answers[0], Failure)
+    assert "out of memory" in answers[0].reason
+    assert isinstance(answers[1], Prediction)
+
+
+def test_guard_I1_values_that_are_not_finite_are_a_failure(restored, scans):
+    with torch.no_grad():
+        restored.network.text_hidden_fcs[0].bias[0] = float("nan")
+    assert all("not finite" in a.reason for a in ask(restored, scans) if a.id != "scan 2")
+
+
+def test_other_errors_are_not_swallowed(restored, scans):
+    def broken(*_):
+        raise RuntimeError("a defect")
+
+    restored.network.register_forward_pre_hook(broken)
+    with pytest.raises(RuntimeError, match="a defect"):
+        ask(restored, scans)
+
+
+def test_an_interrupt_passes(restored, scans):
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        list(Predictor(restored, device="cpu").predict(find_images(str(scans)), interrupted))
+
+
+def test_an_answer_without_seg_has_no_mask(restored, scans):
+    """Four steps teach nobody to speak."""
+    answers = [a for a in ask(restored, scans, decode="generate") if isinstance(a, Prediction)]
+    assert len(answers) == 4
+    for answer in answers:
+        for text, probability, emitted in zip(answer.answers, answer.probabilities, answer.emitted, strict=True):
+            assert (probability is not None) == ("[SEG]" in text)
+            assert emitted <= ("[SEG]" in text)
+
+
+@pytest.fixture
+def speaking(restored, scans):
+    """The restored network after it has learnt the standard answer by heart."""
+    image = np.asarray(Image.open(scans / "scan 0.png"))
+    sample = make_sample(image, PHRASES, restored.prompt, restored.views)
+    batch = collate([sample], restored.prompt.token_ids.pad)
+    network = restored.network.train()
+    optimizer = torch.optim.Adam((p for p in network.mllm.parameters() if p.requires_grad), lr=3e-3)
+    for _ in range(60):
+        output = network(batch)
+        loss = lm_loss(output.lm_logits, output.lm_targets)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return replace(restored, network=network.eval())
+
+
+def test_the_same_words_give_the_same_masks_to_the_bit(speaking, scans):
+    taught, said = ask(speaking, scans), ask(speaking, scans, decode="generate")
+    for a, b in zip(taught, said, strict=True):
+        if isinstance(a, Prediction):
+            assert b.answers == a.answers == ("Sure, [SEG].",) * 2
+            assert b.emitted == (True, True)
+            assert all(torch.equal(x, y) for x, y in zip(a.probabilities, b.probabilities, strict=True))
+
+
+def test_options_that_do_not_exist():
+    with pytest.raises(VesselError, match="device=tpu"):
+        choose_device("tpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(VesselError, match="no GPU"):
+            choose_device("cuda")
+
+
+def test_an_unknown_decoder_and_an_empty_batch_are_refused(restored, scans):
+    with pytest.raises(VesselError, match="decode=sampled"):
+        Predictor(restored, decode="sampled")
+    with pytest.raises(VesselError, match="batch_size=0"):
+        ask(restored, scans, batch_size=0)

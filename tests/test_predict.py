@@ -1,0 +1,192 @@
+"""`vessel.predict`, through its function and once as a user runs it."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vessel.cleanup import Cleanup
+from vessel.errors import VesselError
+from vessel.prediction import Options, predict
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def scans(tmp_path):
+    """Pictures of every kind a user has, two of them of one stem."""
+    rng = np.random.default_rng(0)
+    folder = tmp_path / "scans"
+    for name, shape in {"a/x 1.png": (40, 50, 3), "b/x 1.png": (30, 30), "ä.jpg": (33, 44, 3)}.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)).save(folder / name)
+    Image.fromarray(rng.integers(0, 4096, (20, 24), dtype=np.uint16)).save(folder / "deep.tif")
+    return folder
+
+
+@pytest.fixture
+def options(tiny_run, scans, tmp_path):
+    def make(**changes):
+        defaults = {
+            "ckpt": str(tiny_run), "images": str(scans), "out": str(tmp_path / "out"), "phrases": None, "split": None,
+            "decode": "forced", "threshold": "auto", "cleanup": Cleanup(), "overwrite": False, "batch_size": 2,
+            "workers": 0, "device": "cpu",
+        }  # fmt: skip
+        return Options(**defaults | changes)
+
+    return make
+
+
+def test_files_and_results(options, tmp_path):
+    results = predict(options())
+    out = tmp_path / "out"
+    assert json.loads((out / "results.json").read_text(encoding="utf-8")) == results
+    assert (results["n_ok"], results["n_failed"], results["failures"]) == (4, 0, [])
+    assert {image["id"] for image in results["images"]} == {"a/x 1", "b/x 1", "ä", "deep"}
+    for image in results["images"]:
+        assert image["text"].count("[SEG]") == 2
+        assert Image.open(out / image["overlay"]).size == tuple(reversed(image["size"]))
+        for phrase, entry in image["phrases"].items():
+            mask = Image.open(out / entry["mask"])
+            assert mask.mode == "1"
+            probability = np.asarray(Image.open(out / entry["probability"]))
+            assert probability.dtype == np.uint16
+            assert np.array_equal(np.asarray(mask), probability / 65535 > results["threshold"])
+            assert entry["area"] == np.asarray(mask).sum()
+            assert entry["mask"] == f"masks/{phrase.replace(' ', '_')}/{image['id']}.png"
+
+
+def test_guard_I8_results_say_which_weights_made_them(options, tiny_run):
+    from vessel.restore import restore
+
+    results = predict(options())
+    assert results["run"] == "tiny"
+    assert results["fingerprint"] == restore(str(tiny_run)).manifest.fingerprint != ""
+    assert results["threshold"] == restore(str(tiny_run)).threshold
+
+
+def test_guard_I5_masks_follow_the_threshold_because_probabilities_are_kept(options):
+    def areas(threshold):
+        results = predict(options(threshold=threshold, overwrite=True))
+        return sum(entry["area"] for image in results["images"] for entry in image["phrases"].values())
+
+    probabilities = predict(options(overwrite=True))["images"][0]["phrases"]["lumen"]["probability"]
+    values = np.asarray(Image.open(options().target / probabilities)) / 65535
+    low, high = float(values.min()), float(values.max())
+    assert low < high
+    assert areas(max(0.01, low)) > areas(float(np.median(values))) > areas(min(0.99, high))
+
+
+def test_clean_up_changes_masks_only(options):
+    before = predict(options(threshold=0.5))["images"][0]["phrases"]["lumen"]
+    kept = (options().target / before["probability"]).read_bytes()
+    after = predict(options(threshold=0.5, cleanup=Cleanup(min_size=10**6), overwrite=True))["images"][0]["phrases"][
+        "lumen"
+    ]
+    assert after["area"] == 0
+    assert (options().target / after["probability"]).read_bytes() == kept
+
+
+def test_guard_I1_a_bad_image_is_counted_named_and_has_no_files(options, scans, tmp_path):
+    (scans / "bad.png").write_bytes(b"no picture")
+    results = predict(options())
+    assert (results["n_ok"], results["n_failed"]) == (4, 1)
+    assert results["failures"][0]["file"] == "bad.png"
+    assert str(scans) not in json.dumps(results)
+    assert not list((tmp_path / "out").rglob("bad*"))
+
+
+def test_when_every_image_fails_the_command_fails(options, tmp_path):
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    with pytest.raises(VesselError, match="none of 1 images"):
+        predict(options(images=str(tmp_path / "bad.png")))
+    assert json.loads((tmp_path / "out/results.json").read_text())["n_failed"] == 1
+
+
+def test_an_answer_without_seg_is_said_and_leaves_no_mask(options, tmp_path):
+    results = predict(options(decode="generate"))
+    entries = [entry for image in results["images"] for entry in image["phrases"].values()]
+    missing = [entry for entry in entries if entry["mask"] is None]
+    assert results["n_without_mask"] == len(missing) > 0
+    assert all(entry["reason"] == "no [SEG] in the answer" and entry["area"] is None for entry in missing)
+    assert len(list((tmp_path / "out/masks").rglob("*.png"))) == len(entries) - len(missing)
+
+
+def test_a_new_phrase_is_asked_with_a_warning(options, capsys):
+    results = predict(options(phrases=["Guide_wire"]))
+    assert list(results["images"][0]["phrases"]) == ["guide wire"]
+    assert "never trained on guide wire" in capsys.readouterr().out
+
+
+def test_images_of_a_data_set(options, oct_set):
+    results = predict(options(images=str(oct_set), split="test"))
+    assert results["n_ok"] == 4
+    assert results["images"][0]["file"] == f"images/{results['images'][0]['id']}.png"
+
+
+def test_guard_I10_results_are_not_written_over(options, scans, tmp_path):
+    predict(options())
+    with pytest.raises(VesselError, match="overwrite=true"):
+        predict(options())
+    (scans / "deep.tif").unlink()
+    assert predict(options(overwrite=True))["n_ok"] == 3
+    assert not list((tmp_path / "out").rglob("deep*"))
+
+
+def test_other_peoples_files_are_safe(options, scans):
+    with pytest.raises(VesselError, match="holds more than results"):
+        predict(options(out=str(scans), overwrite=True))
+    assert len([f for f in scans.rglob("*") if f.is_file()]) == 4
+
+
+@pytest.mark.parametrize("threshold", ["best", 0, 1.0, -0.2, None])
+def test_thresholds_that_make_no_sense(options, threshold):
+    with pytest.raises(VesselError, match="threshold="):
+        predict(options(threshold=threshold))
+
+
+def test_two_phrases_never_share_a_folder(options):
+    with pytest.raises(VesselError, match="share a folder"):
+        predict(options(phrases=["a+b", "a-b", "a*b"]))
+
+
+def test_what_is_no_trained_network_is_refused(options, scans):
+    with pytest.raises(VesselError, match="neither a run nor an export"):
+        predict(options(ckpt=str(scans)))
+
+
+def run(cwd, *arguments):
+    command = [sys.executable, "-m", "vessel.predict", *arguments]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_as_a_user_runs_it(tiny_run, scans, tmp_path):
+    arguments = (
+        f"ckpt={tiny_run}",
+        "images=scans",
+        "phrases=[lumen]",
+        "threshold=0.3",
+        "cleanup.min_size=5",
+        "device=cpu",
+    )
+    done = run(tmp_path, *arguments, "out=masks here")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "masks here/results.json").read_text())["n_ok"] == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("images=scans", "out=x"), "ckpt= is missing"),
+        (("ckpt=scans", "images=none", "out=x", "cleanup.min_size=few"), "cleanup.min_size"),
+    ],
+)
+def test_mistakes_are_told_without_a_traceback(scans, tmp_path, arguments, message):
+    done = run(tmp_path, *arguments)
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "x").exists()
