@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ def train(config: DictConfig) -> float | None:
         VesselError: a key that nothing reads, a mandatory value not given, or bad input further in.
     """
     _check(config)
+    _quieten_lightning()
     run = Path(config.run)
     run.mkdir(parents=True, exist_ok=True)
     seed_everything(config.seed, workers=True, verbose=False)
@@ -74,6 +76,12 @@ def train(config: DictConfig) -> float | None:
     if isinstance(best, ModelCheckpoint) and best.best_model_score is not None:
         return float(best.best_model_score)
     return None
+
+
+def _quieten_lightning() -> None:
+    """Its hints and device lists would come twice, by its own handler and by Hydra's; warnings stay."""
+    logging.getLogger("lightning.pytorch").handlers.clear()
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
 
 
 def _check(config: DictConfig) -> None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from time import perf_counter
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from typing_extensions import override
 
 from vessel.batch import Batch
+
+log = logging.getLogger(__name__)
 
 
 class Throughput(Callback):
@@ -41,10 +43,9 @@ class Throughput(Callback):
             return
         self._announced = True
         total = len(batch) * trainer.world_size * trainer.accumulate_grad_batches
-        rank_zero_info(
-            f"global batch: {len(batch)} samples x {trainer.world_size} ranks x "
-            f"{trainer.accumulate_grad_batches} accumulated = {total}"
-        )
+        if trainer.is_global_zero:
+            parts = len(batch), trainer.world_size, trainer.accumulate_grad_batches
+            log.info("global batch: %d samples x %d ranks x %d accumulated = %d", *parts, total)
         for logger in trainer.loggers:
             logger.log_metrics({"throughput/global_batch": total}, step=trainer.global_step)
 
