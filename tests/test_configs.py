@@ -1,0 +1,187 @@
+"""Every shipped configuration composes, fits what it is made for, and refuses a typo at any depth."""
+
+import inspect
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import InstantiationException
+from hydra.utils import get_object, instantiate
+from omegaconf import DictConfig, OmegaConf
+
+ROOT = Path(__file__).parents[1]
+CONF = ROOT / "conf"
+PRIMARIES = sorted(file.stem for file in CONF.glob("*.yaml"))
+CHOICES = sorted(
+    f"{file.parent.name}={file.stem}" for file in CONF.glob("*/*.yaml") if file.parent.name not in ("hydra", "sweep")
+)
+EXPERIMENTS = [choice for choice in CHOICES if choice.startswith("experiment=")]
+HYDRAS_OWN = {"_target_", "_partial_", "_convert_", "_recursive_"}
+
+
+@pytest.fixture(autouse=True)
+def _fresh_hydra() -> Iterator[None]:
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        yield
+
+
+def composed(*overrides: str, primary: str = "train") -> DictConfig:
+    return compose(primary, list(overrides))
+
+
+def targets(node: object, key: str = "") -> Iterator[tuple[str, dict]]:
+    """Nodes with a `_target_`, and their full keys; interpolations stay as they are."""
+    if isinstance(node, dict):
+        if "_target_" in node:
+            yield key, node
+        for name, child in node.items():
+            yield from targets(child, f"{key}.{name}" if key else name)
+
+
+def documented() -> Iterator[tuple[str, str]]:
+    """Command lines in the comments and help texts of the configuration and in the README."""
+    for file in [*sorted(CONF.rglob("*.yaml")), ROOT / "README.md"]:
+        text = file.read_text().replace("\\\n", " ")
+        for verb, rest in re.findall(r"python -m vessel\.(\w+)((?: [^\n`#]*=[^\n`#]*)?)$", text, flags=re.MULTILINE):
+            if not re.search(r"\[option|…|\||=NAME", rest):
+                yield verb, rest.strip()
+
+
+@pytest.mark.parametrize("primary", PRIMARIES)
+def test_primary_composes(primary):
+    assert composed(primary=primary)
+
+
+@pytest.mark.parametrize("primary", PRIMARIES)
+def test_defaults_end_with_what_overrides(primary):
+    defaults = yaml.safe_load((CONF / f"{primary}.yaml").read_text())["defaults"]
+    place = defaults.index("_self_")
+    names = [entry if entry == "_self_" else next(iter(entry)) for entry in defaults]
+    after = [name for name in names[place + 1 :] if not name.startswith("override ")]
+    assert after == (["experiment", "sweep"] if primary == "train" else [])
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_choice_composes_and_binds(choice):
+    """Every key is a parameter of its target, so that a typo cannot be swallowed."""
+    config = composed(choice)
+    found = dict(targets(OmegaConf.to_container(config, resolve=False)))
+    assert found
+    for key, node in found.items():
+        signature = inspect.signature(get_object(node["_target_"]))
+        kinds = {parameter.kind for parameter in signature.parameters.values()}
+        keys = set(node) - HYDRAS_OWN
+        signature.bind_partial(**dict.fromkeys(keys))
+        if node["_target_"].startswith("vessel."):
+            assert inspect.Parameter.VAR_KEYWORD not in kinds, key
+        else:
+            assert keys <= set(signature.parameters), key
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_experiment_wins_over_the_defaults(experiment):
+    name = experiment.partition("=")[2]
+    text = (CONF / "experiment" / f"{name}.yaml").read_text()
+    assert text.startswith(f"# @package _global_\n# python -m vessel.train experiment={name}")
+    assert composed(experiment).name == yaml.safe_load(text)["name"] == name
+
+
+def test_sweep_composes():
+    config = compose("train", ["experiment=tiny", "sweep=optuna"], return_hydra_config=True)
+    sweeper = config.hydra.sweeper
+    assert (sweeper.direction, sweeper.n_trials, sweeper.study_name) == ("maximize", 20, "tiny")
+    assert (sweeper.sampler._target_, sweeper.sampler.seed) == ("optuna.samplers.TPESampler", 0)
+    for key in sweeper.params:
+        assert OmegaConf.select(config, key, throw_on_missing=True) is not None
+
+
+def test_documented_commands_compose():
+    commands = list(documented())
+    assert {verb for verb, _ in commands} == {"prepare", "train", "evaluate", "predict", "export"}
+    parser = OverridesParser.create()
+    for verb, line in commands:
+        words = shlex.split(line)
+        values = []
+        for override in parser.parse_overrides([word for word in words if word != "-m"]):
+            assert "-m" in words or not override.is_sweep_override(), line
+            key, sweep = override.input_line.partition("=")[0], override.is_sweep_override()
+            values += [f"{key}={next(override.sweep_string_iterator())}" if sweep else override.input_line]
+        assert composed(*values, primary=verb), line
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "model",
+        "model.language",
+        "prompt",
+        "lora",
+        "objective",
+        "optimizer",
+        "data",
+        "data.augmentation",
+        "trainer",
+        "callbacks.threshold_sweep",
+    ],
+)
+def test_a_typo_in_a_file_fails_with_its_full_key(key):
+    """As in an experiment of the user's own, where Hydra lets a new key pass."""
+    config = composed("experiment=tiny", "data.root=somewhere", f"+{key}.typo=1")
+    group = "callbacks.threshold_sweep" if key.startswith("callbacks") else key.split(".")[0]
+    with pytest.raises(InstantiationException) as caught:
+        instantiate(OmegaConf.select(config, group))
+    assert re.search(r"unexpected keyword argument .?'typo'", str(caught.value))
+    assert f"full_key: {key}\n" in f"{caught.value}\n"
+
+
+def run(verb: str, *overrides: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", f"vessel.{verb}", *overrides], capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+@pytest.mark.parametrize(
+    ("verb", "key"),
+    [
+        ("prepare", "sourc"),
+        ("prepare", "synthetic.patient"),
+        ("train", "sed"),
+        ("train", "model.language.witdh"),
+        ("train", "callbacks.checkpoint.monitr"),
+        ("evaluate", "data.rot"),
+        ("predict", "treshold"),
+        ("export", "dtyp"),
+    ],
+)
+def test_a_typo_on_the_command_line_fails_with_its_full_key(verb, key):
+    done = run(verb, f"{key}=1")
+    assert done.returncode == 1
+    assert key in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("override", ["lora=r9", "experiment=tinny", "lora=[r8"])
+def test_an_unknown_choice_fails_without_traceback(override):
+    done = run("train", override)
+    assert done.returncode == 1
+    assert override.partition("=")[2] in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("verb", PRIMARIES)
+def test_a_new_key_at_the_root_fails_without_traceback(verb, tmp_path):
+    """`+` tells Hydra to accept a key; the command still refuses what nothing reads."""
+    done = run(verb, "+nonsense=1", f"hydra.run.dir={tmp_path}")
+    assert done.returncode == 1
+    assert "nonsense" in done.stderr
+    assert "Traceback" not in done.stderr
