@@ -83,7 +83,7 @@ def make_batch(prompt):
                     labels=labels,
                     size=size,
                     masks=disc.expand(len(asked), *size).clone(),
-                )  # fmt: skip
+                )
             )
         return collate(samples, prompt.token_ids.pad)
 
@@ -110,7 +110,8 @@ def oct_set(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("data") / "oct"
     given = ["source=synthetic", f"out={out}", "workers=1", "folds=3"]
     painted = ["synthetic.patients=5", "synthetic.frames=4", "synthetic.size=64"]
-    prepare(OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Options), _configuration("prepare", given + painted))))
+    config = OmegaConf.merge(OmegaConf.structured(Options), _configuration("prepare", given + painted))
+    prepare(OmegaConf.to_object(config))
     return out
 
 
@@ -129,9 +130,9 @@ def train_tiny(oct_set):
 
     def run(folder: Path, *overrides: str) -> float | None:
         settings = [
-            "experiment=tiny", f"data.root={oct_set}", "data.phrases=[lumen,side branch]", "data.workers=0", f"run={folder}",
-            "trainer.accelerator=cpu", "trainer.max_steps=4", "trainer.val_check_interval=2", "trainer.log_every_n_steps=1",
-            "+trainer.enable_progress_bar=false", "~callbacks.progress",
+            "experiment=tiny", f"run={folder}", f"data.root={oct_set}", "data.phrases=[lumen,side branch]",
+            "data.workers=0", "trainer.accelerator=cpu", "trainer.max_steps=4", "trainer.val_check_interval=2",
+            "trainer.log_every_n_steps=1", "+trainer.enable_progress_bar=false", "~callbacks.progress",
         ]  # fmt: skip
         return train(_configuration("train", [*settings, *TINY_NETWORK, *overrides]))
 

@@ -94,7 +94,8 @@ class NativeObjective:
         """
         bce, dice = [], []
         for logits, truth in zip(mask_logits.split([len(m) for m in masks]), masks, strict=True):
-            full = upsample(logits, frame_size, truth.shape[-2:]).flatten(1)
+            height, width = truth.shape[-2:]
+            full = upsample(logits, frame_size, (height, width)).flatten(1)
             target = truth.flatten(1).float()
             bce.append(mask_bce(full, target) * len(truth))
             dice.append(dice_loss(full, target) * len(truth))

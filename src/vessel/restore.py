@@ -74,9 +74,7 @@ def best_checkpoint(run: Path) -> Path:
             if found := sorted(folder.glob(pattern), key=lambda path: path.stat().st_mtime):
                 return found[-1]
     what = "a run without checkpoint" if (run / MANIFEST).is_file() else "neither a run nor an export of vessel"
-    raise VesselError(
-        f"{run}: {what}; give a run folder (outputs/<name>/<time>), one of its checkpoints, or an export"
-    )
+    raise VesselError(f"{run}: {what}; give a run folder (outputs/<name>/<time>), one of its checkpoints, or an export")
 
 
 def read_checkpoint(path: Path) -> Mapping[str, Any]:
@@ -115,9 +113,7 @@ def _from_checkpoint(path: Path) -> Restored:
     absent = trained.intersection(report.missing)
     if absent or report.unexpected or report.mismatched or not report.loaded:
         wrong = [*report.mismatched, *report.unexpected, *sorted(absent)] or ["nothing was loaded"]
-        raise VesselError(
-            f"{path}: {len(wrong)} tensors do not fit the network of its manifest (first: {wrong[0]})"
-        )
+        raise VesselError(f"{path}: {len(wrong)} tensors do not fit the network of its manifest (first: {wrong[0]})")
     return Restored(network.eval(), prompt, plan.sizes.views, manifest, path)
 
 

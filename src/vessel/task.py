@@ -9,7 +9,8 @@ from typing import Any, Protocol
 
 import torch
 from lightning import LightningModule
-from torch import Tensor, nn
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -45,7 +46,7 @@ class OptimizerSettings:
 
     lr: float = 4e-5
     weight_decay: float = 0.05
-    betas: Sequence[float] = (0.9, 0.999)
+    betas: tuple[float, float] = (0.9, 0.999)
     warmup: float = 0.05
     final: float = 0.0
 
@@ -85,7 +86,8 @@ class VesselTask(LightningModule):
         self.keep_frozen, self.manifest = keep_frozen, dict(manifest)
         self.strict_loading = False  # `on_load_checkpoint` checks by name what has to be there
         self.network: Sa2VA | None = None
-        self.overlap = nn.ModuleDict({f"{stage}_overlap": OverlapSweep((threshold,)) for stage in ("val", "test")})
+        self.val_overlap = OverlapSweep((threshold,))
+        self.test_overlap = OverlapSweep((threshold,))
 
     def configure_model(self) -> None:
         """Build the network, under the strategy's own context."""
@@ -96,11 +98,11 @@ class VesselTask(LightningModule):
         """Loss of a batch."""
         return self._step(batch, "train")[0]
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> StepOutput:
+    def validation_step(self, batch: Batch, batch_idx: int) -> StepOutput:  # type: ignore[override]
         """Loss and probabilities of a batch."""
         return self._scored(batch, "val")
 
-    def test_step(self, batch: Batch, batch_idx: int) -> StepOutput:
+    def test_step(self, batch: Batch, batch_idx: int) -> StepOutput:  # type: ignore[override]
         """Loss and probabilities of a batch."""
         return self._scored(batch, "test")
 
@@ -112,7 +114,7 @@ class VesselTask(LightningModule):
         """Log Dice, IoU, precision and recall per image, patient and phrase."""
         self._log_overlap("test")
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW over trainable parameters only."""
         settings = self.optimizer_settings
         trainable = [p for p in self.parameters() if p.requires_grad]
@@ -120,7 +122,7 @@ class VesselTask(LightningModule):
             {"params": [p for p in trainable if p.ndim > 1], "weight_decay": settings.weight_decay},
             {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
         ]
-        optimizer: Optimizer = AdamW([g for g in groups if g["params"]], lr=settings.lr, betas=tuple(settings.betas))
+        optimizer: Optimizer = AdamW([g for g in groups if g["params"]], lr=settings.lr, betas=settings.betas)
         steps = int(self.trainer.estimated_stepping_batches)
         scheduler = LambdaLR(optimizer, lambda step: settings.factor(step, steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
@@ -167,7 +169,7 @@ class VesselTask(LightningModule):
         assert batch.masks is not None
         loss, output = self._step(batch, stage)
         probabilities = self.network.probabilities(output, batch)
-        self.overlap[f"{stage}_overlap"].update(
+        self._overlap(stage).update(
             probabilities,
             batch.masks,
             ids=batch.ids,
@@ -181,8 +183,10 @@ class VesselTask(LightningModule):
         )
         return StepOutput(loss.detach(), probabilities, emitted)
 
+    def _overlap(self, stage: str) -> OverlapSweep:
+        return self.val_overlap if stage == "val" else self.test_overlap
+
     def _log_overlap(self, stage: str) -> None:
-        metric = self.overlap[f"{stage}_overlap"]
-        assert isinstance(metric, OverlapSweep)
+        metric = self._overlap(stage)
         self.log_dict({f"{stage}/{name}": value.float() for name, value in metric.compute().items()})
         metric.reset()

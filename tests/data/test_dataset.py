@@ -90,7 +90,7 @@ def test_folds_replace_train_and_val_only(make_module):
 def test_phrases_are_normalised_and_unknown_ones_refused(make_module):
     assert make_module(phrases=["Side_Branch."]).phrases == ("side branch",)
     assert make_module().phrases == make_module().catalog.phrases
-    with pytest.raises(VesselError, match="aorta.*it holds"):
+    with pytest.raises(VesselError, match=r"aorta.*it holds"):
         make_module(phrases=["aorta"])
     with pytest.raises(VesselError, match="empty list"):
         make_module(phrases=[])

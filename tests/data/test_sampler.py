@@ -1,3 +1,5 @@
+from itertools import chain
+
 import pytest
 
 from vessel.data.sampler import EpochSampler
@@ -6,7 +8,7 @@ from vessel.data.sampler import EpochSampler
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 def test_guard_T5_each_sample_once_an_epoch_over_all_ranks(ranks):
     served = [list(EpochSampler(12, shuffle=True, seed=5, rank=rank, ranks=ranks)) for rank in range(ranks)]
-    assert sorted(sum(served, [])) == list(range(12))
+    assert sorted(chain(*served)) == list(range(12))
 
 
 def test_guard_T4_ranks_serve_different_samples():
@@ -17,7 +19,7 @@ def test_guard_T4_ranks_serve_different_samples():
 def test_ranks_stay_in_step_when_they_do_not_divide_the_epoch():
     served = [list(EpochSampler(10, rank=rank, ranks=4)) for rank in range(4)]
     assert [len(s) for s in served] == [3, 3, 3, 3]
-    assert set(sum(served, [])) == set(range(10))
+    assert set(chain(*served)) == set(range(10))
 
 
 def test_epochs_and_repeats_have_their_own_order_and_variation():

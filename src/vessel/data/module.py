@@ -93,7 +93,7 @@ class VesselDataModule(LightningDataModule):
             ranks=self.trainer.world_size if self.trainer else 1,
         )
         return DataLoader(
-            dataset,
+            dataset,  # type: ignore[arg-type]  # collate makes batches of its samples
             batch_size=self.batch_size,
             sampler=sampler,
             num_workers=self.workers,

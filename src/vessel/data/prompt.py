@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import torch
 import transformers
@@ -128,7 +129,7 @@ class Prompt:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids, special tokens kept."""
-        return self.tokenizer.decode(ids, skip_special_tokens=False)
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=False))
 
     def save(self, folder: Path) -> None:
         """Write the tokenizer with its added tokens."""
@@ -152,7 +153,7 @@ def _read_tokenizer(source: str) -> PreTrainedTokenizerBase:
     try:
         config = get_tokenizer_config(source)
         name = config.get("tokenizer_class", "PreTrainedTokenizerFast")
-        cls = getattr(transformers, name, None) or getattr(transformers, f"{name}Fast", PreTrainedTokenizerFast)
+        cls: Any = getattr(transformers, name, None) or getattr(transformers, f"{name}Fast", PreTrainedTokenizerFast)
         return cls.from_pretrained(source)
     except (OSError, json.JSONDecodeError, ValueError) as error:
         raise VesselError(f"prompt.tokenizer={source}: no tokenizer could be read there ({error})") from error

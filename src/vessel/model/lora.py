@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import Linear as LoraLinear
 from peft.utils.other import TrainableTokensWrapper
 from torch import Tensor, nn
 
@@ -75,12 +75,14 @@ def merged_state(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """
     merged = set()
     for prefix, module in network.named_modules():
-        if isinstance(module, LoraLayer):
-            weight = module.get_base_layer().weight.detach().float().cpu()
+        if isinstance(module, LoraLinear):
+            base: nn.Module = module.get_base_layer()
+            weight = base.get_parameter("weight").detach().float().cpu()
             yield f"{prefix}.weight", weight + module.get_delta_weight(_ADAPTER).detach().float().cpu()
             merged.add(f"{prefix}.base_layer.weight")
         elif isinstance(module, TrainableTokensWrapper):
-            yield f"{prefix}.weight", module.token_adapter.get_merged_weights([_ADAPTER]).detach().float().cpu()
+            merged_rows: Tensor = module.token_adapter.get_merged_weights([_ADAPTER])
+            yield f"{prefix}.weight", merged_rows.detach().float().cpu()
     for name, tensor in network.state_dict().items():
         if "lora_" in name or "token_adapter" in name or "original_module" in name or name in merged:
             continue

@@ -51,7 +51,11 @@ class VisionSizes:
 
 
 def build_mllm(language: LanguageSizes, vision: VisionSizes, tokens: TokenIds) -> InternVLForConditionalGeneration:
-    """Build InternVL with random weights; embedding and head are not tied, as in every public Sa2VA."""
+    """Build InternVL with random weights; embedding and head are not tied, as in every public Sa2VA.
+
+    Weights are drawn with standard deviation 1 / sqrt(width), about the 0.02 that transformers takes for large widths;
+    0.02 would leave what a small network says about different phrases nearly the same for hundreds of steps.
+    """
     config = InternVLConfig(
         vision_config=InternVLVisionConfig(
             hidden_size=vision.width,
@@ -61,6 +65,7 @@ def build_mllm(language: LanguageSizes, vision: VisionSizes, tokens: TokenIds) -
             image_size=(vision.tile, vision.tile),
             patch_size=(vision.patch, vision.patch),
             attention_bias=True,
+            initializer_range=vision.width**-0.5,
         ),
         text_config=Qwen2Config(
             vocab_size=language.vocabulary,
@@ -72,6 +77,7 @@ def build_mllm(language: LanguageSizes, vision: VisionSizes, tokens: TokenIds) -
             max_position_embeddings=language.context,
             rope_parameters={"rope_type": "default", "rope_theta": 1e6},
             rms_norm_eps=1e-6,
+            initializer_range=language.width**-0.5,
             tie_word_embeddings=False,
             bos_token_id=None,
             eos_token_id=tokens.eos,

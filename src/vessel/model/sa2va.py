@@ -60,7 +60,7 @@ class Sa2VA(nn.Module):
 
     def __init__(self, mllm: InternVLForConditionalGeneration, grounding: Grounding, tokens: TokenIds) -> None:
         super().__init__()
-        width = mllm.config.text_config.hidden_size
+        width = mllm.lm_head.in_features
         self.mllm = mllm
         self.grounding = grounding
         self.text_hidden_fcs = nn.Sequential(

@@ -170,7 +170,7 @@ def digests(state: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
     found = {}
     for name, tensor in state:
         digest = hashlib.sha256(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         found[name] = digest.hexdigest()
     return found
 
