@@ -18,13 +18,13 @@ from vessel.evaluation import DataOptions, Options, evaluate
 from vessel.prediction import Options as PredictOptions
 from vessel.prediction import predict
 from vessel.proof import drawn_image, masks_of
-from vessel.restore import best_checkpoint, restore
+from vessel.restore import find_checkpoint, restore
 
 pytestmark = pytest.mark.slow
 
 
 def set_threshold(run, threshold):
-    file = best_checkpoint(run)
+    file = find_checkpoint(run)
     checkpoint = torch.load(file, weights_only=True)
     checkpoint["callbacks"]["ThresholdSweep"]["threshold"] = threshold
     torch.save(checkpoint, file)
@@ -112,7 +112,7 @@ def test_guard_I8_the_report_says_which_weights_it_is_about(score, run_folder):
     report = score()
     assert report["run"] == "tiny"
     assert report["fingerprint"] == restore(str(run_folder)).manifest.fingerprint != ""
-    assert report["source"].endswith(best_checkpoint(run_folder).name)
+    assert report["source"].endswith(find_checkpoint(run_folder).name)
 
 
 def test_guard_I6_the_threshold_is_the_stored_one_and_never_chosen_here(score, run_folder):
@@ -172,7 +172,7 @@ def test_guard_I10_results_of_other_weights_are_not_written_over(score, run_fold
     first = score(out=str(tmp_path / "results"))
     assert score(out=str(tmp_path / "results")) == first
     other = run_folder / "checkpoints/other.ckpt"
-    checkpoint = torch.load(best_checkpoint(run_folder), weights_only=True)
+    checkpoint = torch.load(find_checkpoint(run_folder), weights_only=True)
     name = next(iter(checkpoint["state_dict"]))
     checkpoint["state_dict"][name] = checkpoint["state_dict"][name] + 1
     torch.save(checkpoint, other)
@@ -184,7 +184,7 @@ def test_guard_I10_results_of_other_weights_are_not_written_over(score, run_fold
 
 def test_a_checkpoint_outside_a_run_gets_the_default_folder(score, run_folder, tmp_path):
     lone = tmp_path / "lone.ckpt"
-    shutil.copy(best_checkpoint(run_folder), lone)
+    shutil.copy(find_checkpoint(run_folder), lone)
     shutil.copytree(run_folder / "tokenizer", tmp_path / "tokenizer", dirs_exist_ok=True)
     score(ckpt=str(lone))
     assert (tmp_path / "elsewhere/metrics.json").is_file()

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from vessel.errors import VesselError
 from vessel.proof import compare, drawn_image, masks_of
 from vessel.publication import Options, export
-from vessel.restore import best_checkpoint, restore
+from vessel.restore import find_checkpoint, restore
 
 pytestmark = pytest.mark.slow
 
@@ -37,7 +37,7 @@ def options(tiny_run, tmp_path):
 def edited(tiny_run, tmp_path, edit):
     """A copy of the run whose best checkpoint was changed by `edit`."""
     shutil.copytree(tiny_run, tmp_path / "edited")
-    file = best_checkpoint(tmp_path / "edited")
+    file = find_checkpoint(tmp_path / "edited")
     checkpoint = torch.load(file, weights_only=True)
     edit(checkpoint)
     torch.save(checkpoint, file)

@@ -27,7 +27,7 @@ def main(config):
         if config.optimizer.lr < 0:
             raise ZeroDivisionError("a defect")
         dice = 1 - abs(math.log10(config.optimizer.lr) + 3) / 10
-        line = json.dumps({"val/dice": dice, "val/threshold": 0.35})
+        line = json.dumps({"val/dice_best": dice, "val/threshold": 0.35})
         pathlib.Path(HydraConfig.get().runtime.output_dir, "metrics.jsonl").write_text(line)
         return dice
 
@@ -77,9 +77,9 @@ def test_threshold_is_that_of_the_best_validation(tmp_path):
     assert best_threshold(file) is None
     lines = [
         {"step": 0, "train/loss": 3.0},
-        {"step": 5, "val/dice": 0.2, "val/threshold": 0.1},
-        {"step": 9, "val/dice": 0.8, "val/threshold": 0.4},
-        {"step": 14, "val/dice": None, "val/threshold": 0.6},
+        {"step": 5, "val/dice_best": 0.2, "val/threshold": 0.1},
+        {"step": 9, "val/dice_best": 0.8, "val/threshold": 0.4},
+        {"step": 14, "val/dice_best": None, "val/threshold": 0.6},
     ]
     file.write_text("".join(json.dumps(line) + "\n" for line in lines[:1]))
     assert best_threshold(file) is None
@@ -92,11 +92,11 @@ def test_summary_files_show_what_sets_jobs_apart(tmp_path):
     with (tmp_path / "summary.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["overrides"] for row in rows] == ["lora=r8", "lora=r16", "lora=r64"]
-    assert [row["val/dice"] for row in rows] == ["0.9123", "not validated", "failed: out of memory | GPU 0"]
+    assert [row["val/dice_best"] for row in rows] == ["0.9123", "not validated", "failed: out of memory | GPU 0"]
     text = (tmp_path / "summary.md").read_text().splitlines()
     assert text[2] == "| 8 | lora=r8 | 0.9123 | 0.50 | outputs/s/8 |"
     assert r"out of memory \| GPU 0" in text[4]
-    assert text[-1] == "best: job 8, val/dice 0.9123, outputs/s/8; 1 of 3 jobs failed"
+    assert text[-1] == "best: job 8, val/dice_best 0.9123, outputs/s/8; 1 of 3 jobs failed"
 
 
 def test_a_grid_ends_with_its_table(app, tmp_path):
@@ -108,7 +108,7 @@ def test_a_grid_ends_with_its_table(app, tmp_path):
     assert (first.dice, second.dice) == (pytest.approx(0.8), 1.0)
     assert second.threshold == 0.35
     assert second.folder == f"{sweep.relative_to(tmp_path)}/1"
-    assert f"best: job 1, val/dice 1.0000, {second.folder}" in done.stdout
+    assert f"best: job 1, val/dice_best 1.0000, {second.folder}" in done.stdout
     assert (sweep / "summary.csv").is_file()
 
 
@@ -118,7 +118,7 @@ def test_failed_jobs_are_listed_and_stop_no_other(app, tmp_path):
     assert done.stderr.count("error: optimizer.lr: too large; take less") == 1
     assert "ZeroDivisionError: a defect" in done.stderr
     assert "VesselError" not in done.stderr
-    assert "best: job 2, val/dice 1.0000" in done.stdout
+    assert "best: job 2, val/dice_best 1.0000" in done.stdout
     errors = [job.error for job in read_jobs(sweeps(tmp_path)[0])]
     assert errors == ["optimizer.lr: too large; take less", "a defect", ""]
 

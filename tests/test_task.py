@@ -5,9 +5,11 @@ import torch
 from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader
 
+from vessel.callbacks.first_step_check import check_gradients
 from vessel.errors import VesselError
 from vessel.losses import NativeObjective, lm_loss
-from vessel.model.lora import Lora
+from vessel.model.groups import choose_trainable
+from vessel.model.lora import Lora, add_lora
 from vessel.task import OptimizerSettings, VesselTask
 
 
@@ -99,7 +101,22 @@ def test_guard_T1_loss_reaches_the_adapters_through_the_mask(make_task, make_bat
     assert all(gradient is not None and gradient.abs().sum() > 0 for gradient in up)
 
 
-def test_guard_T12_adapters_learn_under_gradient_checkpointing(make_task, make_batch):
+def test_guard_T12_checkpointing_that_cuts_the_graph_is_caught_at_the_first_step(plan, make_batch):
+    """Re-entrant checkpointing gives no gradient where its input has none: frozen embeddings, frozen projector."""
+    network = plan(trainable="lora").build()
+    add_lora(network, Lora(r=4, tokens="frozen"), new_tokens=range(5), seg_is_trained=True)
+    choose_trainable(network, "lora")
+    network.mllm.model.multi_modal_projector.requires_grad_(False)
+    network.mllm.gradient_checkpointing_enable({"use_reentrant": True})
+    network.mllm.disable_input_require_grads()  # transformers asks for them by itself, which is the cure
+    network.train()
+    output = network(make_batch([["lumen"]]))
+    (output.mask_logits.mean() + output.lm_logits.mean()).backward()
+    with pytest.raises(VesselError, match=r"lora: .*got no gradient"):
+        check_gradients(network.trainable_groups())
+
+
+def test_adapters_learn_under_checkpointing_that_keeps_the_graph(make_task, make_batch):
     task = make_task(trainable="lora", lora=Lora(r=4))
     task.configure_model()
     task.network.mllm.gradient_checkpointing_enable({"use_reentrant": False})

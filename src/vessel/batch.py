@@ -70,9 +70,9 @@ class Sample:
     masks: Tensor | None = None
 
 
-@dataclass(frozen=True)
+@dataclass  # not frozen: Lightning's half and DeepSpeed precisions refuse a frozen dataclass
 class Batch:
-    """B samples collated; tensors move between devices with `to`, the rest stays as it is.
+    """B samples collated; tensors move between devices with `to`, the rest stays as it is. Not to be changed.
 
     Attributes:
         ids, patients, videos, phrases, sizes: as in `Sample`, one entry an image.

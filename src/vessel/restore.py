@@ -60,18 +60,22 @@ def restore(ckpt: str) -> Restored:
     folder = path if path.is_dir() else local_folder(ckpt)
     if (folder / EXPORT_MANIFEST).is_file():
         return _from_export(folder)
-    return _from_checkpoint(best_checkpoint(folder))
+    return _from_checkpoint(find_checkpoint(folder))
 
 
-def best_checkpoint(run: Path) -> Path:
-    """The best checkpoint of a run folder, the last one where no validation has been.
+def find_checkpoint(run: Path, kinds: tuple[str, ...] = ("best", "last")) -> Path:
+    """The newest checkpoint of a run folder, of the first kind that is there.
+
+    Args:
+        run: folder of the run.
+        kinds: `best` by validation, `last` written.
 
     Raises:
         VesselError: the folder is no run, or has no checkpoint yet.
     """
-    for folder in (run, run / "checkpoints"):
-        for pattern in ("best*.ckpt", "last*.ckpt"):
-            if found := sorted(folder.glob(pattern), key=lambda path: path.stat().st_mtime):
+    for kind in kinds:
+        for folder in (run, run / "checkpoints"):
+            if found := sorted(folder.glob(f"{kind}*.ckpt"), key=lambda path: path.stat().st_mtime):
                 return found[-1]
     what = "a run without checkpoint" if (run / MANIFEST).is_file() else "neither a run nor an export of vessel"
     raise VesselError(f"{run}: {what}; give a run folder (outputs/<name>/<time>), one of its checkpoints, or an export")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -60,6 +61,18 @@ class Manifest:
     def write(self, folder: Path) -> None:
         """Write `manifest.json`."""
         (folder / MANIFEST).write_text(json.dumps(self.as_dict(), indent=1, ensure_ascii=False) + "\n")
+
+
+def without_places(value: Any) -> Any:
+    """Plain values with every local folder or file replaced: its name may be a person's."""
+    if isinstance(value, Mapping):
+        return {key: without_places(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_places(part) for part in value]
+    if isinstance(value, str):
+        is_place = value.startswith((os.sep, "~", ".")) or (os.sep in value and Path(value).exists())
+        return "(a local folder)" if is_place else value
+    return value
 
 
 def _versions() -> dict[str, str]:

@@ -19,7 +19,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, read_write
 
 JOB = "job.json"
-COLUMNS = ("job", "overrides", "val/dice", "threshold", "folder")
+COLUMNS = ("job", "overrides", "val/dice_best", "threshold", "folder")
 
 
 @dataclass(frozen=True)
@@ -122,10 +122,10 @@ def best_threshold(metrics: Path) -> float | None:
     if not metrics.is_file():
         return None
     records = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
-    validations = [record for record in records if record.get("val/dice") is not None]
+    validations = [record for record in records if record.get("val/dice_best") is not None]
     if not validations:
         return None
-    best = max(validations, key=lambda record: record["val/dice"])
+    best = max(validations, key=lambda record: record["val/dice_best"])
     return best.get("val/threshold")
 
 
@@ -163,7 +163,7 @@ def _verdict(jobs: Sequence[Job]) -> str:
     best = best_job(jobs)
     failed = sum(bool(job.error) for job in jobs)
     ending = f"; {failed} of {len(jobs)} jobs failed" if failed else ""
-    return f"best: {f'job {best.job}, val/dice {best.result}, {best.folder}' if best else 'none'}{ending}"
+    return f"best: {f'job {best.job}, val/dice_best {best.result}, {best.folder}' if best else 'none'}{ending}"
 
 
 def _print(jobs: Sequence[Job], folder: Path) -> None:

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
 
 import torch
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning import Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 
+from vessel.data.identity import RawIdentifiers, mapping_folder
 from vessel.data.module import VesselDataModule
 from vessel.errors import VesselError
 from vessel.loggers import JsonLines
 from vessel.model.plan import NetworkPlan
 from vessel.model.sa2va import Sa2VA
-from vessel.restore import best_checkpoint, read_checkpoint
-from vessel.run import Manifest
+from vessel.model.weights import fingerprint
+from vessel.restore import EXPORT_MANIFEST, find_checkpoint, read_checkpoint
+from vessel.run import Manifest, without_places
 from vessel.task import VesselTask
 
 ROOT_KEYS = (
@@ -44,23 +49,30 @@ def train(config: DictConfig) -> float | None:
     seed_everything(config.seed, workers=True, verbose=False)
     prompt = instantiate(config.prompt)
     sizes = instantiate(config.model)
-    data: VesselDataModule = instantiate(config.data, prompt=prompt, views=sizes.views, seed=config.seed)
+    # Partial, as Hydra would turn dataclasses that it is given into its own configurations.
+    data: VesselDataModule = instantiate(config.data, _partial_=True)(
+        prompt=prompt, views=sizes.views, seed=config.seed
+    )
     plan = NetworkPlan(
         sizes=sizes,
         tokens=prompt.token_ids,
         new_tokens=prompt.new_tokens,
         lora=instantiate(config.lora),
         trainable=config.trainable,
-        weights=tuple(config.weights),
+        weights=(config.weights,) if isinstance(config.weights, str) else tuple(config.weights),
         frozen_dtype=torch.bfloat16 if str(config.trainer.precision).startswith("bf16") else torch.float32,
     )
-    manifest = _manifest(config, data)
+    resumed = _resumed(config.ckpt)
+    manifest = _manifest(config, data, resumed)
     manifest.write(run)
     prompt.save(run / "tokenizer")
 
     def build() -> Sa2VA:
         network = plan.build()
-        task.manifest["weights"] = [report.summary() for report in plan.reports]
+        _refuse_random_seg(network, plan)
+        known = manifest.with_(weights=tuple(report.summary() for report in plan.reports))
+        known.write(run)
+        task.manifest = known.as_dict()
         return network
 
     task = VesselTask(
@@ -71,7 +83,9 @@ def train(config: DictConfig) -> float | None:
         manifest=manifest.as_dict(),
     )
     trainer = _trainer(config, run)
-    trainer.fit(task, datamodule=data, ckpt_path=_resumed(config.ckpt), weights_only=True)
+    for logger in trainer.loggers:
+        logger.log_hyperparams(without_places(manifest.as_dict()))
+    trainer.fit(task, datamodule=data, ckpt_path=resumed, weights_only=True)
     best = trainer.checkpoint_callback
     if isinstance(best, ModelCheckpoint) and best.best_model_score is not None:
         return float(best.best_model_score)
@@ -93,26 +107,65 @@ def _check(config: DictConfig) -> None:
         )
 
 
-def _manifest(config: DictConfig, data: VesselDataModule) -> Manifest:
-    relative = OmegaConf.merge(config, {"run": "."})  # no absolute path of this machine in a manifest
+def _manifest(config: DictConfig, data: VesselDataModule, resumed: Path | None) -> Manifest:
+    """Facts of the run; a run that goes on must have the data, split and phrases of the one before."""
+    relative = OmegaConf.merge(config, {"run": "."})  # loggers and callbacks name the run's folder
     plain: Any = OmegaConf.to_container(relative, resolve=True)
     facts = data.catalog.manifest
     kept = ("name", "fingerprint", "split_hash", "unit", "note", "n_images", "n_patients", "n_videos")
-    return Manifest(
+    manifest = Manifest(
         name=config.name,
         config=plain,
-        data={key: facts[key] for key in kept},
+        data={key: facts[key] for key in kept} | {"fold": data.fold},
         phrases=data.phrases,
         prompt=data.prompt.name,
     )
+    root = mapping_folder(data.catalog.root.absolute())
+    told = json.dumps(without_places(manifest.as_dict()), ensure_ascii=False)
+    if found := RawIdentifiers(root if root.is_dir() else None).find(told):
+        raise VesselError(
+            f"the configuration holds what looks like a patient's name or id ({', '.join(found[:3])}); loggers and "
+            "exports would repeat it: take it out of name, phrases and options"
+        )
+    if resumed is None:
+        return manifest
+    checkpoint = read_checkpoint(resumed)
+    parent = Manifest.from_dict(checkpoint["vessel"])
+    same = ("fingerprint", "split_hash", "fold")
+    differing = [key for key in same if parent.data.get(key) != manifest.data.get(key)]
+    if differing or parent.phrases != manifest.phrases:
+        raise VesselError(
+            f"ckpt={resumed}: {', '.join(differing) or 'phrases'} of that run differ from this one's: patients it was "
+            "trained on could be validated on; go on with its own data set, split and phrases"
+        )
+    return manifest.with_(parent={"name": parent.name, "fingerprint": fingerprint(checkpoint["state_dict"].items())})
+
+
+def _refuse_random_seg(network: Sa2VA, plan: NetworkPlan) -> None:
+    groups = network.trainable_groups()
+    if plan.trainable == "lora" and "lora" not in groups:
+        raise VesselError(
+            "trainable=lora, but lora=none: choose adapters, such as lora=r128, or another trainable="
+        )
+    if not plan.weights and "tokens" not in groups:
+        raise VesselError(
+            f"trainable={plan.trainable} from random weights: [SEG] would stay random for ever. Start from the weights "
+            "of a Sa2VA, weights=[...], or choose trainable=all"
+        )
 
 
 def _trainer(config: DictConfig, run: Path) -> Trainer:
     callbacks: list[Callback] = [instantiate(node) for node in (config.callbacks or {}).values() if node is not None]
     loggers: list[Logger] = [instantiate(node) for node in (config.logger or {}).values() if node is not None]
-    trainer: Trainer = instantiate(
-        config.trainer, default_root_dir=str(run), callbacks=callbacks, logger=[JsonLines(run), *loggers]
-    )
+    try:
+        trainer: Trainer = instantiate(
+            config.trainer, default_root_dir=str(run), callbacks=callbacks, logger=[JsonLines(run), *loggers]
+        )
+    except InstantiationException as error:
+        # such as a GPU where there is none
+        if isinstance(error.__cause__, MisconfigurationException | ValueError | ModuleNotFoundError):
+            raise VesselError(f"trainer: {error.__cause__}; trainer=auto takes what is there") from error
+        raise
     return trainer
 
 
@@ -120,6 +173,6 @@ def _resumed(ckpt: str | None) -> Path | None:
     if ckpt is None:
         return None
     path = Path(ckpt)
-    path = best_checkpoint(path) if path.is_dir() else path
-    read_checkpoint(path)
-    return path
+    if (path / EXPORT_MANIFEST).is_file():
+        raise VesselError(f"ckpt={ckpt}: an export has no optimizer to go on with; start from it with weights=[{ckpt}]")
+    return find_checkpoint(path, ("last", "best")) if path.is_dir() else path

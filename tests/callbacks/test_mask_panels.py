@@ -11,7 +11,7 @@ def names(folder) -> list[str]:
 
 def test_the_same_images_at_every_nth_validation(tmp_path, trainer, toy_task, batches):
     trainer(MaskPanels(images=1, every_n_validations=2), max_epochs=4).fit(toy_task(), batches(1), batches())
-    assert names(tmp_path) == ["epoch_000_p0_v0_000.png", "epoch_002_p0_v0_000.png"]
+    assert names(tmp_path) == ["step_000001_p0_v0_000.png", "step_000003_p0_v0_000.png"]
     with Image.open(tmp_path / "panels" / names(tmp_path)[0]) as image:
         assert np.asarray(image.convert("RGB")).std() > 10
 
@@ -26,7 +26,7 @@ def test_the_same_images_at_every_nth_validation(tmp_path, trainer, toy_task, ba
 )
 def test_different_videos_come_first(tmp_path, trainer, toy_task, batches, images, expected):
     trainer(MaskPanels(images=images)).validate(toy_task(), batches(), verbose=False)
-    assert {name.removeprefix("epoch_000_").removesuffix(".png") for name in names(tmp_path)} == expected
+    assert {name.removeprefix("step_000000_").removesuffix(".png") for name in names(tmp_path)} == expected
 
 
 def test_nothing_is_drawn_in_sanity_checking_or_test(tmp_path, trainer, toy_task, batches):

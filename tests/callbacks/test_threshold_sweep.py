@@ -80,7 +80,7 @@ def test_logs_and_writes_table_and_figure(tmp_path, trainer, toy_task, batches):
         rows = list(csv.DictReader(file))
     assert [float(row["threshold"]) for row in rows] == [0.2, 0.5, 0.7]
     assert [float(row["recall"]) for row in rows] == sweep.curve["recall"]
-    assert (tmp_path / "threshold_sweep" / "epoch_001.png").stat().st_size > 1000
+    assert (tmp_path / "threshold_sweep" / "step_000003.png").stat().st_size > 1000
 
 
 def test_of_equal_thresholds_the_one_nearest_a_half_wins():

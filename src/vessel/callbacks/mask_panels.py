@@ -29,7 +29,7 @@ class _Panel:
 
 
 class MaskPanels(Callback):
-    """Image, truth, probability and errors in `<run>/panels/epoch_003_<id>.png` and in the loggers.
+    """Image, truth, probability and errors in `<run>/panels/step_000250_<id>.png` and in the loggers.
 
     The images are chosen in the first validation: the first ones, but of different videos as far as possible, since the
     frames of a video look alike. Files and titles carry the data set's ids, which are pseudonyms.
@@ -101,10 +101,10 @@ class MaskPanels(Callback):
             panel.probability.numpy(),
             threshold=self.threshold,
             labels=labels,
-            title=f"{panel.id}, epoch {trainer.current_epoch}, threshold {self.threshold:.2f}",
+            title=f"{panel.id}, step {trainer.global_step}, threshold {self.threshold:.2f}",
         )
         name = re.sub(r"[^\w.-]", "_", panel.id)
-        file = Path(trainer.default_root_dir) / "panels" / f"epoch_{trainer.current_epoch:03d}_{name}.png"
+        file = Path(trainer.default_root_dir) / "panels" / f"step_{trainer.global_step:06d}_{name}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(file)
         log_figure(trainer.loggers, f"panels/{name}", file, trainer.global_step)

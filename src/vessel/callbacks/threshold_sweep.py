@@ -90,7 +90,7 @@ class ThresholdSweep(Callback):
         rows = list(zip(*self.curve.values(), strict=True))
         with (folder / "threshold_sweep.csv").open("w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([list(self.curve), *rows])
-        figure = folder / f"epoch_{trainer.current_epoch:03d}.png"
+        figure = folder / f"step_{trainer.global_step:06d}.png"
         sweep_figure(self.curve, self.threshold).savefig(figure)
         log_figure(trainer.loggers, "val/threshold_sweep", figure, self.step)
         log_table(trainer.loggers, "val/threshold_sweep_table", list(self.curve), rows, self.step)

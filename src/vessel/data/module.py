@@ -40,7 +40,7 @@ class VesselDataModule(LightningDataModule):
         *,
         prompt: Prompt,
         views: Views,
-        phrases: Sequence[str] | None = None,
+        phrases: Sequence[str] | str | None = None,
         fold: int | None = None,
         batch_size: int = 1,
         workers: int = 0,
@@ -103,14 +103,15 @@ class VesselDataModule(LightningDataModule):
             pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
         )
 
-    def _known(self, phrases: Sequence[str] | None) -> tuple[str, ...]:
+    def _known(self, phrases: Sequence[str] | str | None) -> tuple[str, ...]:
         if phrases is None:
             return self.catalog.phrases
-        asked = tuple(normal_phrase(p) for p in phrases)
+        given = [phrases] if isinstance(phrases, str) else phrases
+        asked = tuple(dict.fromkeys(normal_phrase(phrase) for phrase in given))
         unknown = [p for p in asked if p not in self.catalog.phrases]
         if unknown or not asked:
             raise VesselError(
-                f"data.phrases={list(phrases)}: {unknown or 'an empty list'} is not in the data set; "
+                f"data.phrases={list(given)}: {unknown or 'an empty list'} is not in the data set; "
                 f"it holds {list(self.catalog.phrases)}"
             )
         return asked

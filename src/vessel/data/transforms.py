@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -105,6 +106,7 @@ class Augmentation:
         self, image: NDArray[np.uint8], masks: NDArray[np.bool_], seed: int
     ) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
         """Change an image [H, W, 3] and its masks [K, H, W] alike; the same seed gives the same change."""
-        self._compose.set_random_seed(seed)
+        # One generator for all: `set_random_seed` would seed every transform alike, so that all fire together.
+        self._compose.set_random_state(np.random.default_rng(seed), Random(seed))
         changed: Mapping[str, Any] = self._compose(image=image, masks=list(masks.astype(np.uint8)))
         return changed["image"], np.stack(changed["masks"]).astype(bool)

@@ -117,7 +117,7 @@ class Grounding(SAM2Base):
         """Random Fourier position of every cell, float32 [1, C, s, s]; sam2's own version fails on bf16 weights."""
         matrix = self.sam_prompt_encoder.pe_layer.positional_encoding_gaussian_matrix.float()
         side = self.sam_image_embedding_size
-        centres = (torch.arange(side, device=matrix.device) + 0.5) / side
+        centres = (torch.arange(side, dtype=torch.float32, device=matrix.device) + 0.5) / side
         y, x = torch.meshgrid(centres, centres, indexing="ij")
         with torch.autocast(matrix.device.type, enabled=False):
             angles = 2 * torch.pi * ((2 * torch.stack([x, y], dim=-1) - 1) @ matrix)

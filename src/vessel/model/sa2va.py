@@ -24,8 +24,8 @@ _STD = (0.229, 0.224, 0.225)
 
 def normalise(images: Tensor) -> Tensor:
     """Standardise RGB images: uint8 [N, 3, h, w] -> float32 [N, 3, h, w]."""
-    mean = torch.tensor(_MEAN, device=images.device).view(3, 1, 1)
-    std = torch.tensor(_STD, device=images.device).view(3, 1, 1)
+    mean = torch.tensor(_MEAN, dtype=torch.float32, device=images.device).view(3, 1, 1)
+    std = torch.tensor(_STD, dtype=torch.float32, device=images.device).view(3, 1, 1)
     return (images.float() / 255 - mean) / std
 
 
