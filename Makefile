@@ -6,7 +6,7 @@ export SAM2_BUILD_CUDA := 0
 export NO_ALBUMENTATIONS_UPDATE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup format check test demo clean
+.PHONY: help setup format check test demo bench clean
 
 help: ## list these goals
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,6 +36,9 @@ test: setup ## all tests, unit and end to end; make test only=tests/test_sweep.p
 
 demo: setup ## prepare, train, evaluate, export and predict on synthetic pullbacks
 	$(BIN)/python -m vessel.demo
+
+bench: setup ## seconds of the parts of a step, on this machine
+	$(BIN)/python -m bench
 
 clean: ## remove caches, builds and everything in outputs/
 	rm -rf outputs/* build dist .pytest_cache .ruff_cache .mypy_cache

@@ -47,13 +47,16 @@ def targets(node: object, key: str = "") -> Iterator[tuple[str, dict]]:
             yield from targets(child, f"{key}.{name}" if key else name)
 
 
-def documented() -> Iterator[tuple[str, str]]:
-    """Command lines in the comments and help texts of the configuration and in the README."""
+def documented() -> Iterator[tuple[str, str, str]]:
+    """File, command and options of the lines in the comments and help texts of the configuration and in the README."""
     for file in [*sorted(CONF.rglob("*.yaml")), ROOT / "README.md"]:
         text = file.read_text().replace("\\\n", " ")
-        for verb, rest in re.findall(r"python -m vessel\.(\w+)((?: [^\n`#]*=[^\n`#]*)?)$", text, flags=re.MULTILINE):
+        text = re.sub(r"<(\w+)>", r"\1", text)  # a placeholder, which Hydra's grammar would not take
+        for verb, rest in re.findall(
+            r"python -m vessel\.(\w+)((?: [^\n`#]*=[^\n`#]*?)?)(?: +#.*)?$", text, flags=re.MULTILINE
+        ):
             if not re.search(r"\[option|…|\||=NAME", rest):
-                yield verb, rest.strip()
+                yield file.name, verb, rest.strip()
 
 
 @pytest.mark.parametrize("primary", PRIMARIES)
@@ -106,9 +109,11 @@ def test_sweep_composes():
 
 def test_documented_commands_compose():
     commands = list(documented())
-    assert {verb for verb, _ in commands} == {"prepare", "train", "evaluate", "predict", "export"}
+    of_readme = [verb for file, verb, _ in commands if file == "README.md"]
+    assert set(of_readme) == {"prepare", "train", "evaluate", "predict", "export"}
+    assert len(of_readme) == (ROOT / "README.md").read_text().count("python -m vessel.") >= 10
     parser = OverridesParser.create()
-    for verb, line in commands:
+    for _, verb, line in commands:
         words = shlex.split(line)
         values = []
         for override in parser.parse_overrides([word for word in words if word != "-m"]):

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from vessel.cleanup import Cleanup
-from vessel.data.catalog import Catalog
+from vessel.data.catalog import Catalog, Frame, fingerprint_of
 from vessel.data.masks import read_mask
 from vessel.errors import VesselError
 from vessel.evaluation import DataOptions, Options, evaluate
@@ -159,6 +159,29 @@ def test_guard_D9_other_data_must_be_asked_for_by_name(score, oct_set, tmp_path)
     report = score(root=other, other_data=True)
     assert not report["data"]["same_as_run"]
     assert "not the data set of the run" in report["note"]
+    with pytest.raises(VesselError, match="results on another data set"):  # same weights, same part, same folder
+        score(other_data=True)
+    assert score(other_data=True, overwrite=True)["data"]["fingerprint"] != report["data"]["fingerprint"]
+
+
+def test_a_phrase_that_no_image_shows_is_not_called_found(score, oct_set, tmp_path, capsys):
+    """Scores of 1.000 for drawing nothing say so, in the table and under it."""
+    bare = tmp_path / "bare"
+    shutil.copytree(oct_set, bare)
+    frames = json.loads((bare / "frames.json").read_text())
+    for frame in frames:
+        frame["masks"]["side branch"] = None
+    (bare / "frames.json").write_text(json.dumps(frames))
+    manifest = json.loads((bare / "manifest.json").read_text())
+    manifest["fingerprint"] = fingerprint_of([Frame(**frame) for frame in frames], manifest["masks_hash"])
+    (bare / "manifest.json").write_text(json.dumps(manifest))
+    summary = score(root=bare, other_data=True)["summary"]
+    assert (summary["side branch"]["dice"]["n_present"], summary["side branch"]["dice"]["mean_present"]) == (0, None)
+    assert summary["lumen"]["dice"]["n_present"] == 4
+    told = capsys.readouterr().out
+    assert "side branch is in none of these images: its scores only say that nothing was drawn" in told
+    assert "lumen is in none" not in told
+    assert "0 of 4" in told
 
 
 def test_training_and_validation_images_are_called_so(score):

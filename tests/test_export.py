@@ -21,14 +21,15 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def exported(tiny_run, tmp_path_factory):
-    return export(Options(str(tiny_run), str(tmp_path_factory.mktemp("exports") / "oct"), "fp32", None))
+    return export(Options(str(tiny_run), str(tmp_path_factory.mktemp("exports") / "oct"), "fp32", None, None))
 
 
 @pytest.fixture
 def options(tiny_run, tmp_path):
     def make(**changes):
         return Options(
-            **{"ckpt": str(tiny_run), "out": str(tmp_path / "made"), "dtype": "fp32", "images": None} | changes
+            **{"ckpt": str(tiny_run), "out": str(tmp_path / "made"), "dtype": "fp32", "images": None, "mapping": None}
+            | changes
         )
 
     return make
@@ -92,6 +93,20 @@ def test_guard_D11_a_raw_identifier_stops_the_export(options, tiny_run, tmp_path
     assert nothing_left(tmp_path)
 
 
+def test_guard_D11_names_are_those_of_the_mapping_that_is_named(options, tiny_run, tmp_path, capsys):
+    names = tmp_path / "names"
+    names.mkdir()
+    (names / "mapping.json").write_text(json.dumps({"patients": {}, "files": {}, "names": ["ana invented"]}))
+    ckpt = edited(tiny_run, tmp_path, lambda c: c["vessel"].update(name="Ana_Invented"))
+    with pytest.raises(VesselError, match="patient's name or id"):
+        export(options(ckpt=ckpt, mapping=str(names)))
+    with pytest.raises(VesselError, match=r"no mapping\.json"):
+        export(options(mapping=str(tmp_path)))
+    assert nothing_left(tmp_path)
+    export(options(ckpt=ckpt))  # the painted data set has no mapping beside it: that is said
+    assert "only patterns were checked" in capsys.readouterr().out
+
+
 def test_the_card_speaks_from_the_manifest(exported):
     card = (exported / "README.md").read_text()
     manifest = json.loads((exported / "vessel.json").read_text())
@@ -106,7 +121,7 @@ def test_the_card_speaks_from_the_manifest(exported):
 
 def test_guard_W6_merged_adapters_in_bf16_draw_the_same_masks(train_tiny, tmp_path, capsys):
     train_tiny(tmp_path / "run", "lora=r8", "trainable=lora", "optimizer.lr=0.01")
-    made = export(Options(str(tmp_path / "run"), str(tmp_path / "made"), "bf16", None))
+    made = export(Options(str(tmp_path / "run"), str(tmp_path / "made"), "bf16", None, None))
     assert {t.dtype for t in load_file(made / "model.safetensors").values()} == {torch.bfloat16}
     told = capsys.readouterr().out
     assert "of mask pixels equal" in told
@@ -117,11 +132,11 @@ def test_guard_W4_training_from_an_export_and_exporting_again(train_tiny, export
     """Weights that did not move are found out, weights that did pass."""
     started = (f"weights=[{exported}]", f"prompt.tokenizer={exported}", "trainable=decoder_only")
     train_tiny(tmp_path / "moved", *started, "optimizer.lr=0.01")
-    export(Options(str(tmp_path / "moved"), str(tmp_path / "first"), "bf16", None))
+    export(Options(str(tmp_path / "moved"), str(tmp_path / "first"), "bf16", None, None))
     assert "differs from its base (a local folder) in every trained group" in capsys.readouterr().out
     train_tiny(tmp_path / "still", *started, "optimizer.lr=0.0", "~callbacks.first_step_check")
     with pytest.raises(VesselError, match=r"text_hidden_fcs.*equal to the base"):
-        export(Options(str(tmp_path / "still"), str(tmp_path / "made"), "bf16", None))
+        export(Options(str(tmp_path / "still"), str(tmp_path / "made"), "bf16", None, None))
     assert nothing_left(tmp_path)
 
 

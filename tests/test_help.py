@@ -9,7 +9,10 @@ import pytest
 import yaml
 
 CONF = Path(__file__).parents[1] / "conf"
-HEAVY = {"torch", "lightning", "transformers", "peft", "sam2", "deepspeed", "numpy", "matplotlib", "wandb", "rich"}
+HEAVY = {
+    "torch", "lightning", "transformers", "peft", "sam2", "deepspeed", "numpy", "pandas", "matplotlib", "skimage",
+    "cv2", "wandb", "rich",
+}  # fmt: skip
 
 
 def options(node, prefix=""):

@@ -12,7 +12,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 
@@ -72,7 +74,7 @@ def evaluate(options: Options, default_out: Path) -> Mapping[str, Any]:
         raise VesselError(f"split={options.split}: choose one of {', '.join(PARTS)}")
     restored = restore(options.ckpt)
     dataset, catalog = _data(options, restored)
-    out = _results_folder(options, restored, default_out)
+    out = _results_folder(options, restored, catalog, default_out)
     targets = [Target(frame.id, catalog.root / frame.image, frame.image) for frame in dataset.frames]
     predictor = Predictor(restored, device=options.device)
     answers = predictor.predict(targets, dataset.__getitem__, batch_size=options.batch_size, workers=options.workers)
@@ -154,8 +156,8 @@ def _data(options: Options, restored: Restored) -> tuple[VesselDataset, Catalog]
     return dataset, catalog
 
 
-def _results_folder(options: Options, restored: Restored, default: Path) -> Path:
-    """Where results go; one folder holds the results of one checkpoint."""
+def _results_folder(options: Options, restored: Restored, catalog: Catalog, default: Path) -> Path:
+    """Where results go; one folder holds the results of one checkpoint on one data set."""
     run = restored.source.parent.parent
     is_run = restored.source.is_file() and (run / MANIFEST).is_file()
     part = f"{options.split}_other_data" if options.other_data else options.split
@@ -166,6 +168,12 @@ def _results_folder(options: Options, restored: Restored, default: Path) -> Path
             raise VesselError(
                 f"{out} holds the results of other weights ({there.get('run')}, {there.get('fingerprint')}, "
                 f"split {there.get('split')}); choose another out=, or replace them with overwrite=true"
+            )
+        data = there.get("data") or {}
+        if data.get("fingerprint") != catalog.fingerprint:
+            raise VesselError(
+                f"{out} holds the results on another data set ({data.get('name')}, {data.get('fingerprint')}); "
+                "choose another out=, or replace them with overwrite=true"
             )
     return out
 
@@ -245,19 +253,14 @@ def _draw_panel(prediction: Prediction, threshold: float, labels: Sequence[str],
 
 def _tell(report: Mapping[str, Any], out: Path) -> None:
     console = Console()
-    table = Table(title=f"{report['run']} on {report['data']['name']}, {report['split']}")
-    for column in ("phrase", "score", "mean", "95 % interval", "images", "patients"):
-        table.add_column(column, justify="left" if column in ("phrase", "score") else "right")
-    for phrase, scores in report["summary"].items():
-        for name, score in scores.items():
-            interval = "" if score["low"] is None else f"{score['low']:.3f} to {score['high']:.3f}"
-            n = str(score["n_images"]), str(score["n_patients"])
-            table.add_row(phrase, name, f"{score['mean']:.3f}", interval, *n)
-        table.add_section()
     if report["summary"]:
-        console.print(table)
+        console.print(_table(report))
         unit = report["summary"]["all"]["dice"]["unit"]
         console.print(f"intervals: bootstrap over {unit}s", soft_wrap=True)
+    for phrase, scores in report["summary"].items():
+        if not scores["dice"]["n_present"] and phrase != "all":
+            told = f"{phrase} is in none of these images: its scores only say that nothing was drawn"
+            console.print(told, style="yellow", soft_wrap=True, markup=False)
     console.print(f"threshold {report['threshold']:.2f} ({report['threshold_source']})", soft_wrap=True)
     for failure in report["failures"][:_FAILURES_TOLD]:
         console.print(f"failed: {failure['file']}: {failure['reason']}", style="red", soft_wrap=True, markup=False)
@@ -266,3 +269,20 @@ def _tell(report: Mapping[str, Any], out: Path) -> None:
     if report["note"]:
         console.print(f"note: {report['note']}", style="yellow", soft_wrap=True)
     console.print(f"weights {report['fingerprint']}; results: {out}", soft_wrap=True)
+
+
+def _table(report: Mapping[str, Any]) -> Table:
+    """Fits 80 columns with phrases of two words."""
+    title = escape(f"{report['run']} on {report['data']['name']}, {report['split']}")
+    table = Table("phrase", "score", title=title, box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+    for column in ("mean", "95 % interval", "where\npresent", "present in", "patients"):
+        table.add_column(column, justify="right")
+    for phrase, scores in report["summary"].items():
+        for name, score in scores.items():
+            interval = "" if score["low"] is None else f"{score['low']:.3f} to {score['high']:.3f}"
+            showing = score.get("mean_present")
+            where_present = "" if showing is None else f"{showing:.3f}"
+            counts = f"{score['n_present']} of {score['n_images']}", str(score["n_patients"])
+            table.add_row(escape(phrase), name, f"{score['mean']:.3f}", interval, where_present, *counts)
+        table.add_section()
+    return table

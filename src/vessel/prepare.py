@@ -16,18 +16,10 @@ from vessel.errors import VesselError, told_to_the_user
 def main(cfg: DictConfig) -> None:
     """Read the options and prepare."""
     with told_to_the_user():
-        from omegaconf import OmegaConf
-        from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
-
         from vessel.data.preparation import Options, prepare
+        from vessel.options import typed
 
-        try:
-            options = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Options), cfg))
-        except MissingMandatoryValue as error:
-            raise VesselError(f"{error.full_key}= is missing; `python -m vessel.prepare --help` explains it") from error
-        except OmegaConfBaseException as error:
-            raise VesselError(str(error)) from error
-        assert isinstance(options, Options), "the schema decides the type"
+        options = typed(cfg, Options, "vessel.prepare")
         try:
             prepare(options)
         except OSError as error:  # no permission, no space: the system's words name the place

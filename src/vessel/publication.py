@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -25,7 +24,7 @@ from vessel.model.plan import local_folder
 from vessel.model.weights import combined, digests, read_safetensors
 from vessel.proof import compare, drawn_image, masks_in_a_fresh_process, masks_of
 from vessel.restore import EXPORT_MANIFEST, Restored, restore
-from vessel.run import Manifest
+from vessel.run import Manifest, without_places
 
 _SAMPLES = 3
 _SPARE_BYTES = 100 * 10**6  # tokenizer, texts, and room for the system to breathe
@@ -40,6 +39,7 @@ class Options:
     out: str
     dtype: str
     images: str | None
+    mapping: str | None
 
     @property
     def target(self) -> Path:
@@ -74,7 +74,7 @@ def export(options: Options) -> Path:
         making = Path(temporary) / "new"
         making.mkdir()
         told = [_write(making, restored, options.dtype), _differs_from_base(making, restored, options.dtype)]
-        _refuse_raw_identifiers(making, restored)
+        searched = _refuse_raw_identifiers(making, restored, options.mapping)
         threshold = restored.threshold
         del restored  # the comparison needs room for one network at a time
         expected = masks_of(options.ckpt, images)
@@ -83,6 +83,7 @@ def export(options: Options) -> Path:
         making.rename(options.target)
     for sentence in told:
         console.print(f"proved: {sentence}", soft_wrap=True, markup=False)
+    console.print(f"raw identifiers: {searched}", soft_wrap=True, markup=False)
     console.print(f"export: {options.target}", soft_wrap=True)
     return options.target
 
@@ -92,6 +93,8 @@ def _check(options: Options) -> None:
         raise VesselError(f"dtype={options.dtype}: choose one of {', '.join(DTYPES)}")
     if options.target.exists():
         raise VesselError(f"out={options.out} exists; an export is never written over anything, choose another folder")
+    if options.mapping is not None and not (Path(options.mapping).expanduser() / "mapping.json").is_file():
+        raise VesselError(f"mapping={options.mapping} holds no mapping.json; give the folder that prepare named")
 
 
 def _samples(options: Options, restored: Restored) -> dict[str, NDArray[np.uint8]]:
@@ -138,23 +141,11 @@ def exported_manifest(manifest: Manifest, *, fingerprint: str) -> Manifest:
     config = {key: value for key, value in manifest.config.items() if key in _KEPT}
     config["data"] = {key: value for key, value in (config.get("data") or {}).items() if key != "root"}
     return manifest.with_(
-        config=_without_places(config),
-        weights=tuple(_without_places(list(manifest.weights))),
+        config=without_places(config),
+        weights=tuple(without_places(list(manifest.weights))),
         parent={"name": manifest.name, "fingerprint": manifest.fingerprint},
         fingerprint=fingerprint,
     )
-
-
-def _without_places(value: Any) -> Any:
-    """Plain values with every local folder or file replaced: its name may be a person's."""
-    if isinstance(value, Mapping):
-        return {key: _without_places(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_places(part) for part in value]
-    if isinstance(value, str):
-        is_place = value.startswith((os.sep, "~", ".")) or (os.sep in value and Path(value).exists())
-        return "(a local folder)" if is_place else value
-    return value
 
 
 def _differs_from_base(folder: Path, restored: Restored, dtype: str) -> str:
@@ -171,19 +162,24 @@ def _differs_from_base(folder: Path, restored: Restored, dtype: str) -> str:
             f"{', '.join(same)}: to be trained, yet equal to the base in every tensor. Either the wrong checkpoint was "
             "named or nothing was learnt there; nothing was exported"
         )
-    return f"differs from its base {_without_places(sources[-1])} in every trained group"
+    return f"differs from its base {without_places(sources[-1])} in every trained group"
 
 
-def _refuse_raw_identifiers(folder: Path, restored: Restored) -> None:
+def _refuse_raw_identifiers(folder: Path, restored: Restored, given: str | None) -> str:
+    """Search what is public text by the mapping given, else the one beside the data set; says what was searched."""
     root = (restored.manifest.config.get("data") or {}).get("root")
-    mapping = mapping_folder(Path(root).absolute()) if root else None
-    scanner = RawIdentifiers(mapping if mapping is not None and mapping.is_dir() else None)
+    place = Path(given).expanduser() if given else mapping_folder(Path(root).absolute()) if root else None
+    mapping = place if place is not None and (place / "mapping.json").is_file() else None
+    scanner = RawIdentifiers(mapping)
     for name in (EXPORT_MANIFEST, "README.md", "config.json"):
         if found := scanner.find((folder / name).read_text(encoding="utf-8")):
             raise VesselError(
                 f"{name} would hold what looks like a patient's name or id ({', '.join(found[:3])}); take it out of "
                 "the run's name, phrases or options. Nothing was exported"
             )
+    if mapping is None:
+        return "no mapping beside the data set, only patterns were checked; mapping=DIR names one"
+    return f"names checked against {mapping}"
 
 
 def model_card(manifest: Manifest, dtype: str) -> str:
@@ -191,7 +187,7 @@ def model_card(manifest: Manifest, dtype: str) -> str:
     data = manifest.data
     counts = ", ".join(f"{data[key]} {key.removeprefix('n_')}" for key in ("n_images", "n_patients") if key in data)
     threshold = "none chosen, 0.5 is taken" if manifest.threshold is None else f"{manifest.threshold:.2f}"
-    base = ", ".join(_without_places(list(manifest.config.get("weights") or []))) or "none, random weights"
+    base = ", ".join(without_places(list(manifest.config.get("weights") or []))) or "none, random weights"
     parent = (manifest.parent or {}).get("fingerprint")
     note = f"{data['note']}\n\n" if data.get("note") else ""
     return f"""---

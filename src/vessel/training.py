@@ -144,9 +144,7 @@ def _manifest(config: DictConfig, data: VesselDataModule, resumed: Path | None) 
 def _refuse_random_seg(network: Sa2VA, plan: NetworkPlan) -> None:
     groups = network.trainable_groups()
     if plan.trainable == "lora" and "lora" not in groups:
-        raise VesselError(
-            "trainable=lora, but lora=none: choose adapters, such as lora=r128, or another trainable="
-        )
+        raise VesselError("trainable=lora, but lora=none: choose adapters, such as lora=r128, or another trainable=")
     if not plan.weights and "tokens" not in groups:
         raise VesselError(
             f"trainable={plan.trainable} from random weights: [SEG] would stay random for ever. Start from the weights "

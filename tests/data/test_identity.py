@@ -126,6 +126,24 @@ def test_guard_D11_mapping_is_for_the_owner_only(tmp_path):
     assert list(kept["patients"]) == [ID]
 
 
+def test_a_folder_of_the_users_keeps_its_mode_and_our_files_are_private(tmp_path):
+    (tmp_path / "set.identity").mkdir()
+    (tmp_path / "set.identity").chmod(0o750)
+    folder = keep(tmp_path, "ana bell")
+    assert stat.S_IMODE(folder.path.stat().st_mode) == 0o750
+    assert {stat.S_IMODE(f.stat().st_mode) for f in folder.path.iterdir()} == {0o600}
+
+
+def test_names_never_get_among_other_files(tmp_path):
+    (tmp_path / "set.identity").mkdir()
+    (tmp_path / "set.identity/thesis.tex").touch()
+    with pytest.raises(VesselError, match=r"holds thesis\.tex and no mapping.*mapping=DIR"):
+        keep(tmp_path, "ana bell")
+    assert [file.name for file in (tmp_path / "set.identity").iterdir()] == ["thesis.tex"]
+    with pytest.raises(VesselError, match="is a file"):
+        MappingFolder(tmp_path / "set.identity/thesis.tex").check()
+
+
 def test_mapping_of_another_set_is_kept_beside(tmp_path):
     keep(tmp_path, "ana bell")
     assert set(keep(tmp_path, "bo carr").read()["patients"]) == {"anabell", "bocarr"}

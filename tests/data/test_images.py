@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vessel.data.images import pixel_hash, read_rgb
+from vessel.data.images import common_depth, pixel_hash, read_rgb
 from vessel.errors import VesselError
 
 RNG = np.random.default_rng(0)
@@ -36,6 +36,21 @@ def test_16_bit_grey_is_scaled_from_its_depth(tmp_path, maximum, expected):
     # 256 needs 10 bits: 256 * 255 / 1023 = 63.8; 40000 needs 16: 40000 * 255 / 65535 = 155.6
     Image.fromarray(np.array([[0, maximum]], dtype=np.uint16)).save(tmp_path / "a.png")
     assert read_rgb(tmp_path / "a.png").tolist() == [[[0, 0, 0], [expected] * 3]]
+
+
+def test_16_bit_grey_of_a_series_is_scaled_from_the_depth_given(tmp_path):
+    Image.fromarray(np.array([[0, 1000]], dtype=np.uint16)).save(tmp_path / "dark.png")
+    assert read_rgb(tmp_path / "dark.png")[0, 1, 0] == 249  # 1000 * 255 / 1023 = 249.3
+    assert read_rgb(tmp_path / "dark.png", depth=12)[0, 1, 0] == 62  # 1000 * 255 / 4095 = 62.3
+
+
+def test_the_depth_of_a_series_is_that_of_its_brightest_16_bit_image(tmp_path):
+    Image.new("L", (2, 2), 255).save(tmp_path / "a.png")
+    (tmp_path / "b.png").write_bytes(b"no image")
+    assert common_depth(sorted(tmp_path.iterdir())) is None
+    for name, maximum in (("c.png", 200), ("d.png", 3000)):
+        Image.fromarray(np.array([[0, maximum]], dtype=np.uint16)).save(tmp_path / name)
+    assert common_depth(sorted(tmp_path.iterdir())) == 12
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "RGBA", "CMYK", "YCbCr"])

@@ -46,6 +46,22 @@ def test_masks_in_a_folder_or_beside(tmp_path, images, masks):
     assert source.phrases == ("lumen",)
 
 
+@pytest.mark.parametrize("masks", ["{}_mask.png", "masks/{}_mask.png"])
+def test_a_folder_of_masks_alone_is_called_so(tmp_path, masks):
+    mask(tmp_path / masks.format("001_1_1"))
+    with pytest.raises(VesselError, match="1 masks but no images"):
+        read_source(tmp_path)
+
+
+@pytest.mark.parametrize("folder", ["all", "All_"])
+def test_a_phrase_named_all_is_refused_before_anything_is_trained(tmp_path, folder):
+    image(tmp_path / "images/001_1_1.png")
+    mask(tmp_path / f"masks/{folder}/001_1_1_mask.png")
+    [problem] = read_source(tmp_path).problems
+    assert "phrase 'all'" in str(problem)
+    assert "name the structure" in str(problem)
+
+
 def test_one_folder_per_phrase_and_absent_phrases(tmp_path):
     for stem in "abc":
         image(tmp_path / f"images/{stem}.png")

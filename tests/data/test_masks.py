@@ -84,7 +84,9 @@ def test_binary_masks_of_every_kind(tmp_path, kind):
 
 def test_mask_of_another_size_is_refused(tmp_path):
     write_mask(tmp_path / "m.png", np.ones((4, 6), dtype=bool))
-    with pytest.raises(VesselError, match=r"m\.png: the mask is 6x4 and its image 8x4"):
+    with pytest.raises(VesselError, match=r"m\.png: the mask is 6x4 and its image 4x6, upright as its EXIF may say"):
+        read_mask(tmp_path / "m.png", (6, 4))
+    with pytest.raises(VesselError, match=r"m\.png: the mask is 6x4 and its image 8x4; export"):
         read_mask(tmp_path / "m.png", (4, 8))
 
 

@@ -1,14 +1,17 @@
 """The whole set in figures and in one picture."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from PIL import Image
 from rich.console import Console
 
-from vessel.data.catalog import Frame
+from vessel.data.catalog import Frame, Split
 from vessel.data.masks import write_mask
-from vessel.data.overview import COLOURS, _spread, contact_sheet, overlay, statistics, tables
+from vessel.data.overview import _spread, _thumbnail, absences, contact_sheet, statistics, tables
 from vessel.data.splits import make_split
+from vessel.figures import PHRASE_COLOURS
 
 
 def frames(root, *counts):
@@ -44,12 +47,37 @@ def test_guard_D13_figures_of_every_frame(tmp_path):
     assert "15.00%" in text
 
 
-def test_overlay_colours_the_mask_and_leaves_the_rest(tmp_path):
-    made = frames(tmp_path, 1)
-    pixels = np.array(overlay(tmp_path, made[0], {"cap": COLOURS[0], "lumen": COLOURS[1]}))
-    assert pixels[40, 40].tolist() == [10, 10, 10]
-    assert pixels[10, 3].tolist() == [int(0.75 * 10 + 0.25 * c) for c in COLOURS[1]]
-    assert pixels[10, 8].tolist() == list(COLOURS[1])
+def test_a_part_without_a_phrase_is_warned_of(tmp_path):
+    made = frames(tmp_path, 1, 1, 1)
+    parts = {"train": (made[0].id,), "val": (made[1].id,), "test": (made[2].id,)}
+    split = Split(unit="patient", seed=0, gap=0, note="", parts=parts, folds=())
+    made[2] = replace(made[2], masks={"cap": None, "lumen": None})
+    told = absences(made, split)
+    assert [sentence.partition(" images:")[0] for sentence in told] == [
+        "cap is in none of the 1 train",
+        "cap is in none of the 1 val",
+        "cap is in none of the 1 test",
+        "lumen is in none of the 1 test",
+    ]
+
+
+def test_thumbnail_colours_the_masks_and_leaves_the_rest(tmp_path):
+    [made] = frames(tmp_path, 1)  # 64 x 48, shown at 240 x 180; lumen: the upper left 8 x 24 pixels
+    pixels = _thumbnail(tmp_path, made)
+    green = list(bytes.fromhex(PHRASE_COLOURS[1][1:]))
+    assert pixels.shape == (180, 240, 3)
+    assert pixels[150, 150].tolist() == [10, 10, 10]
+    assert pixels[40, 29].tolist() == green  # the edge
+    assert pixels[40, 10].tolist() == [round(10 + 0.35 * (c - 10)) for c in green]
+
+
+def test_a_vessel_of_one_pixel_survives_a_thumbnail(tmp_path):
+    Image.new("RGB", (960, 960)).save(tmp_path / "a.png")
+    mask = np.zeros((960, 960), dtype=bool)
+    mask[:, 481] = True
+    write_mask(tmp_path / "a_mask.png", mask)
+    pixels = _thumbnail(tmp_path, Frame("a", "a.png", 960, 960, "p", "p_v1", 0, {"lumen": "a_mask.png"}, "a"))
+    assert pixels[:, 120].any(axis=1).all()
 
 
 def test_sheet_has_a_cell_for_each_frame_up_to_its_limit(tmp_path):

@@ -195,6 +195,32 @@ def test_declared_absence_is_recorded(options, tmp_path):
     assert catalog.manifest["statistics"]["phrases"]["blood vessel"]["absent"] == 2
 
 
+def test_16_bit_images_of_one_source_keep_their_relative_brightness(options, tmp_path, capsys):
+    for seed, stem in enumerate(stems()):  # frames reach 1,000 to 4,000 of 4,095
+        dim = picture(seed)[..., 0].astype(np.uint16) * (4 if seed % 2 else 15)
+        Image.fromarray(dim).save(tmp_path / f"raw/images/{stem}.png")
+    catalog = prepare(options)
+    files = json.loads((tmp_path / "set.identity/mapping.json").read_text())["files"]
+    for seed, factor in ((0, 15), (1, 4)):
+        with Image.open(catalog.root / catalog.frames[files[stems()[seed]]].image) as image:
+            expected = np.rint(picture(seed)[..., 0].astype(float) * factor * 255 / 4095)
+            assert np.array_equal(np.array(image)[..., 0], expected)
+    assert catalog.manifest["grey_bits"] == 12
+    assert "all scaled from 12 bits" in capsys.readouterr().out
+
+
+def test_a_part_that_shows_a_phrase_nowhere_is_told(options, tmp_path, capsys):
+    before = prepare(options)
+    assert before.manifest["warnings"] == []
+    files = json.loads((tmp_path / "set.identity/mapping.json").read_text())["files"]
+    for stem, frame_id in files.items():
+        if frame_id in before.split.parts["test"]:
+            write_mask(tmp_path / f"raw/masks/{stem}_mask.png", np.zeros(SIZE, dtype=bool))
+    [warning] = prepare(replace(options, overwrite=True)).manifest["warnings"]
+    assert warning.startswith("blood vessel is in none of the ")
+    assert f"warning: {warning}" in capsys.readouterr().out
+
+
 def test_duplicates_across_splits_are_named(options, tmp_path):
     first, last = stems()[0], stems()[-1]
     shutil.copy(tmp_path / f"raw/images/{first}.png", tmp_path / f"raw/images/{last}.png")
@@ -225,10 +251,12 @@ def test_processes_give_what_one_process_gives(options, tmp_path, monkeypatch):
     ("changes", "said"),
     [
         ({"source": "nowhere"}, "no such folder"),
+        ({"source": __file__}, "is a file"),
         ({"split": "patients"}, "choose one of patient, block, frame"),
         ({"layout": "coco"}, "layout=coco"),
         ({"folds": -1}, "folds=-1"),
         ({"phrase": "_"}, "phrase"),
+        ({"phrase": "All"}, "mean over phrases"),
         ({"identity": "("}, "identity="),
     ],
 )
@@ -242,6 +270,8 @@ def test_places_that_would_mix_input_and_output(options, tmp_path):
         prepare(replace(options, out=str(tmp_path / "raw/out")))
     with pytest.raises(VesselError, match="must not travel"):
         prepare(replace(options, mapping=str(tmp_path / "set/names")))
+    with pytest.raises(VesselError, match="mapping=DIR"):
+        prepare(replace(options, mapping=str(tmp_path / "raw")))
 
 
 def test_hub_that_cannot_be_reached(options, monkeypatch):

@@ -140,6 +140,16 @@ def test_wrong_shapes_and_thresholds_are_refused():
             OverlapSweep(thresholds)
 
 
+def test_an_image_score_says_whether_the_phrase_is_there():
+    masks = torch.zeros(3, 4, 4, dtype=torch.bool)
+    masks[1:, 0, 0] = True
+    probabilities = torch.stack([torch.ones(4, 4), torch.ones(4, 4), torch.zeros(4, 4)])  # drawn, found, missed
+    sweep = OverlapSweep(THRESHOLDS)
+    sweep.update([probabilities], [masks], ids=["i"], patients=["p"], phrases=[["lumen", "cap", "core"]])
+    for index in range(len(THRESHOLDS)):
+        assert [score.present for score in sweep.image_scores(index)] == [False, True, True]
+
+
 def test_scores_keep_the_shape_of_the_counts():
     zero = torch.zeros(4, 3, dtype=torch.int64)
     assert dice(Counts(zero, zero, zero)).shape == (4, 3)

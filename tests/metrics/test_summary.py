@@ -9,8 +9,8 @@ from vessel.errors import VesselError
 from vessel.metrics.summary import ImageScore, summarise, write_per_image_csv
 
 
-def score(image: str, dice: float, *, patient="pa", video="v1", phrase="lumen") -> ImageScore:
-    return ImageScore(image, patient, video, phrase, dice, dice / 2, 0.7, 0.8, 0.35)
+def score(image: str, dice: float, *, patient="pa", video="v1", phrase="lumen", present=True) -> ImageScore:
+    return ImageScore(image, patient, video, phrase, present, dice, dice / 2, 0.7, 0.8, 0.35)
 
 
 def test_means_count_an_image_once_and_each_phrase_apart():
@@ -21,6 +21,18 @@ def test_means_count_an_image_once_and_each_phrase_apart():
     assert summary["cap"]["iou"]["mean"] == pytest.approx(0.2)
     assert (summary["all"]["dice"]["n_images"], summary["all"]["dice"]["n_patients"]) == (2, 2)
     json.dumps(summary, allow_nan=False)
+
+
+def test_a_phrase_that_is_seldom_there_is_also_scored_where_it_is():
+    rows = [score("i1", 1.0, present=False), score("i2", 1.0, present=False), score("i3", 0.4)]
+    rows += [score(image, 1.0, phrase="cap", present=False) for image in ("i1", "i2", "i3")]
+    summary = summarise(rows)
+    lumen = summary["lumen"]["dice"]
+    assert (lumen["mean"], lumen["mean_present"], lumen["n_present"]) == (pytest.approx(0.8), 0.4, 1)
+    assert (summary["cap"]["dice"]["mean"], summary["cap"]["iou"]["mean_present"]) == (1.0, None)
+    assert {name: scores["recall"]["n_present"] for name, scores in summary.items()} == {"all": 1, "lumen": 1, "cap": 0}
+    assert summary["all"]["iou"]["mean_present"] == 0.2
+    assert "mean_present" not in summary["lumen"]["precision"]
 
 
 def test_interval_with_one_image_a_patient_is_the_ordinary_bootstrap():
@@ -74,4 +86,6 @@ def test_csv_holds_every_row(tmp_path):
     assert [r["id"] for r in read] == ["i1", "i2, left"]
     assert [float(r["dice"]) for r in read] == [0.25, 0.5]
     assert read[1]["phrase"] == "épicarde"
-    assert read[0].keys() == {"id", "patient", "video", "phrase", "dice", "iou", "precision", "recall", "threshold"}
+    assert [r["present"] for r in read] == ["True", "True"]
+    scores = ["dice", "iou", "precision", "recall"]
+    assert list(read[0]) == ["id", "patient", "video", "phrase", "present", *scores, "threshold"]

@@ -19,7 +19,7 @@ from vessel.data.identity import Identity
 from vessel.data.images import pixel_hash, read_rgb
 from vessel.data.layouts import Item, Label
 from vessel.data.masks import outline, rasterise, read_mask, write_mask
-from vessel.data.overview import contact_sheet, statistics
+from vessel.data.overview import absences, contact_sheet, statistics
 from vessel.errors import Problem, VesselError
 
 
@@ -32,12 +32,14 @@ class Job:
         identity: the name it gets.
         phrases: every phrase of the data set.
         root: folder of the data set that is being made.
+        depth: bits of the 16-bit grey images of the source; None when it has none.
     """
 
     item: Item
     identity: Identity
     phrases: tuple[str, ...]
     root: Path
+    depth: int | None
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ def slug(phrase: str) -> str:
 def write_frame(job: Job) -> Written | list[Problem]:
     """Decode one source image and its labels and write image and masks; or say all that is wrong with them."""
     try:
-        image = read_rgb(job.item.image)
+        image = read_rgb(job.item.image, depth=job.depth)
     except VesselError as error:
         return [error.args[0]]
     size = (image.shape[0], image.shape[1])
@@ -131,7 +133,9 @@ def make_folders(root: Path, phrases: Sequence[str]) -> None:
         (root / "masks" / slug(phrase)).mkdir(parents=True)
 
 
-def write_summary(root: Path, written: Sequence[Written], split: Split, *, name: str, source_fingerprint: str) -> None:
+def write_summary(
+    root: Path, written: Sequence[Written], split: Split, *, name: str, source_fingerprint: str, depth: int | None
+) -> None:
     """Write everything that speaks about all frames: records, split, annotations, statistics, contact sheet, manifest.
 
     Args:
@@ -140,6 +144,7 @@ def write_summary(root: Path, written: Sequence[Written], split: Split, *, name:
         split: of these frames.
         name: what reports call the data set.
         source_fingerprint: by which a later run knows that nothing changed.
+        depth: bits that the 16-bit grey images of the source were scaled from.
     """
     frames = [each.frame for each in written]
     masks_hash = digest([each.masks_hash for each in written])
@@ -159,6 +164,8 @@ def write_summary(root: Path, written: Sequence[Written], split: Split, *, name:
         "n_patients": len(figures["patients"]),
         "n_videos": sum(map(len, figures["patients"].values())),
         "pixel_spacing": None,
+        "grey_bits": depth,
+        "warnings": absences(frames, split),
         "statistics": figures,
     }
     _write_json(root / "frames.json", [asdict(frame) for frame in frames])

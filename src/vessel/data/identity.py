@@ -201,6 +201,13 @@ class MappingFolder:
 
     path: Path
 
+    def check(self) -> None:
+        """Raise VesselError where other files are, or a file: raw names must not get among them."""
+        kept = sorted(each.name for each in self.path.iterdir()) if self.path.is_dir() else []
+        if self.path.is_file() or (kept and not {"salt", "mapping.json"} & set(kept)):
+            what = f"holds {kept[0]} and no mapping of ours" if kept else "is a file"
+            raise VesselError(f"mapping: {self.path} {what}; choose an empty or a new folder with mapping=DIR")
+
     def salt(self) -> bytes:
         """The salt kept here, or a new random one; `write` keeps it."""
         kept = self.path / "salt"
@@ -212,15 +219,10 @@ class MappingFolder:
             raise VesselError(f"{kept} is damaged; restore it from a copy, or delete it for new pseudonyms") from error
 
     def write(self, salt: bytes, pseudonyms: Pseudonyms, stems: Sequence[str]) -> None:
-        """Keep the salt and who is who, beside what is here already.
-
-        Args:
-            salt: what the pseudonyms were made with.
-            pseudonyms: of the files.
-            stems: raw stem of each file.
-        """
-        self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self.path.chmod(0o700)
+        """Keep the salt and who is who, of files with these raw stems, beside what is here already."""
+        self.check()
+        if not self.path.exists():  # a folder that the user made keeps its mode; our files are 0600 in any
+            self.path.mkdir(mode=0o700, parents=True)
         before = self.read()
         files = {stem: identity.id for stem, identity in zip(stems, pseudonyms.identities, strict=True)}
         content = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +15,38 @@ IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".
 BIT_DEPTHS = (8, 10, 12, 14, 16)
 
 
-def read_rgb(path: Path) -> np.ndarray:
+def depth_of(maximum: int) -> int:
+    """The smallest of `BIT_DEPTHS` that holds a grey value below 2**16."""
+    return next(bits for bits in BIT_DEPTHS if maximum < 2**bits)
+
+
+def common_depth(files: Iterable[Path]) -> int | None:
+    """The depth that holds every 16-bit grey image; None when there is none. Only these are decoded.
+
+    Files that `read_rgb` refuses are passed over.
+    """
+    greatest = []
+    for file in files:
+        try:
+            with Image.open(file) as opened:
+                if opened.mode.startswith("I"):
+                    greatest.append(int(np.asarray(opened).max()))
+        except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError):
+            continue
+    fitting = [value for value in greatest if value < 2 ** BIT_DEPTHS[-1]]
+    return depth_of(max(fitting)) if fitting else None
+
+
+def read_rgb(path: Path, *, depth: int | None = None) -> np.ndarray:
     """Read any common image file as upright RGB.
 
-    EXIF rotation is applied. Grey becomes three equal channels. 16-bit grey is scaled linearly from the smallest of 8,
-    10, 12, 14 and 16 bits that holds its maximum, since files do not say their depth. Transparency is shown on black.
+    EXIF rotation is applied. Grey becomes three equal channels. 16-bit grey is scaled linearly from `depth` bits.
+    Transparency is shown on black.
+
+    Args:
+        path: the file.
+        depth: bits of 16-bit grey, since files do not say it. None takes the smallest of 8, 10, 12, 14 and 16 that
+            holds the maximum of this image: a dark image of a 12-bit series comes out brighter than in its series.
 
     Returns:
         uint8 [H, W, 3].
@@ -41,12 +69,12 @@ def read_rgb(path: Path) -> np.ndarray:
             f"cannot be read as an image ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
         )
         raise VesselError(Problem(str(path), reason, "replace the file by an intact copy, or remove it")) from error
-    return _to_rgb(upright, path)
+    return _to_rgb(upright, path, depth)
 
 
-def _to_rgb(image: Image.Image, path: Path) -> np.ndarray:
+def _to_rgb(image: Image.Image, path: Path, depth: int | None) -> np.ndarray:
     if image.mode.startswith("I"):
-        return np.repeat(_to_8_bit(np.asarray(image), path)[..., None], 3, axis=2)
+        return np.repeat(_to_8_bit(np.asarray(image), path, depth)[..., None], 3, axis=2)
     if image.mode == "F":
         raise VesselError(Problem(str(path), "floating-point pixels have no known range", "save it as 8- or 16-bit"))
     if image.has_transparency_data:
@@ -55,13 +83,13 @@ def _to_rgb(image: Image.Image, path: Path) -> np.ndarray:
     return np.array(image.convert("RGB"))
 
 
-def _to_8_bit(grey: np.ndarray, path: Path) -> np.ndarray:
+def _to_8_bit(grey: np.ndarray, path: Path, depth: int | None) -> np.ndarray:
     low, high = int(grey.min()), int(grey.max())
     if low < 0 or high >= 2 ** BIT_DEPTHS[-1]:
         reason = f"grey values {low} to {high} do not fit 16 bits"
         raise VesselError(Problem(str(path), reason, "save it as 8- or 16-bit grey"))
-    depth = next(bits for bits in BIT_DEPTHS if high < 2**bits)
-    return np.rint(grey.astype(np.float64) * (255 / (2**depth - 1))).astype(np.uint8)
+    bits = depth or depth_of(high)
+    return np.rint(grey.astype(np.float64) * (255 / (2**bits - 1))).astype(np.uint8)
 
 
 def pixel_hash(image: np.ndarray) -> str:

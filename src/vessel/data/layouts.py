@@ -65,7 +65,9 @@ def read_source(folder: Path, *, layout: str = "auto", phrase: str = "blood vess
     images = [p for p in _files(images_dir, *IMAGE_SUFFIXES) if not p.stem.endswith("_mask")]
     if not images:
         suffixes = " ".join(sorted(IMAGE_SUFFIXES))
-        raise VesselError(f"{folder}: no images; looked for {suffixes} in it and in its folder images/")
+        masks = [*_mask_files(images_dir), *_files(folder / "masks", ".png")]
+        found = f"{len(masks)} masks but no images" if masks else "no images"
+        raise VesselError(f"{folder}: {found}; looked for {suffixes} in it and in its folder images/")
     chosen = detect_layout(folder, images_dir) if layout == "auto" else layout
     readers: dict[str, Callable[[], tuple[dict[str, dict[str, Label]], list[Problem]]]] = {
         "masks": lambda: _read_masks(
@@ -205,6 +207,9 @@ def _pair(
             Problem(orphan, "is annotated but there is no such image", "add the image or remove this")
         )
     source.phrases = tuple(sorted({phrase for item in source.items for phrase in item.labels}))
+    if "all" in source.phrases:
+        remedy = "name the structure that the masks show"
+        source.problems.append(Problem("phrase 'all'", "is what reports call the mean over phrases", remedy))
     if not source.phrases and not source.problems:
         raise BadItemsError(
             "annotations", [Problem("all images", "no phrase is annotated anywhere", f"expected {expected}")]

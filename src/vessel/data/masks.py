@@ -61,6 +61,7 @@ def read_mask(path: Path, size: tuple[int, int]) -> np.ndarray:
         raise VesselError(Problem(str(path), reason, "export the mask again as PNG")) from error
     if pixels.shape[:2] != size:
         reason = f"the mask is {pixels.shape[1]}x{pixels.shape[0]} and its image {size[1]}x{size[0]}"
+        reason += ", upright as its EXIF may say" if pixels.shape[1::-1] == size else ""
         raise VesselError(Problem(str(path), reason, "export it at the size of the image; masks are never resized"))
     return _binary(pixels, path)
 

@@ -14,8 +14,6 @@ from rich.table import Table
 from vessel.data.catalog import Frame, Split
 from vessel.data.masks import read_mask
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart; two of theirs vanish on OCT's sepia.
-COLOURS = ((0, 158, 255), (0, 220, 130), (255, 80, 180), (255, 255, 255), (86, 255, 255), (190, 130, 255))
 THUMBNAIL = 240
 COLUMNS = 6
 
@@ -86,42 +84,54 @@ def contact_sheet(root: Path, frames: Sequence[Frame], count: int = 24) -> Image
         frames: all frames; at least one.
         count: frames to show at most.
     """
+    from vessel.figures import PHRASE_COLOURS
+
     shown = _spread(frames, count)
-    colours = {phrase: COLOURS[i % len(COLOURS)] for i, phrase in enumerate(frames[0].masks)}
     columns = min(COLUMNS, len(shown))
     cell = (THUMBNAIL + 8, THUMBNAIL + 26)
     font = ImageFont.load_default(size=13)
     sheet = Image.new("RGB", (max(columns * cell[0], 480), -(-len(shown) // columns) * cell[1] + 34), (24, 24, 24))
     draw = ImageDraw.Draw(sheet)
     x = 8.0
-    for phrase, colour in colours.items():
-        draw.rectangle((x, 9, x + 14, 23), fill=colour)
+    for i, phrase in enumerate(frames[0].masks):
+        draw.rectangle((x, 9, x + 14, 23), fill=PHRASE_COLOURS[i % len(PHRASE_COLOURS)])
         draw.text((x + 20, 8), phrase, font=font, fill="white")
         x += 44 + draw.textlength(phrase, font=font)
     for index, frame in enumerate(shown):
         left, top = (index % columns) * cell[0] + 4, (index // columns) * cell[1] + 34
-        thumbnail = ImageOps.contain(overlay(root, frame, colours), (THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
-        sheet.paste(thumbnail, (left, top))
+        sheet.paste(Image.fromarray(_thumbnail(root, frame)), (left, top))
         draw.text((left, top + THUMBNAIL + 2), frame.id, font=font, fill=(190, 190, 190))
     return sheet
 
 
-def overlay(root: Path, frame: Frame, colours: Mapping[str, tuple[int, int, int]]) -> Image.Image:
-    """The frame with each mask as a translucent colour and a solid outline, wide enough to survive a thumbnail."""
-    import cv2
+def absences(frames: Sequence[Frame], split: Split) -> list[str]:
+    """A sentence for each part of the split that shows a phrase in no frame."""
+    by_id = {frame.id: frame for frame in frames}
+    what = {
+        "train": "nothing can be learnt about it",
+        "val": "its validation scores only say that nothing was drawn",
+        "test": "its test scores only say that nothing was drawn",
+    }
+    return [
+        f"{phrase} is in none of the {len(ids)} {part} images: {what[part]}"
+        for part, ids in split.parts.items()
+        for phrase in frames[0].masks
+        if ids and all(by_id[frame_id].masks[phrase] is None for frame_id in ids)
+    ]
+
+
+def _thumbnail(root: Path, frame: Frame) -> np.ndarray:
+    """Uint8 [h, w, 3]: masks are laid over the small image, where an outline of one pixel can be seen."""
+    from vessel.figures import overlay
 
     with Image.open(root / frame.image) as image:
-        pixels = np.array(image, dtype=np.float32)
-    width = max(3, 2 * round(max(frame.width, frame.height) / THUMBNAIL) + 1)
-    for phrase, path in frame.masks.items():
-        if path is None:
-            continue
-        mask = read_mask(root / path, (frame.height, frame.width))
-        colour = np.array(colours[phrase], dtype=np.float32)
-        pixels[mask] = 0.75 * pixels[mask] + 0.25 * colour
-        edge = cv2.dilate(mask.astype(np.uint8), np.ones((width, width), np.uint8)).astype(bool) & ~mask
-        pixels[edge] = colour
-    return Image.fromarray(pixels.astype(np.uint8))
+        small = ImageOps.contain(image, (THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
+    masks = np.zeros((len(frame.masks), small.height, small.width), dtype=bool)
+    for mask, path in zip(masks, frame.masks.values(), strict=True):
+        if path is not None:
+            whole = Image.fromarray(read_mask(root / path, (frame.height, frame.width)).astype(np.float32))
+            mask[:] = np.array(whole.resize(small.size, Image.Resampling.BOX)) > 0  # the thinnest vessel stays
+    return overlay(np.array(small), masks)
 
 
 def _spread(frames: Sequence[Frame], count: int) -> list[Frame]:

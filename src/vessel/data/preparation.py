@@ -22,6 +22,7 @@ from rich.progress import track
 from vessel.data.canonical import Job, Written, make_folders, slug, write_frame, write_summary
 from vessel.data.catalog import KIND, VERSION, Catalog, check_split, digest
 from vessel.data.identity import Identity, MappingFolder, Pseudonyms, compile_grammar, mapping_folder, pseudonymise
+from vessel.data.images import common_depth
 from vessel.data.layouts import LAYOUTS, Source, read_source
 from vessel.data.overview import tables
 from vessel.data.splits import NOTES, make_split
@@ -116,6 +117,8 @@ def _check(options: Options) -> None:
     out, source = options.target.resolve(), Path(options.source).expanduser().resolve()
     if source.is_dir() and options.source != SYNTHETIC and (out.is_relative_to(source) or source.is_relative_to(out)):
         raise VesselError(f"out={options.out} and source={options.source}: neither may be inside the other")
+    if options.source != SYNTHETIC:
+        MappingFolder(options.identities).check()
     if options.identities.resolve().is_relative_to(out):
         raise VesselError(f"mapping={options.mapping} is inside the data set; names must not travel with it")
 
@@ -143,6 +146,8 @@ def source_folder(options: Options) -> Iterator[Path]:
         yield folder
     elif re.fullmatch(r"[\w.-]+/[\w.-]+", options.source):
         yield _download(options.source)
+    elif folder.is_file():
+        raise VesselError(f"source={options.source} is a file; give the folder that holds images and labels")
     else:
         raise VesselError(f"source={options.source}: no such folder, and not the form of a hub id (NAME/DATASET)")
 
@@ -215,7 +220,8 @@ def _make(source: Source, options: Options, salt: bytes, making: Path, fingerpri
         problems += error.problems
         identities = tuple(Identity("p", "v", number) for number in range(len(files)))
     make_folders(making, source.phrases)
-    jobs = [Job(item, who, source.phrases, making) for item, who in zip(source.items, identities, strict=True)]
+    depth = common_depth(files)  # one for all: frames of one series must keep their relative brightness
+    jobs = [Job(item, who, source.phrases, making, depth) for item, who in zip(source.items, identities, strict=True)]
     written: list[Written] = []
     for result in track(_run(jobs, options.workers), "reading and writing", len(jobs), transient=True):
         if isinstance(result, Written):
@@ -233,7 +239,7 @@ def _make(source: Source, options: Options, salt: bytes, making: Path, fingerpri
         remedy = "remove one, or name the files so that both belong to one patient"
         raise BadItemsError("split", [Problem(options.source, leak, remedy) for leak in told])
     written.sort(key=lambda each: each.frame.id)
-    write_summary(making, written, split, name=options.target.name, source_fingerprint=fingerprint)
+    write_summary(making, written, split, name=options.target.name, source_fingerprint=fingerprint, depth=depth)
     return pseudonyms
 
 
@@ -271,6 +277,12 @@ def _put_in_place(made: Path, out: Path, aside: Path) -> None:
 def _report(catalog: Catalog, options: Options, console: Console) -> None:
     for table in tables(catalog.manifest["statistics"], catalog.split):
         console.print(table)
+    if bits := catalog.manifest.get("grey_bits"):
+        console.print(
+            f"16-bit grey images: all scaled from {bits} bits, the depth that holds every one", soft_wrap=True
+        )
+    for warning in catalog.manifest["warnings"]:
+        console.print(f"warning: {warning}", style="yellow", soft_wrap=True, markup=False)
     if catalog.split.note:
         console.print(f"note: {catalog.split.note}", style="yellow", soft_wrap=True)
     console.print(f"data set:      {catalog.root}", soft_wrap=True)

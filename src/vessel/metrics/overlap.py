@@ -128,7 +128,8 @@ class OverlapSweep(Metric):
         owners = zip(ids, patients, videos or [""] * len(ids), strict=True)
         for owner, image_phrases, probability, mask in zip(owners, phrases, probabilities, masks, strict=True):
             try:
-                counts = count(probability, mask, torch.tensor(self.thresholds, device=probability.device))
+                thresholds = torch.tensor(self.thresholds, dtype=torch.float32, device=probability.device)
+                counts = count(probability, mask, thresholds)
             except VesselError as error:
                 raise VesselError(f"image {owner[0]}: {error}") from error
             lines = "".join(json.dumps([*owner, phrase]) + "\n" for phrase in image_phrases).encode()
@@ -144,9 +145,10 @@ class OverlapSweep(Metric):
             its phrases), `dice_patient` (the mean over patients of the mean over their images) and `dice/<phrase>` (the
             mean over the images that were asked for the phrase). Empty when nothing was added.
         """
-        rows, scores = self._rows()
+        rows, counts = self._rows()
         if not rows:
             return {}
+        scores = _scores(counts)
         images, of_images = _group_means(scores, [row[0] for row in rows])
         patient_of = {row[0]: row[1] for row in rows}
         _, of_patients = _group_means(of_images, [patient_of[image] for image in images])
@@ -160,17 +162,18 @@ class OverlapSweep(Metric):
     def image_scores(self, index: int = 0) -> list[ImageScore]:
         """One score per image and phrase at `thresholds[index]`, of all ranks; every rank has to call it."""
         with self.sync_context():
-            rows, scores = self._rows()
+            rows, counts = self._rows()
+        present = (counts.tp + counts.fn)[:, index] > 0
         threshold = self.thresholds[index]
         return [
-            ImageScore(*row, **dict(zip(METRICS, values, strict=True)), threshold=threshold)
-            for row, values in zip(rows, scores[..., index].tolist(), strict=True)
+            ImageScore(*row, present=there, **dict(zip(METRICS, values, strict=True)), threshold=threshold)
+            for row, there, values in zip(rows, present.tolist(), _scores(counts)[..., index].tolist(), strict=True)
         ]
 
-    def _rows(self) -> tuple[list[tuple[str, str, str, str]], Tensor]:
-        """(id, patient, video, phrase) per row, repeats dropped, and the scores [R, 4, T] in the order of `METRICS`."""
+    def _rows(self) -> tuple[list[tuple[str, str, str, str]], Counts]:
+        """(id, patient, video, phrase) per row, repeats dropped, and the counts, each [R, T]."""
         if not len(self.counts):
-            return [], torch.empty(0, len(METRICS), len(self.thresholds))
+            return [], Counts(*torch.empty(3, 0, len(self.thresholds), dtype=torch.int64))
         lines = bytes(dim_zero_cat(self.names).tolist()).decode().splitlines()
         rows: list[tuple[str, str, str, str]] = [tuple(json.loads(line)) for line in lines]
         first: dict[tuple[str, str], int] = {}
@@ -178,9 +181,12 @@ class OverlapSweep(Metric):
             first.setdefault((image, phrase), i)
         keep = list(first.values())
         counts = dim_zero_cat(self.counts).cpu().view(-1, 3, len(self.thresholds))[keep]
-        tp, fp, fn = counts.unbind(1)
-        scores = torch.stack([metric(Counts(tp, fp, fn)) for metric in METRICS.values()], dim=1)
-        return [rows[i] for i in keep], scores
+        return [rows[i] for i in keep], Counts(*counts.unbind(1))
+
+
+def _scores(counts: Counts) -> Tensor:
+    """Float64 [R, 4, T] in the order of `METRICS`, of counts [R, T]."""
+    return torch.stack([metric(counts) for metric in METRICS.values()], dim=1)
 
 
 def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:

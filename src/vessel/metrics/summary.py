@@ -14,16 +14,22 @@ import numpy as np
 from vessel.errors import VesselError
 
 SCORES = ("dice", "iou", "precision", "recall")
+# An absent phrase that was not drawn scores 1 on these, so a rare phrase looks excellent when nothing is ever drawn.
+REWARD_ABSENCE = ("dice", "iou")
 
 
 @dataclass(frozen=True)
 class ImageScore:
-    """How well one phrase of one image was predicted; `vessel.metrics.overlap` defines the scores, in [0, 1]."""
+    """How well one phrase of one image was predicted; `vessel.metrics.overlap` defines the scores, in [0, 1].
+
+    `present` says whether the truth has any pixel of the phrase.
+    """
 
     id: str
     patient: str
     video: str
     phrase: str
+    present: bool
     dice: float
     iou: float
     precision: float
@@ -47,8 +53,9 @@ def summarise(
         seed: of the draws.
 
     Returns:
-        `summary[<phrase or "all">][<score>]` = mean, low, high, n_images, n_patients, unit. low and high are None for
-        a single image.
+        `summary[<phrase or "all">][<score>]` = mean, low, high, n_images, n_patients, unit, n_present, and for Dice and
+        IoU mean_present: the mean over the n_present images that show the phrase (for `all`: any phrase, an image's
+        score being the mean over those it shows). low and high are None for a single image, mean_present for none.
 
     Raises:
         VesselError: when `rows` is empty or a phrase is named "all".
@@ -72,16 +79,26 @@ def write_per_image_csv(path: Path, rows: Sequence[ImageScore]) -> None:
 
 
 def _summarise_group(rows: Sequence[ImageScore], draws: int, level: float, seed: int) -> dict[str, dict[str, Any]]:
-    by_image: dict[str, list[ImageScore]] = defaultdict(list)
-    for row in rows:
-        by_image[row.id].append(row)
-    images = [group[0] for group in by_image.values()]
-    values = np.array([[np.mean([getattr(row, s) for row in group]) for s in SCORES] for group in by_image.values()])
+    images, values = _by_image(rows)
     unit, clusters = _clusters(images)
     low, high = _interval(values, clusters, draws=draws, level=level, seed=seed)
+    showing, of_showing = _by_image([row for row in rows if row.present])
     shared = {"n_images": len(images), "n_patients": len({image.patient for image in images}), "unit": unit}
+    shared["n_present"] = len(showing)
     means = values.mean(0)
-    return {s: {"mean": float(means[i]), "low": low[i], "high": high[i], **shared} for i, s in enumerate(SCORES)}
+    summary = {s: {"mean": float(means[i]), "low": low[i], "high": high[i], **shared} for i, s in enumerate(SCORES)}
+    for score in REWARD_ABSENCE:
+        summary[score]["mean_present"] = float(of_showing[:, SCORES.index(score)].mean()) if showing else None
+    return summary
+
+
+def _by_image(rows: Sequence[ImageScore]) -> tuple[list[ImageScore], np.ndarray]:
+    """One row of each image, and the image's scores [images, 4]: means over its rows."""
+    groups: dict[str, list[ImageScore]] = defaultdict(list)
+    for row in rows:
+        groups[row.id].append(row)
+    values = [[np.mean([getattr(row, s) for row in group]) for s in SCORES] for group in groups.values()]
+    return [group[0] for group in groups.values()], np.array(values)
 
 
 def _clusters(images: Sequence[ImageScore]) -> tuple[str, np.ndarray]:
