@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,8 @@ def train(config: DictConfig) -> float | None:
 
 
 def _quieten_lightning() -> None:
-    """Its hints and device lists would come twice, by its own handler and by Hydra's; warnings stay."""
+    """Its hints and device lists would come twice, by its own handler and by Hydra's; real warnings stay."""
+    warnings.filterwarnings("ignore", message=".*treespec, LeafSpec", category=FutureWarning)
     logging.getLogger("lightning.pytorch").handlers.clear()
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
 
