@@ -75,6 +75,15 @@ def test_the_loss_is_the_sum_of_its_logged_parts(make_task, make_batch, fit):
     assert {f"val/{name}" for name in names} <= logged.keys()
 
 
+def test_test_scores_as_validation_does(make_task, make_batch, fit):
+    task, batch = make_task(), make_batch([["lumen"]])
+    trainer = fit(task, batch)
+    validated = float(trainer.validate(task, DataLoader([batch], batch_size=None), verbose=False)[0]["val/dice"])
+    tested = trainer.test(task, DataLoader([batch], batch_size=None), verbose=False)[0]
+    assert tested["test/dice"] == pytest.approx(validated)
+    assert "val/dice" not in tested
+
+
 def test_guard_T3_seg_emission_is_measured(make_task, make_batch):
     """The network's own choice where the answer holds [SEG]: forced to emit it, the rate is 1; forbidden, 0."""
     task = make_task()
