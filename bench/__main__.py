@@ -37,7 +37,7 @@ def main() -> None:
         root = Path(temporary) / "data"
         given = ["source=synthetic", f"out={root}", "synthetic.patients=4", "synthetic.frames=8"]
         prepare(typed(compose("prepare", given), Options, "vessel.prepare"))
-        seconds = measure(_parts(compose("train", ["experiment=tiny", f"data.root={root}", "run=."])))
+        seconds = measure(_parts(compose("train", ["experiment=tiny", f"data.root={root}", "data.repeats=8", "run=."])))
     medians = {name: round(statistics.median(values), 4) for name, values in seconds.items()}
     OUT.mkdir(parents=True, exist_ok=True)
     found = {"seconds": medians, "raw": seconds, "threads": torch.get_num_threads(), "torch": torch.__version__}
