@@ -6,7 +6,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +140,8 @@ def exported_manifest(manifest: Manifest, *, fingerprint: str) -> Manifest:
     """
     config = {key: value for key, value in manifest.config.items() if key in _KEPT}
     config["data"] = {key: value for key, value in (config.get("data") or {}).items() if key != "root"}
-    return manifest.with_(
+    return replace(
+        manifest,
         config=without_places(config),
         weights=tuple(without_places(list(manifest.weights))),
         parent={"name": manifest.name, "fingerprint": manifest.fingerprint},

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -106,8 +106,10 @@ def _from_checkpoint(path: Path) -> Restored:
     checkpoint = read_checkpoint(path)
     state = checkpoint["state_dict"]
     sweep = checkpoint.get("callbacks", {}).get("ThresholdSweep", {})
-    manifest = Manifest.from_dict(checkpoint["vessel"]).with_(
-        threshold=sweep.get("threshold"), fingerprint=fingerprint(state.items())
+    manifest = replace(
+        Manifest.from_dict(checkpoint["vessel"]),
+        threshold=sweep.get("threshold"),
+        fingerprint=fingerprint(state.items()),
     )
     beside = path.parent.parent / "tokenizer"
     prompt, plan = _plan(manifest.config, str(beside) if beside.is_dir() else None)

@@ -6,7 +6,7 @@ import json
 import os
 import platform
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -53,10 +53,6 @@ class Manifest:
     def from_dict(cls, values: Mapping[str, Any]) -> Manifest:
         """The inverse of `as_dict`."""
         return cls(**{**values, "phrases": tuple(values["phrases"]), "weights": tuple(values["weights"])})
-
-    def with_(self, **changes: Any) -> Manifest:
-        """A copy with some facts changed."""
-        return replace(self, **changes)
 
     def write(self, folder: Path) -> None:
         """Write `manifest.json`."""

@@ -68,7 +68,6 @@ class VesselTask(LightningModule):
         optimizer: learning rate and its course.
         keep_frozen: whether a checkpoint holds frozen tensors too; needed when they are not the weights of a source.
         manifest: plain facts of the run that every checkpoint carries.
-        threshold: probability above which a pixel is vessel in val and test metrics.
     """
 
     def __init__(
@@ -79,15 +78,14 @@ class VesselTask(LightningModule):
         optimizer: OptimizerSettings,
         keep_frozen: bool,
         manifest: Mapping[str, Any],
-        threshold: float = 0.5,
     ) -> None:
         super().__init__()
         self.build, self.objective, self.optimizer_settings = build, objective, optimizer
         self.keep_frozen, self.manifest = keep_frozen, dict(manifest)
         self.strict_loading = False  # `on_load_checkpoint` checks by name what has to be there
         self.network: Sa2VA | None = None
-        self.val_overlap = OverlapSweep((threshold,))
-        self.test_overlap = OverlapSweep((threshold,))
+        self.val_overlap = OverlapSweep()
+        self.test_overlap = OverlapSweep()
 
     def configure_model(self) -> None:
         """Build the network, under the strategy's own context."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,7 @@ def train(config: DictConfig) -> float | None:
     def build() -> Sa2VA:
         network = plan.build()
         _refuse_random_seg(network, plan)
-        known = manifest.with_(weights=tuple(report.summary() for report in plan.reports))
+        known = replace(manifest, weights=tuple(report.summary() for report in plan.reports))
         known.write(run)
         task.manifest = known.as_dict()
         return network
@@ -140,7 +141,7 @@ def _manifest(config: DictConfig, data: VesselDataModule, resumed: Path | None) 
             f"ckpt={resumed}: {', '.join(differing) or 'phrases'} of that run differ from this one's: patients it was "
             "trained on could be validated on; go on with its own data set, split and phrases"
         )
-    return manifest.with_(parent={"name": parent.name, "fingerprint": fingerprint(checkpoint["state_dict"].items())})
+    return replace(manifest, parent={"name": parent.name, "fingerprint": fingerprint(checkpoint["state_dict"].items())})
 
 
 def _refuse_random_seg(network: Sa2VA, plan: NetworkPlan) -> None:

@@ -45,7 +45,7 @@ def choose_trainable(network: nn.Module, choice: str) -> None:
     keeps the adapted language model frozen and trains everything else.
 
     Raises:
-        VesselError: unknown choice, or one that leaves nothing of the language model that could learn `[SEG]`.
+        VesselError: unknown choice.
     """
     if choice not in TRAINABLE:
         raise VesselError(f"trainable={choice}: use one of {', '.join(TRAINABLE)}")

@@ -45,8 +45,8 @@ class NetworkPlan:
         """Make the network.
 
         Raises:
-            VesselError: the vocabulary is too small for the tokens, weights are not found or do not fit, or the
-                choice of trainable parts leaves `[SEG]` random for ever.
+            VesselError: the vocabulary is too small for the tokens, weights are not found or do not fit, a choice is
+                unknown, or `lora.tokens` would leave `[SEG]` random for ever.
         """
         if self.new_tokens.stop > self.sizes.language.vocabulary:
             raise VesselError(
