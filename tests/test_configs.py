@@ -21,8 +21,11 @@ ROOT = Path(__file__).parents[1]
 CONF = ROOT / "conf"
 PRIMARIES = sorted(file.stem for file in CONF.glob("*.yaml"))
 CHOICES = sorted(
-    f"{file.parent.name}={file.stem}" for file in CONF.glob("*/*.yaml") if file.parent.name not in ("hydra", "sweep")
+    f"{file.parent.name}={file.stem}"
+    for file in CONF.glob("*/*.yaml")
+    if file.parent.name not in ("hydra", "sam2", "sweep")
 )
+SAM2 = sorted(file.stem for file in CONF.glob("sam2/*.yaml"))
 EXPERIMENTS = [choice for choice in CHOICES if choice.startswith("experiment=")]
 HYDRAS_OWN = {"_target_", "_partial_", "_convert_", "_recursive_"}
 
@@ -73,10 +76,10 @@ def test_defaults_end_with_what_overrides(primary):
     assert after == (["experiment", "sweep"] if primary == "train" else [])
 
 
-@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize("choice", [*CHOICES, *(f"sam2@model.grounding={size}" for size in SAM2)])
 def test_choice_composes_and_binds(choice):
     """Every key is a parameter of its target, so that a typo cannot be swallowed."""
-    config = composed(choice)
+    config = composed(*(["model=internvl3_1b"] if choice.startswith("sam2@") else []), choice)
     found = dict(targets(OmegaConf.to_container(config, resolve=False)))
     assert found
     for key, node in found.items():

@@ -17,10 +17,12 @@ from vessel.errors import VesselError
 from vessel.evaluation import DataOptions, Options, evaluate
 from vessel.prediction import Options as PredictOptions
 from vessel.prediction import predict
-from vessel.proof import drawn_image, masks_of
-from vessel.restore import find_checkpoint, restore
+from vessel.proof import account_of, drawn_image
+from vessel.restore import NetworkOptions, find_checkpoint, restore
 
 pytestmark = pytest.mark.slow
+
+NETWORK = NetworkOptions("auto", None, None, None)
 
 
 def set_threshold(run, threshold):
@@ -34,7 +36,7 @@ def set_threshold(run, threshold):
 def run_folder(tiny_run, tmp_path):
     """A copy of the run without results, with a threshold at which its hardly trained network draws something."""
     shutil.copytree(tiny_run, tmp_path / "run")
-    probabilities = masks_of(str(tiny_run), {"drawn": drawn_image(64)})["drawn"]
+    probabilities = account_of(restore(str(tiny_run)), {"drawn": drawn_image(64)}).maps["drawn"]
     set_threshold(tmp_path / "run", float(np.median(probabilities)))
     return tmp_path / "run"
 
@@ -45,9 +47,11 @@ def score(run_folder, tmp_path):
         root = changes.pop("root", None)
         defaults = {
             "ckpt": str(run_folder), "split": "test", "out": None, "other_data": False, "overwrite": False,
-            "batch_size": 3, "workers": 0, "device": "cpu",
+            "batch_size": 3, "workers": 0, "device": "cpu", "network": NETWORK,
         }  # fmt: skip
-        return evaluate(Options(**defaults | changes, data=DataOptions(root and str(root))), tmp_path / "elsewhere")
+        return evaluate(
+            Options(**defaults | changes, data=DataOptions(root and str(root), None)), tmp_path / "elsewhere"
+        )
 
     return call
 
@@ -67,6 +71,7 @@ def test_figures_are_those_of_the_masks_that_predict_writes(score, run_folder, o
     report = score()
     options = {"phrases": None, "split": "test", "decode": "forced", "threshold": "auto", "cleanup": Cleanup()}
     rest = {"overwrite": False, "batch_size": 1, "workers": 0, "device": "cpu"}
+    rest |= {"network": NETWORK, "question": None, "mask_prompts": None, "video": False, "max_new_tokens": 2048}
     predicted = predict(PredictOptions(str(run_folder), str(oct_set), str(tmp_path / "masks"), **options, **rest))
     frames = Catalog.open(oct_set).frames
     dice = []

@@ -10,9 +10,11 @@ from PIL import Image
 from vessel.batch import collate
 from vessel.data.dataset import make_sample
 from vessel.data.inputs import find_images
+from vessel.data.masks import write_mask
 from vessel.data.prompt import ANSWERS
+from vessel.data.questions import question_sample
 from vessel.errors import VesselError
-from vessel.inference import Failure, Prediction, Predictor, choose_device, without_truth
+from vessel.inference import Failure, Prediction, Predictor, asking, choose_device, without_truth
 from vessel.losses import lm_loss
 from vessel.restore import restore
 
@@ -138,7 +140,8 @@ def test_an_interrupt_passes(restored, scans):
 
 def test_an_answer_without_seg_has_no_mask(restored, scans):
     """Four steps teach nobody to speak."""
-    answers = [a for a in ask(restored, scans, decode="generate") if isinstance(a, Prediction)]
+    said = ask(restored, scans, decode="generate", max_new_tokens=24)
+    answers = [a for a in said if isinstance(a, Prediction)]
     assert len(answers) == 4
     for answer in answers:
         for text, probability, emitted in zip(answer.answers, answer.probabilities, answer.emitted, strict=True):
@@ -167,9 +170,76 @@ def test_the_same_words_give_the_same_masks_to_the_bit(speaking, scans):
     taught, said = ask(speaking, scans), ask(speaking, scans, decode="generate")
     for a, b in zip(taught, said, strict=True):
         if isinstance(a, Prediction):
-            assert b.answers == a.answers == ("Sure, [SEG].",) * 2
+            assert a.answers == ("Sure, [SEG].",) * 2
+            assert b.answers == ("Sure, [SEG].<|im_end|>",) * 2
             assert b.emitted == (True, True)
             assert all(torch.equal(x, y) for x, y in zip(a.probabilities, b.probabilities, strict=True))
+
+
+def ask_freely(restored, scans, question, answers, *, regions=None):
+    """What comes of a question when the network answers these words, image by image."""
+    ids = [token for answer in answers for token in restored.prompt.tokenizer(answer).input_ids]
+    script = iter(ids)
+
+    def speak(_module, _inputs, logits):
+        if (token := next(script, None)) is not None:
+            logits = torch.zeros_like(logits)
+            logits[..., token] = 1
+        return logits
+
+    hook = restored.network.mllm.lm_head.register_forward_hook(speak)
+    targets = [target for target in find_images(str(scans)) if target.id != "scan 2"][: len(answers)]
+    predictor = Predictor(restored, device="cpu", decode="generate")
+    found = list(predictor.predict(targets, asking(targets, question, restored, regions=regions), batch_size=4))
+    hook.remove()
+    return found
+
+
+def test_a_free_answer_has_a_mask_for_each_seg(restored, scans):
+    words = [
+        "A lumen [SEG] with two branches, [SEG] and [SEG].<|im_end|>",
+        "Nothing.<|im_end|>",
+        " It: [SEG]<|im_end|>",
+    ]
+    answers = ask_freely(restored, scans, "Describe this image. Then segment the lumen.", words)
+    assert [answer.answers for answer in answers] == [(text.strip(),) for text in words]
+    assert [answer.sample.phrases for answer in answers] == [("seg_1", "seg_2", "seg_3"), (), ("seg_1",)]
+    assert [len(answer.probabilities) for answer in answers] == [3, 0, 1]
+    assert all(p.shape == answer.sample.size for answer in answers for p in answer.probabilities)
+    first, second, third = answers[0].probabilities
+    assert not torch.equal(first, second)
+    assert not torch.equal(second, third)
+
+
+def test_masks_of_a_free_answer_are_those_of_its_words_imposed(restored, scans):
+    question, words = "Where is the lumen?", "Look: [SEG]."
+    [answer] = ask_freely(restored, scans, question, [f"{words}<|im_end|>"])
+    image = np.asarray(Image.open(scans / "scan 0.png"))
+    prompt, views = restored.prompt, restored.views
+    ids, labels = prompt.conversation([question], [words], views.tokens_per_tile)
+    asked = question_sample(image, question, prompt, views)
+    batch = collate([replace(asked, phrases=("it",), input_ids=ids, labels=labels)], prompt.token_ids.pad)
+    with torch.no_grad():
+        [imposed] = restored.network.probabilities(restored.network(batch), batch)
+    assert torch.allclose(answer.probabilities[0], imposed[0], atol=1e-5)
+
+
+def test_what_a_question_points_at_changes_the_mask(restored, scans, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("regions")
+
+    def answer(rows):
+        mask = np.zeros((40, 50), bool)
+        mask[rows] = True
+        write_mask(folder / "scan 0_1.png", mask)
+        return ask_freely(restored, scans, "Segment region1.", ["[SEG].<|im_end|>"], regions=folder)[0]
+
+    top, bottom = answer(slice(0, 20)), answer(slice(20, 40))
+    assert top.answers == bottom.answers == ("[SEG].<|im_end|>",)
+    assert not torch.equal(top.probabilities[0], bottom.probabilities[0])
+    (folder / "scan 0_1.png").unlink()
+    [failure] = ask_freely(restored, scans, "Segment region1.", ["[SEG].<|im_end|>"], regions=folder)
+    assert "scan 0_1.png: no such mask" in failure.reason
+    assert str(folder) not in failure.reason
 
 
 def test_options_that_do_not_exist():
@@ -183,5 +253,7 @@ def test_options_that_do_not_exist():
 def test_an_unknown_decoder_and_an_empty_batch_are_refused(restored, scans):
     with pytest.raises(VesselError, match="decode=sampled"):
         Predictor(restored, decode="sampled")
+    with pytest.raises(VesselError, match="max_new_tokens=0"):
+        Predictor(restored, max_new_tokens=0)
     with pytest.raises(VesselError, match="batch_size=0"):
         ask(restored, scans, batch_size=0)

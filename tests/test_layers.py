@@ -14,11 +14,11 @@ FILES = sorted(SRC.rglob("*.py"))
 # From the ground up. A part imports from the rows above it and from itself, never from its own row.
 LAYERS = (
     ("errors", "conf_path"),
-    ("batch", "cleanup", "options", "figures", "loggers", "run", "sweep"),
+    ("batch", "cleanup", "options", "figures", "film", "loggers", "run", "sweep"),
     ("losses", "metrics", "data", "model"),
-    ("task", "callbacks", "restore"),
-    ("inference", "training"),
-    ("proof",),
+    ("task", "callbacks", "restore", "generation", "card", "upload"),
+    ("inference", "training", "gate", "hub_folder"),
+    ("proof", "pullback"),
     ("evaluation", "prediction", "publication"),
     ("prepare", "train", "evaluate", "predict", "export", "demo"),
 )

@@ -6,11 +6,13 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from vessel.cleanup import Cleanup
 from vessel.errors import VesselError
 from vessel.prediction import Options, predict
+from vessel.restore import NetworkOptions, restore
 
 pytestmark = pytest.mark.slow
 
@@ -32,8 +34,9 @@ def options(tiny_run, scans, tmp_path):
     def make(**changes):
         defaults = {
             "ckpt": str(tiny_run), "images": str(scans), "out": str(tmp_path / "out"), "phrases": None, "split": None,
-            "decode": "forced", "threshold": "auto", "cleanup": Cleanup(), "overwrite": False, "batch_size": 2,
-            "workers": 0, "device": "cpu",
+            "question": None, "mask_prompts": None, "video": False, "decode": "forced", "max_new_tokens": 24,
+            "threshold": "auto", "cleanup": Cleanup(), "overwrite": False, "batch_size": 2, "workers": 0,
+            "device": "cpu", "network": NetworkOptions("auto", None, None, None),
         }  # fmt: skip
         return Options(**defaults | changes)
 
@@ -63,7 +66,6 @@ def test_files_and_results(options, tmp_path):
 
 
 def test_guard_I8_results_say_which_weights_made_them(options, tiny_run):
-    from vessel.restore import restore
 
     results = predict(options())
     assert results["run"] == "tiny"
@@ -116,6 +118,76 @@ def test_an_answer_without_seg_is_said_and_leaves_no_mask(options, tmp_path):
     assert results["n_without_mask"] == len(missing) > 0
     assert all(entry["reason"] == "no [SEG] in the answer" and entry["area"] is None for entry in missing)
     assert len(list((tmp_path / "out/masks").rglob("*.png"))) == len(entries) - len(missing)
+
+
+@pytest.fixture
+def saying(monkeypatch):
+    """`saying(ckpt, words)`: what is restored then says these words, image after image."""
+
+    def say(ckpt, words):
+        from vessel.restore import restore
+
+        restored = restore(ckpt)
+        script = iter([token for text in words for token in restored.prompt.tokenizer(text).input_ids])
+
+        def speak(_module, _inputs, logits):
+            if (token := next(script, None)) is not None:
+                logits = torch.zeros_like(logits)
+                logits[..., token] = 1
+            return logits
+
+        restored.network.mllm.lm_head.register_forward_hook(speak)
+        monkeypatch.setattr("vessel.prediction.restore", lambda *_, **__: restored)
+
+    return say
+
+
+def test_a_question_is_answered_with_text_and_masks(options, saying, tiny_run, scans, capsys):
+    (scans / "deep.tif").unlink()
+    words = ["A lumen, [SEG], and a branch, [SEG].<|im_end|>", "No vessel.<|im_end|>", "[SEG]<|im_end|>"]
+    saying(str(tiny_run), words)
+    results = predict(options(question="Describe this image. Then segment the lumen.", decode="generate", batch_size=4))
+    images = results["images"]
+    assert results["question"] == "Describe this image. Then segment the lumen."
+    assert [image["text"] for image in images] == words
+    assert [list(image["phrases"]) for image in images] == [["seg_1", "seg_2"], [], ["seg_1"]]
+    assert results["n_without_mask"] == 1
+    for image in images:
+        assert (options().target / image["overlay"]).is_file()
+        for name, entry in image["phrases"].items():
+            assert entry["mask"] == f"masks/{name}/{image['id']}.png"
+            assert np.asarray(Image.open(options().target / entry["mask"])).sum() == entry["area"]
+    told = capsys.readouterr().out
+    assert all(text in told for text in (*words, "1 times: no [SEG] in the answer"))
+
+
+def test_regions_are_named_by_image(options, saying, tiny_run, scans, tmp_path):
+    saying(str(tiny_run), ["[SEG]<|im_end|>"])
+    (tmp_path / "regions/a").mkdir(parents=True)
+    Image.fromarray(np.ones((40, 50), bool)).save(tmp_path / "regions/a/x 1_1.png")
+    question = {"question": "Segment region1.", "mask_prompts": str(tmp_path / "regions"), "decode": "generate"}
+    results = predict(options(**question))
+    assert [image["file"] for image in results["images"]] == ["a/x 1.png"]
+    assert {failure["file"] for failure in results["failures"]} == {"b/x 1.png", "ä.jpg", "deep.tif"}
+    assert all("no such mask" in failure["reason"] for failure in results["failures"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"question": "What?"}, "decode=generate"),
+        ({"question": "What?", "decode": "generate", "phrases": ["lumen"]}, "exclude each other"),
+        ({"question": "[SEG]?", "decode": "generate"}, r"holds \[SEG\]"),
+        ({"question": "", "decode": "generate"}, "asks nothing"),
+        ({"mask_prompts": "regions"}, "without question="),
+        ({"question": "What?", "decode": "generate", "mask_prompts": "nowhere"}, "name a folder of masks"),
+        ({"decode": "generate", "max_new_tokens": 0}, "max_new_tokens=0"),
+    ],
+)
+def test_questions_that_make_no_sense(options, changes, message, tmp_path):
+    with pytest.raises(VesselError, match=message):
+        predict(options(**changes))
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_new_phrase_is_asked_with_a_warning(options, capsys):

@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+from tests.model.layouts import write_sa2va
 
 from vessel.errors import VesselError
 from vessel.restore import find_checkpoint, read_checkpoint, restore
@@ -105,27 +106,38 @@ def test_guard_T3_a_run_that_leaves_seg_random_is_refused(train_tiny, tmp_path, 
         train_tiny(tmp_path, *options)
 
 
-def test_lora_checkpoint_of_loaded_weights_holds_trained_tensors_only(train_tiny, tmp_path):
-    from safetensors.torch import save_file
-
-    from vessel.model.lora import merged_state
-    from vessel.model.weights import to_public
-
-    train_tiny(tmp_path / "base", "trainer.max_steps=2")
-    base = restore(str(tmp_path / "base")).network
-    (tmp_path / "public").mkdir()
-    save_file({n: t.contiguous() for n, t in to_public(merged_state(base))}, tmp_path / "public" / "model.safetensors")
+def test_lora_checkpoint_of_loaded_weights_holds_trained_tensors_only(train_tiny, tiny_run, tmp_path):
+    base = restore(str(tiny_run)).network
+    write_sa2va(tmp_path / "public", base)
     run = tmp_path / "lora"
     train_tiny(run, f"weights=[{tmp_path}/public]", "lora=r8", "trainable=lora", "optimizer=lora")
     state = read_checkpoint(find_checkpoint(run))["state_dict"]
     trained = ("lora_", "modules_to_save", "projector", "sam_mask_decoder", "text_hidden_fcs")
     assert all(any(part in name for part in trained) for name in state)
     manifest = Manifest.from_dict(read_checkpoint(find_checkpoint(run))["vessel"])
-    assert manifest.weights[0]["missing"] == 0
+    assert {module["share"] for module in manifest.weights[0]["modules"]} == {1.0}
+    assert json.loads((run / "manifest.json").read_text())["weights"] == list(manifest.weights)
     restored = restore(str(run)).network
     assert torch.equal(restored.grounding.no_mem_embed, base.grounding.no_mem_embed)  # from the base
     name = "mllm.lm_head.modules_to_save.default.weight"
     assert torch.equal(restored.state_dict()[name], state[f"network.{name}"])  # from the checkpoint
+
+
+def test_prompt_and_template_come_from_the_weights(train_tiny, tiny_run, tmp_path):
+    restored = restore(str(tiny_run))
+    folder = write_sa2va(tmp_path / "public", restored.network, template="internlm2_chat")
+    restored.prompt.save(folder)
+    train_tiny(tmp_path / "run", f"weights={folder}", "prompt=sa2va", "trainer.max_steps=2")
+    again = restore(str(tmp_path / "run"))
+    assert again.prompt.name == again.manifest.prompt == "internlm2_chat"
+    assert again.prompt.token_ids == restored.prompt.token_ids
+    with pytest.raises(VesselError, match=r"names none; name one, or choose prompt=small"):
+        train_tiny(tmp_path / "none", "prompt=sa2va")
+
+
+def test_a_run_that_nothing_would_train_is_refused(train_tiny, tmp_path):
+    with pytest.raises(VesselError, match="nothing would train"):
+        train_tiny(tmp_path, "trainable=nothing")
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])

@@ -56,6 +56,8 @@ class Sample:
         labels: int64 [L], -100 where a token is not supervised.
         size: native (H, W); masks and predictions have this size.
         masks: bool [K, H, W], an all-false mask says that the phrase is absent; None when there is no truth.
+        regions: bool [R, s, s], what of the last tile's s x s features each region that is pointed at holds; None when
+            nothing is pointed at.
     """
 
     id: str
@@ -68,6 +70,7 @@ class Sample:
     labels: Tensor
     size: tuple[int, int]
     masks: Tensor | None = None
+    regions: Tensor | None = None
 
 
 @dataclass  # not frozen: Lightning's half and DeepSpeed precisions refuse a frozen dataclass
@@ -82,6 +85,7 @@ class Batch:
         attention_mask: bool [B, L].
         labels: int64 [B, L], -100 where a token is not supervised.
         masks: one bool [K, H, W] an image, or None when there is no truth.
+        regions: one bool [R, s, s] an image, or None when nothing is pointed at.
     """
 
     ids: tuple[str, ...]
@@ -95,6 +99,7 @@ class Batch:
     attention_mask: Tensor
     labels: Tensor
     masks: tuple[Tensor, ...] | None = None
+    regions: tuple[Tensor, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -104,6 +109,8 @@ class Batch:
         moved: dict[str, Any] = {name: move(value) for name, value in values.items() if isinstance(value, Tensor)}
         if self.masks is not None:
             moved["masks"] = tuple(move(m) for m in self.masks)
+        if self.regions is not None:
+            moved["regions"] = tuple(move(r) for r in self.regions)
         return replace(self, **moved)
 
     def to(self, *args: Any, **kwargs: Any) -> Batch:
@@ -151,12 +158,12 @@ def collate(samples: list[Sample], pad_id: int) -> Batch:
     """Right-pad the tokens and stack the rest.
 
     Raises:
-        ValueError: when only some of the samples carry masks.
+        ValueError: when only some of the samples carry masks, or regions.
     """
-    with_masks = [s.masks is not None for s in samples]
-    if any(with_masks) != all(with_masks):
-        missing = [s.id for s in samples if s.masks is None]
-        raise ValueError(f"samples with and without masks in one batch; without: {missing}")
+    for what in ("masks", "regions"):
+        missing = [s.id for s in samples if getattr(s, what) is None]
+        if 0 < len(missing) < len(samples):
+            raise ValueError(f"samples with and without {what} in one batch; without: {missing}")
     lengths = torch.tensor([len(s.input_ids) for s in samples])
 
     def padded(rows: list[Tensor], value: int) -> Tensor:
@@ -173,7 +180,8 @@ def collate(samples: list[Sample], pad_id: int) -> Batch:
         input_ids=padded([s.input_ids for s in samples], pad_id),
         attention_mask=torch.arange(int(lengths.max()))[None] < lengths[:, None],
         labels=padded([s.labels for s in samples], -100),
-        masks=tuple(s.masks for s in samples if s.masks is not None) if all(with_masks) else None,
+        masks=tuple(s.masks for s in samples if s.masks is not None) or None,
+        regions=tuple(s.regions for s in samples if s.regions is not None) or None,
     )
 
 

@@ -21,14 +21,13 @@ from rich.table import Table
 from vessel.data.catalog import PARTS, Catalog
 from vessel.data.dataset import VesselDataset
 from vessel.data.images import read_rgb
-from vessel.data.inputs import Target
+from vessel.data.inputs import Target, asked_phrases
 from vessel.errors import VesselError
 from vessel.figures import panel_figure
-from vessel.inference import Failure, Prediction, Predictor
+from vessel.inference import Failure, Prediction, Predictor, choose_device
 from vessel.metrics.overlap import OverlapSweep
 from vessel.metrics.summary import ImageScore, summarise, write_per_image_csv
-from vessel.restore import Restored, restore
-from vessel.run import MANIFEST
+from vessel.restore import NetworkOptions, Restored, restore
 
 METRICS_FILE = "metrics.json"
 _FIRST_PANELS = 3
@@ -37,9 +36,10 @@ _FAILURES_TOLD = 10
 
 @dataclass
 class DataOptions:
-    """Which data set."""
+    """Which data set, and which of its phrases."""
 
     root: str | None
+    phrases: Any
 
 
 @dataclass
@@ -55,6 +55,7 @@ class Options:
     batch_size: int
     workers: int
     device: str
+    network: NetworkOptions
 
 
 def evaluate(options: Options, default_out: Path) -> Mapping[str, Any]:
@@ -72,11 +73,14 @@ def evaluate(options: Options, default_out: Path) -> Mapping[str, Any]:
     """
     if options.split not in PARTS:
         raise VesselError(f"split={options.split}: choose one of {', '.join(PARTS)}")
-    restored = restore(options.ckpt)
+    device = choose_device(options.device)
+    restored = restore(options.ckpt, options.network.reading(device))
+    for told in restored.reports:
+        Console().print(told.table())
     dataset, catalog = _data(options, restored)
     out = _results_folder(options, restored, catalog, default_out)
     targets = [Target(frame.id, catalog.root / frame.image, frame.image) for frame in dataset.frames]
-    predictor = Predictor(restored, device=options.device)
+    predictor = Predictor(restored, device=device, device_map=options.network.device_map)
     answers = predictor.predict(targets, dataset.__getitem__, batch_size=options.batch_size, workers=options.workers)
     scores = _Scores(restored.threshold)
     for answer in track(answers, "evaluating", len(targets), transient=True):
@@ -142,26 +146,24 @@ def _data(options: Options, restored: Restored) -> tuple[VesselDataset, Catalog]
     catalog = Catalog.open(Path(root))
     found = {"fingerprint": catalog.fingerprint, "split_hash": catalog.split.hash}
     differing = [name for name, value in found.items() if manifest.data.get(name) != value]
-    if differing and not options.other_data:
+    if differing and restored.tuned and not options.other_data:
         raise VesselError(
             f"{root}: {' and '.join(differing)} of this data set differ from those of run {manifest.name}, so images "
             "it was trained on may be among them; give the run's own data set, or say other_data=true"
         )
-    if unknown := [phrase for phrase in manifest.phrases if phrase not in catalog.phrases]:
-        raise VesselError(f"{root}: no masks of {unknown}, which the run segments; it holds {list(catalog.phrases)}")
+    phrases = asked_phrases(options.data.phrases, manifest.phrases or catalog.phrases, restored.prompt)
+    if unknown := [phrase for phrase in phrases if phrase not in catalog.phrases]:
+        raise VesselError(f"{root}: no masks of {unknown}, which are asked for; it holds {list(catalog.phrases)}")
     frames = catalog.part(options.split, None if options.other_data else configured.get("fold"))
-    dataset = VesselDataset(
-        catalog.root, frames, phrases=manifest.phrases, prompt=restored.prompt, views=restored.views
-    )
+    dataset = VesselDataset(catalog.root, frames, phrases=phrases, prompt=restored.prompt, views=restored.views)
     return dataset, catalog
 
 
 def _results_folder(options: Options, restored: Restored, catalog: Catalog, default: Path) -> Path:
     """Where results go; one folder holds the results of one checkpoint on one data set."""
-    run = restored.source.parent.parent
-    is_run = restored.source.is_file() and (run / MANIFEST).is_file()
     part = f"{options.split}_other_data" if options.other_data else options.split
-    out = Path(options.out).expanduser() if options.out else run / "evaluate" / part if is_run else default
+    usual = default if restored.run is None else restored.run / "evaluate" / part
+    out = usual if options.out is None else Path(options.out).expanduser()
     if (file := out / METRICS_FILE).is_file() and not options.overwrite:
         there = json.loads(file.read_text(encoding="utf-8"))
         if there.get("fingerprint") != restored.manifest.fingerprint or there.get("split") != options.split:
@@ -195,7 +197,7 @@ def _report(
             "name": catalog.manifest.get("name"),
             "fingerprint": catalog.fingerprint,
             "split_hash": catalog.split.hash,
-            "same_as_run": not options.other_data,
+            "same_as_run": restored.tuned and not options.other_data,
         },
         "split": options.split,
         "unit": catalog.split.unit,
@@ -212,7 +214,9 @@ def _report(
 
 def _notes(options: Options, restored: Restored, of_split: str) -> list[str]:
     notes = [of_split] if of_split else []
-    if options.other_data:
+    if not restored.tuned:
+        notes.append("vessel did not train this network; whether it has seen these images is not known.")
+    elif options.other_data:
         notes.append("This is not the data set of the run; whether they share patients is not known.")
     elif options.split == "train":
         notes.append("These are training images: the figures say nothing about new ones.")

@@ -1,4 +1,4 @@
-"""`python -m vessel.export ckpt=… out=DIR [dtype=bf16|fp32]`: a folder in the public Sa2VA layout, proved equal.
+"""`python -m vessel.export ckpt=… out=DIR [layout=sa2va|native|adapter] [dtype=bf16|fp32]`: a folder, proved equal.
 
 Options: `--help`.
 """

@@ -5,9 +5,10 @@ Nothing here invents a result: what fails is handed on as a `Failure` with its r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import torch
 from lightning.pytorch.utilities.memory import is_oom_error
@@ -18,12 +19,14 @@ from vessel.batch import Sample, Views, collate
 from vessel.data.dataset import make_sample
 from vessel.data.images import read_rgb
 from vessel.data.inputs import Target
-from vessel.data.prompt import ANSWERS, QUESTIONS, SEG, Prompt
+from vessel.data.prompt import ANSWERS, QUESTIONS, Prompt
+from vessel.data.questions import question_sample, read_regions
 from vessel.errors import VesselError
+from vessel.generation import MAX_NEW_TOKENS, say
+from vessel.model.placement import place
 from vessel.restore import Restored
 
 DECODERS = ("forced", "generate")
-_LONGEST_ANSWER = 48
 
 
 @dataclass(frozen=True)
@@ -47,8 +50,10 @@ class Prediction:
 
     Attributes:
         target: the image.
-        sample: what the network was shown, with truth where the data set has it.
-        answers: K texts, imposed with `forced`, the network's own with `generate`.
+        sample: what the network was shown, with truth where the data set has it; after a free question its phrases
+            are `seg_1`, `seg_2`, …, one a `[SEG]` of the answer.
+        answers: a text a phrase that was asked for, or one to a free question. Imposed with `forced`; the network's own
+            with `generate`, special tokens kept as the public code keeps them.
         probabilities: K float32 [H, W] in [0, 1], on the CPU; None where the answer holds no `[SEG]`.
         emitted: K times, whether the network itself chose `[SEG]`.
     """
@@ -78,22 +83,50 @@ def without_truth(targets: Sequence[Target], phrases: Sequence[str], restored: R
     return partial(_read_sample, targets, phrases, restored.prompt, restored.views)
 
 
+def asking(
+    targets: Sequence[Target], question: str, restored: Restored, *, regions: Path | None = None
+) -> Callable[[int], Sample]:
+    """What loads the sample of a target, with a free question, by its index; it has no phrases yet.
+
+    Args:
+        targets: the images.
+        question: what the user says.
+        restored: whose prompt and views these samples are for.
+        regions: folder of masks that the question points at, as `read_regions` describes it.
+    """
+    return partial(_read_question, targets, question, restored.prompt, restored.views, regions)
+
+
 class Predictor:
     """A trained network that is asked for masks.
 
     Args:
         restored: network, prompt and views.
         device: `auto`, `cpu` or `cuda`; a GPU computes in bf16.
+        device_map: parts of the network on several devices, as `vessel.model.placement.place` takes it.
         decode: `forced` teaches the answer and takes one pass a batch; `generate` lets the network speak, phrase by
-            phrase in one conversation, and reads the masks of what it said.
+            phrase in one conversation, and reads the masks of what it said. A free question needs `generate`.
+        max_new_tokens: where `generate` cuts an answer that does not end.
     """
 
-    def __init__(self, restored: Restored, *, device: str = "auto", decode: str = "forced") -> None:
+    def __init__(
+        self,
+        restored: Restored,
+        *,
+        device: str | torch.device = "auto",
+        device_map: str | Mapping[str, str | int] | None = None,
+        decode: str = "forced",
+        max_new_tokens: int = MAX_NEW_TOKENS,
+    ) -> None:
         if decode not in DECODERS:
             raise VesselError(f"decode={decode}: choose one of {', '.join(DECODERS)}")
-        self.device, self.decode = choose_device(device), decode
+        if max_new_tokens < 1:
+            raise VesselError(f"max_new_tokens={max_new_tokens}: an answer takes one token at least")
+        self.device = device if isinstance(device, torch.device) else choose_device(device)
+        self.decode, self.max_new_tokens = decode, max_new_tokens
         self.prompt, self.views = restored.prompt, restored.views
-        self.network = restored.network.eval().to(self.device)
+        network = restored.network.eval()
+        self.network = network.to(self.device) if device_map is None else place(network, device_map)
 
     def predict(
         self, targets: Sequence[Target], load: Callable[[int], Sample], *, batch_size: int = 4, workers: int = 0
@@ -132,7 +165,7 @@ class Predictor:
     @torch.inference_mode()
     def _pass(self, asked: list[tuple[Target, Sample]]) -> list[Prediction | Failure]:
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.device.type == "cuda"):
-            spoken = [self._speak(sample) if self.decode == "generate" else _taught(sample) for _, sample in asked]
+            spoken = [self.converse(sample) for _, sample in asked]
             drawn = iter(self._draw([said.sample for said in spoken if said.sample.phrases]))
         nothing = (torch.empty(0), torch.empty(0, dtype=torch.bool))
         return [
@@ -150,62 +183,84 @@ class Predictor:
         maps = [probabilities.cpu() for probabilities in self.network.probabilities(output, batch)]
         return list(zip(maps, emitted, strict=True))
 
-    def _speak(self, sample: Sample) -> _Spoken:
-        """Greedy answers, each in the light of those before it."""
-        ids = self.prompt.token_ids
-        image_tokens = len(sample.tiles) * self.views.tokens_per_tile
+    def converse(self, sample: Sample, *, frames: int = 1) -> Spoken:
+        """The conversation about a sample: taught, or the network's own, each answer in the light of those before.
+
+        Args:
+            sample: a free question has no phrases.
+            frames: of a pullback, one tile each.
+        """
+        if self.decode == "forced":
+            n = len(sample.phrases)
+            return Spoken(replace(sample, masks=None), sample.phrases, (ANSWERS[0],) * n, tuple(range(n)))
+        if not sample.phrases:
+            return self._speak_freely(sample)
+        image_tokens = len(sample.tiles) // frames * self.views.tokens_per_tile
         questions = [QUESTIONS[0].format(phrase=phrase) for phrase in sample.phrases]
-        answers: list[str] = []
+        answers: list[list[int]] = []
         for turn in range(len(questions)):
-            asked, _ = self.prompt.conversation(questions[: turn + 1], answers, image_tokens)
-            embeddings = self.network.embed(asked[None].to(self.device), sample.tiles.to(self.device))
-            generated = self.network.mllm.generate(  # type: ignore[misc]  # transformers annotates self by a protocol
-                inputs_embeds=embeddings,
-                attention_mask=torch.ones(embeddings.shape[:2], dtype=torch.int64, device=self.device),
-                max_new_tokens=_LONGEST_ANSWER,
-                do_sample=False,
-                eos_token_id=ids.eos,
-                pad_token_id=ids.pad,
-                suppress_tokens=[ids.image],  # stands for a feature of the image, which an answer has none of
-            )[0].tolist()
-            words = generated[: generated.index(ids.eos)] if ids.eos in generated else generated
-            answers.append(self.prompt.decode(words))
-        found = [answer.count(SEG) for answer in answers]
+            asked, _ = self.prompt.conversation(questions[: turn + 1], answers, image_tokens, frames=frames)
+            answers.append(self._say(asked, sample))
+        found = [answer.count(self.prompt.token_ids.seg) for answer in answers]
         first = [sum(found[:turn]) if n else None for turn, n in enumerate(found)]
-        said, labels = self.prompt.conversation(questions, answers, image_tokens)
+        said, labels = self.prompt.conversation(questions, answers, image_tokens, frames=frames)
         owners = tuple(phrase for phrase, n in zip(sample.phrases, found, strict=True) for _ in range(n))
         shown = replace(sample, phrases=owners, input_ids=said, labels=labels, masks=None)
-        return _Spoken(shown, tuple(answers), tuple(first))
+        return Spoken(shown, sample.phrases, tuple(map(self._text, answers)), tuple(first))
+
+    def _speak_freely(self, sample: Sample) -> Spoken:
+        answer = self._say(sample.input_ids, sample)
+        count = answer.count(self.prompt.token_ids.seg)
+        names = tuple(f"seg_{i}" for i in range(1, count + 1))
+        ids = torch.tensor(answer)
+        shown = replace(
+            sample,
+            phrases=names,
+            input_ids=torch.cat([sample.input_ids, ids]),
+            labels=torch.cat([sample.labels, ids]),
+            masks=None,
+        )
+        return Spoken(shown, names, (self._text(answer),), tuple(range(count)))
+
+    def _say(self, asked: Tensor, sample: Sample) -> list[int]:
+        return say(
+            self.network,
+            self.prompt,
+            asked,
+            sample.tiles,
+            regions=sample.regions,
+            max_new_tokens=self.max_new_tokens,
+        )
+
+    def _text(self, answer: Sequence[int]) -> str:
+        return self.prompt.decode(answer).strip()
 
 
 @dataclass(frozen=True)
-class _Spoken:
+class Spoken:
     """A conversation with its answers.
 
     Attributes:
         sample: without truth; a phrase for every `[SEG]` of the answers.
-        answers: one text a phrase that was asked for.
-        at: for each of them the first `[SEG]` of its answer, counted over the conversation; None without one.
+        phrases: what results are for.
+        answers: as in `Prediction`.
+        at: for each phrase its `[SEG]`, counted over the conversation; None without one.
     """
 
     sample: Sample
+    phrases: tuple[str, ...]
     answers: tuple[str, ...]
     at: tuple[int | None, ...]
 
 
-def _taught(sample: Sample) -> _Spoken:
-    n = len(sample.phrases)
-    return _Spoken(replace(sample, masks=None), (ANSWERS[0],) * n, tuple(range(n)))
-
-
 def _result(
-    target: Target, sample: Sample, said: _Spoken, probabilities: Tensor, emitted: Tensor
+    target: Target, sample: Sample, said: Spoken, probabilities: Tensor, emitted: Tensor
 ) -> Prediction | Failure:
     if not torch.isfinite(probabilities).all():
         return Failure(target.id, target.name, "the network gave values that are not finite")
     return Prediction(
         target=target,
-        sample=sample,
+        sample=replace(sample, phrases=said.phrases),
         answers=said.answers,
         probabilities=tuple(None if at is None else probabilities[at] for at in said.at),
         emitted=tuple(at is not None and bool(emitted[at]) for at in said.at),
@@ -214,6 +269,14 @@ def _result(
 
 def _read_sample(targets: Sequence[Target], phrases: Sequence[str], prompt: Prompt, views: Views, index: int) -> Sample:
     return make_sample(read_rgb(targets[index].file), phrases, prompt, views)
+
+
+def _read_question(
+    targets: Sequence[Target], question: str, prompt: Prompt, views: Views, folder: Path | None, index: int
+) -> Sample:
+    image, name = read_rgb(targets[index].file), targets[index].name
+    regions = None if folder is None else read_regions(folder, name, image.shape[:2], views)
+    return question_sample(image, question, prompt, views, regions=regions)
 
 
 class _Guarded(Dataset["tuple[Target, Sample] | Failure"]):

@@ -1,34 +1,50 @@
-"""An export: merged weights with everything that belongs to them, proved before it is put in place."""
+"""An export: trained weights with everything that belongs to them, proved before they are put in place."""
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from rich.console import Console
 
+from vessel.card import HOW_TO_GET_CODE
 from vessel.data.catalog import Catalog
 from vessel.data.identity import RawIdentifiers, mapping_folder
 from vessel.data.images import read_rgb
 from vessel.data.inputs import find_images
 from vessel.errors import VesselError
-from vessel.model.hub import DTYPES, exported_size, exported_state, public_config, unchanged_groups, write_weights
-from vessel.model.plan import local_folder
-from vessel.model.weights import combined, digests, read_safetensors
-from vessel.proof import compare, drawn_image, masks_in_a_fresh_process, masks_of
-from vessel.restore import EXPORT_MANIFEST, Restored, restore
-from vessel.run import Manifest, without_places
+from vessel.gate import differs_from_base, require_same_base
+from vessel.hub_folder import public_code_of, write_folder
+from vessel.model.architecture import public_names
+from vessel.model.entry import Weights
+from vessel.model.hub import DTYPES, LAYOUTS, exported_size, write_pth
+from vessel.model.hub_config import REMOTE_CODE
+from vessel.proof import account_in_a_fresh_process, account_of, compare, drawn_image
+from vessel.restore import NetworkOptions, Reading, Restored, restore
+from vessel.upload import check_repository, push, refuse_raw_identifiers
 
 _SAMPLES = 3
 _SPARE_BYTES = 100 * 10**6  # tokenizer, texts, and room for the system to breathe
-_KEPT = ("name", "seed", "model", "prompt", "lora", "trainable", "weights", "objective", "optimizer", "data", "trainer")
+
+
+@dataclass
+class Origin:
+    """What the checkpoint itself does not say; as in vessel.predict."""
+
+    base: Any
+    grounding: Any
+
+    def reading(self) -> Reading:
+        """In float32, in which adapters are merged."""
+        return NetworkOptions("fp32", None, self.base, self.grounding).reading(torch.device("cpu"))
 
 
 @dataclass
@@ -37,14 +53,25 @@ class Options:
 
     ckpt: str
     out: str
+    layout: str
     dtype: str
+    to_pth: bool
+    remote_code: str | None
     images: str | None
     mapping: str | None
+    push: str | None
+    private: bool
+    network: Origin
 
     @property
     def target(self) -> Path:
         """The folder to make, absolute."""
         return Path(self.out).expanduser().absolute()
+
+    @property
+    def pth(self) -> Path | None:
+        """The file to make beside it, if any."""
+        return self.target.with_name(f"{self.target.name}.pth") if self.to_pth else None
 
 
 def export(options: Options) -> Path:
@@ -54,47 +81,103 @@ def export(options: Options) -> Path:
         the folder.
 
     Raises:
-        VesselError: the checkpoint or the place will not do, raw identifiers were found, or the proof failed; nothing
-            is left behind.
+        VesselError: the checkpoint or the place will not do, raw identifiers were found, or the proof failed, and
+            nothing is left behind; or the hub refused, and the folder stays.
     """
     console = Console()
     _check(options)
-    restored = restore(options.ckpt)
+    reading = options.network.reading()
+    restored = restore(options.ckpt, reading)
+    base = list(reading.base) or Weights.listed(restored.manifest.config.get("weights"))
+    if options.layout == "adapter" and "lora" not in restored.network.trainable_groups():
+        raise VesselError("layout=adapter: this network has no adapters that trained; choose layout=sa2va or native")
+    require_same_base(restored)
+    code = _public_code(options, restored, base)
+    _require_space(options, restored, console)
     images = _samples(options, restored)
-    size = exported_size(restored.network, DTYPES[options.dtype])
-    options.target.parent.mkdir(parents=True, exist_ok=True)
-    console.print(f"weights: {size / 1e9:.3f} GB as {options.dtype}")
-    free = shutil.disk_usage(options.target.parent).free
-    if free < (needed := size + _SPARE_BYTES):
-        raise VesselError(
-            f"out={options.out}: the export needs {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB are free; "
-            "make room, choose another disk" + (", or dtype=bf16" if options.dtype == "fp32" else "")
-        )
-    with tempfile.TemporaryDirectory(prefix=f".{options.target.name}.", dir=options.target.parent) as temporary:
-        making = Path(temporary) / "new"
-        making.mkdir()
-        told = [_write(making, restored, options.dtype), _differs_from_base(making, restored, options.dtype)]
-        searched = _refuse_raw_identifiers(making, restored, options.mapping)
+    expected = account_of(restored, images)
+    with _made_in_secret(options) as making:
+        folder, pth = making / "new", making / "new.pth"
+        folder.mkdir()
+        fingerprint, told = _write(folder, pth, restored, options, base, code)
+        searched = _refuse_raw_identifiers(folder, restored, options)
+        fresh = _reading_of_the_export(restored, options, base)
         threshold = restored.threshold
         del restored  # the comparison needs room for one network at a time
-        expected = masks_of(options.ckpt, images)
-        found = masks_in_a_fresh_process(making, images)
+        found = account_in_a_fresh_process(folder, images, fresh)
+        if found.fingerprint != fingerprint:
+            raise VesselError(
+                f"a fresh process read other tensors (fingerprint {found.fingerprint}) than were written "
+                f"({fingerprint}); something else writes there, nothing was exported"
+            )
         told.append(compare(expected, found, threshold=threshold, dtype=options.dtype))
-        making.rename(options.target)
+        if options.pth:
+            pth.rename(options.pth)
+        folder.rename(options.target)
     for sentence in told:
         console.print(f"proved: {sentence}", soft_wrap=True, markup=False)
     console.print(f"raw identifiers: {searched}", soft_wrap=True, markup=False)
+    if options.pth:
+        console.print(f"for the public training code: {options.pth}", soft_wrap=True)
     console.print(f"export: {options.target}", soft_wrap=True)
+    if options.push is not None:
+        address = push(options.target, options.push, private=options.private, console=console)
+        console.print(f"pushed: {address}", soft_wrap=True)
+    if options.layout == "sa2va" and not code:
+        console.print(f"the public code is not among its files. {HOW_TO_GET_CODE}", soft_wrap=True, markup=False)
     return options.target
 
 
 def _check(options: Options) -> None:
     if options.dtype not in DTYPES:
         raise VesselError(f"dtype={options.dtype}: choose one of {', '.join(DTYPES)}")
-    if options.target.exists():
-        raise VesselError(f"out={options.out} exists; an export is never written over anything, choose another folder")
+    if options.layout not in LAYOUTS:
+        raise VesselError(f"layout={options.layout}: choose one of {', '.join(LAYOUTS)}")
+    for place in (options.target, options.pth):
+        if place is not None and place.exists():
+            raise VesselError(f"{place} exists; an export is never written over anything, choose another out=")
     if options.mapping is not None and not (Path(options.mapping).expanduser() / "mapping.json").is_file():
         raise VesselError(f"mapping={options.mapping} holds no mapping.json; give the folder that prepare named")
+    if options.remote_code is not None:
+        if options.layout != "sa2va":
+            raise VesselError(f"remote_code= goes with layout=sa2va; the public code cannot read {options.layout}")
+        if not (Path(options.remote_code).expanduser() / REMOTE_CODE).is_file():
+            raise VesselError(f"remote_code={options.remote_code} holds no {REMOTE_CODE}; give a public Sa2VA folder")
+    if options.push is not None:
+        check_repository(options.push)
+
+
+def _require_space(options: Options, restored: Restored, console: Console) -> None:
+    size = exported_size(restored.network, options.layout, DTYPES[options.dtype])
+    console.print(f"weights: {size / 1e9:.3f} GB as {options.dtype}")
+    needed = size + _SPARE_BYTES
+    if options.pth:
+        more = exported_size(restored.network, "sa2va", DTYPES[options.dtype])
+        console.print(f"{options.pth.name}: {more / 1e9:.3f} GB")
+        needed += more
+    there = next(place for place in options.target.parents if place.is_dir())
+    free = shutil.disk_usage(there).free
+    if free < needed:
+        raise VesselError(
+            f"out={options.out}: the export needs {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB are free; "
+            "make room, choose another disk" + (", or dtype=bf16" if options.dtype == "fp32" else "")
+        )
+
+
+@contextmanager
+def _made_in_secret(options: Options) -> Iterator[Path]:
+    """A hidden folder beside the target, gone at the end; on failure new folders above it are gone as well."""
+    new = [place for place in options.target.parents if not place.exists()]
+    options.target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with tempfile.TemporaryDirectory(prefix=f".{options.target.name}.", dir=options.target.parent) as temporary:
+            yield Path(temporary)
+    except BaseException:
+        if options.pth and options.pth.exists():
+            options.pth.unlink()
+        for place in new:
+            place.rmdir()
+        raise
 
 
 def _samples(options: Options, restored: Restored) -> dict[str, NDArray[np.uint8]]:
@@ -111,104 +194,49 @@ def _samples(options: Options, restored: Restored) -> dict[str, NDArray[np.uint8
         return {"drawn": drawn_image()}
 
 
-def _write(folder: Path, restored: Restored, dtype: str) -> str:
-    """Write all files and read the weights again."""
-    in_memory = write_weights(folder, exported_state(restored.network, DTYPES[dtype]))
-    on_disk = digests(read_safetensors(folder))
-    for name in in_memory.keys() | on_disk.keys():
-        if in_memory.get(name) != on_disk.get(name):
-            raise VesselError(f"tensor {name} on disk is not the one in memory, nothing was exported; check the disk")
-    config = public_config(restored.network, template=restored.prompt.name, views=restored.views, dtype=dtype)
-    _write_json(folder / "config.json", config)
-    restored.prompt.save(folder)
-    manifest = exported_manifest(restored.manifest, fingerprint=combined(on_disk))
-    _write_json(folder / EXPORT_MANIFEST, manifest.as_dict())
-    (folder / "README.md").write_text(model_card(manifest, dtype), encoding="utf-8")
-    return f"{len(on_disk)} tensors read back equal the merged network"
+def _public_code(options: Options, restored: Restored, base: Sequence[Weights]) -> list[Path]:
+    """The files of the folder named, else of what the network was read from."""
+    if options.layout != "sa2va":
+        return []
+    if options.remote_code is not None:
+        return public_code_of([Path(options.remote_code).expanduser()])
+    # Of merged weights the base need not be at hand.
+    read = base if restored.network.trainable_groups() else ()
+    return public_code_of([restored.source, *(entry.fetch()[0] for entry in read)])
 
 
-def _write_json(file: Path, content: Mapping[str, Any]) -> None:
-    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+def _write(
+    folder: Path, pth: Path, restored: Restored, options: Options, base: Sequence[Weights], code: Sequence[Path]
+) -> tuple[str, list[str]]:
+    """Write everything, and compare what lies on the disk with what is in memory and with the base.
 
-
-def exported_manifest(manifest: Manifest, *, fingerprint: str) -> Manifest:
-    """The manifest that travels: what the run was, without folders of this machine.
-
-    Args:
-        manifest: of the checkpoint.
-        fingerprint: of the exported tensors; that of the checkpoint becomes the parent's.
+    Returns:
+        fingerprint of the export, and what was found, in sentences.
     """
-    config = {key: value for key, value in manifest.config.items() if key in _KEPT}
-    config["data"] = {key: value for key, value in (config.get("data") or {}).items() if key != "root"}
-    return replace(
-        manifest,
-        config=without_places(config),
-        weights=tuple(without_places(list(manifest.weights))),
-        parent={"name": manifest.name, "fingerprint": manifest.fingerprint},
-        fingerprint=fingerprint,
+    dtype, names = DTYPES[options.dtype], public_names(restored.sizes.language)
+    written = write_folder(folder, restored, layout=options.layout, dtype=options.dtype, base=base, code=code)
+    told = [f"{written.tensors} tensors read back equal the merged network", differs_from_base(restored, base, dtype)]
+    if options.pth:
+        count = write_pth(pth, restored.network, names, dtype)
+        told.append(f"{count} tensors of {options.pth.name} read back equal the merged network")
+    return written.fingerprint, told
+
+
+def _reading_of_the_export(restored: Restored, options: Options, base: Sequence[Weights]) -> Reading:
+    """What the export's own files do not say."""
+    return Reading(
+        base=base if options.layout == "adapter" else (), grounding=None if restored.tuned else restored.sizes.grounding
     )
 
 
-def _differs_from_base(folder: Path, restored: Restored, dtype: str) -> str:
-    sources = restored.manifest.config.get("weights") or []
-    if not sources:
-        return "no base to differ from: training began with random weights"
-    try:
-        base = local_folder(sources[-1])
-    except VesselError:
-        return f"not compared with its base {sources[-1]}, which is not at hand"
-    same = unchanged_groups(restored.network, read_safetensors(folder), read_safetensors(base), DTYPES[dtype])
-    if same:
-        raise VesselError(
-            f"{', '.join(same)}: to be trained, yet equal to the base in every tensor. Either the wrong checkpoint was "
-            "named or nothing was learnt there; nothing was exported"
-        )
-    return f"differs from its base {without_places(sources[-1])} in every trained group"
-
-
-def _refuse_raw_identifiers(folder: Path, restored: Restored, given: str | None) -> str:
+def _refuse_raw_identifiers(folder: Path, restored: Restored, options: Options) -> str:
     """Search what is public text by the mapping given, else the one beside the data set; says what was searched."""
-    root = (restored.manifest.config.get("data") or {}).get("root")
+    root, given = (restored.manifest.config.get("data") or {}).get("root"), options.mapping
     place = Path(given).expanduser() if given else mapping_folder(Path(root).absolute()) if root else None
     mapping = place if place is not None and (place / "mapping.json").is_file() else None
-    scanner = RawIdentifiers(mapping)
-    for name in (EXPORT_MANIFEST, "README.md", "config.json"):
-        if found := scanner.find((folder / name).read_text(encoding="utf-8")):
-            raise VesselError(
-                f"{name} would hold what looks like a patient's name or id ({', '.join(found[:3])}); take it out of "
-                "the run's name, phrases or options. Nothing was exported"
-            )
+    count = refuse_raw_identifiers(folder, RawIdentifiers(mapping), *([options.push] if options.push else []))
     if mapping is None:
-        return "no mapping beside the data set, only patterns were checked; mapping=DIR names one"
-    return f"names checked against {mapping}"
-
-
-def model_card(manifest: Manifest, dtype: str) -> str:
-    """A short README.md, made of nothing but the manifest."""
-    data = manifest.data
-    counts = ", ".join(f"{data[key]} {key.removeprefix('n_')}" for key in ("n_images", "n_patients") if key in data)
-    threshold = "none chosen, 0.5 is taken" if manifest.threshold is None else f"{manifest.threshold:.2f}"
-    base = ", ".join(without_places(list(manifest.config.get("weights") or []))) or "none, random weights"
-    parent = (manifest.parent or {}).get("fingerprint")
-    note = f"{data['note']}\n\n" if data.get("note") else ""
-    return f"""---
-tags: [image-segmentation, medical, sa2va]
----
-# {manifest.name}
-
-A Sa2VA network trained by vessel to segment: {", ".join(manifest.phrases)}.
-
-| | |
-|---|---|
-| data | {data.get("name")} ({counts}), fingerprint `{str(data.get("fingerprint"))[:16]}` |
-| split | by {data.get("unit")}, hash `{str(data.get("split_hash"))[:16]}` |
-| base weights | {base} |
-| threshold on probabilities | {threshold} |
-| weights | {dtype}, fingerprint `{manifest.fingerprint}`, merged from `{parent}` |
-| made | {manifest.created} |
-
-{note}Masks: `python -m vessel.predict ckpt=THIS_FOLDER images=FOLDER out=DIR`. The tensors have the names of the public
-Sa2VA; to load them with its own code, put that code's `.py` files beside `config.json`.
-
-For research. Nothing here says that it is fit for clinical use.
-"""
+        return (
+            f"{count} files searched, no mapping beside the data set, only patterns were checked; mapping=DIR names one"
+        )
+    return f"{count} files searched, names checked against {mapping}"

@@ -2,27 +2,76 @@
 
 from __future__ import annotations
 
-import json
 import pickle
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
-from torch import Tensor
 
 from vessel.batch import Views
 from vessel.data.prompt import Prompt
 from vessel.errors import VesselError
-from vessel.model.plan import NetworkPlan, local_folder
-from vessel.model.sa2va import Sa2VA
-from vessel.model.weights import fingerprint, load_state, read_safetensors, to_native
-from vessel.run import MANIFEST, Manifest
+from vessel.model.architecture import public_names, read_sizes, read_template
+from vessel.model.entry import Weights
+from vessel.model.files import read_json
+from vessel.model.grounding import GroundingSizes
+from vessel.model.lora import Lora
+from vessel.model.plan import NetworkPlan
+from vessel.model.report import LoadReport
+from vessel.model.sa2va import Sa2VA, Sizes
+from vessel.model.sources import ADAPTER_CONFIG, INTERNVL, Source, open_source
+from vessel.model.weights import load
+from vessel.model.zero import is_zero, open_zero, written
+from vessel.run import LOCAL, MANIFEST, Manifest
 
 EXPORT_MANIFEST = "vessel.json"
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a network is to be read.
+
+    Attributes:
+        dtype: of parameters that a run did not train.
+        base: for an adapter folder whose base is not on the hub: the weights it was trained on.
+        grounding: sizes of SAM2, for a public folder whose SAM2 is none of the four public ones.
+    """
+
+    dtype: torch.dtype = torch.float32
+    base: Sequence[Weights] = ()
+    grounding: GroundingSizes | None = None
+
+
+@dataclass
+class NetworkOptions:
+    """What the user says of it: `network.*` of evaluate and predict, whose `--help` explains each."""
+
+    dtype: str
+    device_map: Any
+    base: Any
+    grounding: Any
+
+    def reading(self, device: torch.device) -> Reading:
+        """How to read for a device; `auto` is bf16 on a GPU, as the public code, and fp32 on a CPU.
+
+        Raises:
+            VesselError: an unknown dtype or size.
+        """
+        dtypes = {"auto": torch.bfloat16 if device.type == "cuda" else torch.float32} | DTYPES
+        if self.dtype not in dtypes:
+            raise VesselError(f"network.dtype={self.dtype}: choose one of {', '.join(dtypes)}")
+        try:
+            grounding = None if self.grounding is None else GroundingSizes(**self.grounding)
+        except TypeError as error:
+            known = ", ".join(GroundingSizes.__dataclass_fields__)
+            raise VesselError(f"network.grounding={self.grounding}: {error}; the sizes are {known}") from error
+        return Reading(dtypes[self.dtype], Weights.listed(self.base), grounding)
 
 
 @dataclass(frozen=True)
@@ -31,16 +80,35 @@ class Restored:
 
     Attributes:
         network: in evaluation mode, on the CPU, adapters in place when the checkpoint has them.
-        prompt, views: wording and cutting that belong to the network.
+        prompt: wording that belongs to the network.
+        sizes: its shape.
         manifest: of the run, with the threshold and the fingerprint of these weights.
-        source: the checkpoint file or export folder that was read.
+        source: the checkpoint file or folder that was read.
+        reports: what each load did, the last one being that of `source`.
     """
 
     network: Sa2VA
     prompt: Prompt
-    views: Views
+    sizes: Sizes
     manifest: Manifest
     source: Path
+    reports: tuple[LoadReport, ...]
+
+    @property
+    def views(self) -> Views:
+        """Cutting that belongs to the network."""
+        return self.sizes.views
+
+    @property
+    def run(self) -> Path | None:
+        """Folder of the run that wrote the checkpoint; None for an export or a checkpoint that was moved."""
+        run = self.source.parent.parent
+        return run if self.source.suffix == ".ckpt" and (run / MANIFEST).is_file() else None
+
+    @property
+    def tuned(self) -> bool:
+        """Whether vessel trained it; of a public network neither phrases nor data are known."""
+        return bool(self.manifest.phrases)
 
     @property
     def threshold(self) -> float:
@@ -48,47 +116,54 @@ class Restored:
         return 0.5 if self.manifest.threshold is None else self.manifest.threshold
 
 
-def restore(ckpt: str) -> Restored:
-    """Read a run folder (its best checkpoint), a checkpoint file, an export folder or the hub id of an export.
+def restore(ckpt: str, reading: Reading = Reading()) -> Restored:
+    """Read a run folder (its best checkpoint), a checkpoint file, an export, or a public Sa2VA folder or hub id.
 
     Raises:
-        VesselError: nothing there, damaged, of a kind that holds no trained vessel network, or tensors missing.
+        VesselError: nothing there, damaged, of a kind that holds no whole network, or too large for the memory.
     """
-    path = Path(ckpt)
+    path = Path(ckpt).expanduser()
     if path.is_file():
-        return _from_checkpoint(path)
-    folder = path if path.is_dir() else local_folder(ckpt)
-    if (folder / EXPORT_MANIFEST).is_file():
-        return _from_export(folder)
-    return _from_checkpoint(find_checkpoint(folder))
+        return _from_checkpoint(path, reading)
+    if path.is_dir() and not any((path / name).is_file() for name in ("config.json", ADAPTER_CONFIG)):
+        return _from_checkpoint(find_checkpoint(path), reading)
+    source = open_source(ckpt)
+    if (source.path / EXPORT_MANIFEST).is_file():
+        return _from_export(source, reading)
+    return _from_public(source, reading)
 
 
 def find_checkpoint(run: Path, kinds: tuple[str, ...] = ("best", "last")) -> Path:
     """The newest checkpoint of a run folder, of the first kind that is there.
 
     Args:
-        run: folder of the run.
+        run: folder of the run, or a checkpoint that is a folder, as ZeRO-3 writes it.
         kinds: `best` by validation, `last` written.
 
     Raises:
         VesselError: the folder is no run, or has no checkpoint yet.
     """
+    if is_zero(run):
+        return run
     for kind in kinds:
         for folder in (run, run / "checkpoints"):
-            if found := sorted(folder.glob(f"{kind}*.ckpt"), key=lambda path: path.stat().st_mtime):
+            if found := sorted(folder.glob(f"{kind}*.ckpt"), key=written):
                 return found[-1]
     what = "a run without checkpoint" if (run / MANIFEST).is_file() else "neither a run nor an export of vessel"
     raise VesselError(f"{run}: {what}; give a run folder (outputs/<name>/<time>), one of its checkpoints, or an export")
 
 
 def read_checkpoint(path: Path) -> Mapping[str, Any]:
-    """Read a Lightning checkpoint of vessel; code in the file is never run.
+    """Read a Lightning checkpoint of vessel, a file or what ZeRO-3 writes; code in it is never run.
 
     Raises:
         VesselError: damaged, or another kind of file, with the remedy.
     """
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if is_zero(path):
+            checkpoint = open_zero(path).beside
+        else:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError) as error:
         raise VesselError(
             f"{path}: not a checkpoint that can be read safely ({type(error).__name__}); vessel.train writes "
@@ -102,53 +177,109 @@ def read_checkpoint(path: Path) -> Mapping[str, Any]:
     return checkpoint
 
 
-def _from_checkpoint(path: Path) -> Restored:
+def _from_checkpoint(path: Path, reading: Reading) -> Restored:
     checkpoint = read_checkpoint(path)
-    state = checkpoint["state_dict"]
-    sweep = checkpoint.get("callbacks", {}).get("ThresholdSweep", {})
-    manifest = replace(
-        Manifest.from_dict(checkpoint["vessel"]),
-        threshold=sweep.get("threshold"),
-        fingerprint=fingerprint(state.items()),
-    )
     beside = path.parent.parent / "tokenizer"
-    prompt, plan = _plan(manifest.config, str(beside) if beside.is_dir() else None)
+    manifest = Manifest.from_dict(checkpoint["vessel"])
+    prompt = _prompt(manifest.config, str(beside) if beside.is_dir() else None)
+    plan = _plan(manifest.config, prompt, reading, Weights.listed(manifest.config["weights"]))
     network = plan.build()
-    report = load_state(network, _of_network(state), str(path))
-    trained = {name for name, parameter in network.named_parameters() if parameter.requires_grad}
-    absent = trained.intersection(report.missing)
-    if absent or report.unexpected or report.mismatched or not report.loaded:
-        wrong = [*report.mismatched, *report.unexpected, *sorted(absent)] or ["nothing was loaded"]
-        raise VesselError(f"{path}: {len(wrong)} tensors do not fit the network of its manifest (first: {wrong[0]})")
-    return Restored(network.eval(), prompt, plan.sizes.views, manifest, path)
+    source = open_source(str(path))
+    report = load(network, source, public_names(plan.sizes.language), tokens=prompt.new_tokens.start)
+    # Frozen parameters come again from where the run began; what it drew at random is nowhere else.
+    own = {name for name, parameter in network.named_parameters() if parameter.requires_grad or not plan.weights}
+    if absent := sorted(own.difference(report.all("loaded"))):
+        raise VesselError(f"{path}: {len(absent)} tensors that only this run has are not there (first: {absent[0]})")
+    sweep = checkpoint.get("callbacks", {}).get("ThresholdSweep", {})
+    manifest = replace(manifest, threshold=sweep.get("threshold"), fingerprint=report.fingerprint)
+    return _restored(network, prompt, plan, manifest, path, report)
 
 
-def _from_export(folder: Path) -> Restored:
-    manifest = Manifest.from_dict(json.loads((folder / EXPORT_MANIFEST).read_text()))
-    config = {**manifest.config, "lora": {**manifest.config["lora"], "r": 0}, "weights": []}
-    prompt, plan = _plan(config, str(folder))
-    network = plan.build()
-    load_state(network, to_native(read_safetensors(folder)), str(folder)).require_complete()
-    return Restored(network.eval(), prompt, plan.sizes.views, manifest, folder)
+def _from_export(source: Source, reading: Reading) -> Restored:
+    manifest = Manifest.from_dict(read_json(source.path / EXPORT_MANIFEST))
+    prompt = _prompt(manifest.config, str(source.path))
+    if source.kind.on_top:
+        base = list(reading.base) or Weights.listed(manifest.config["weights"])
+        if not base or any(entry.source == LOCAL for entry in base):
+            raise VesselError(
+                f"{source.path}: an adapter whose base is not on the hub; name the weights that it was trained on: "
+                "base=FOLDER"
+            )
+        plan = _plan(manifest.config, prompt, reading, [*base, source.entry])
+    else:
+        plan = _plan({**manifest.config, "trainable": "nothing"}, prompt, reading, [source.entry], lora=Lora(r=0))
+    return _restored(plan.build(), prompt, plan, manifest, source.path)
 
 
-def _plan(config: Mapping[str, Any], tokenizer: str | None) -> tuple[Prompt, NetworkPlan]:
-    parts = OmegaConf.create({k: config[k] for k in ("model", "lora", "prompt")})
+def _from_public(source: Source, reading: Reading) -> Restored:
+    """A network that vessel never trained: nothing but its own files says what it is."""
+    if source.kind.on_top or source.kind is INTERNVL or "grounding" not in source.kind.modules:
+        raise VesselError(
+            f"{source.entry.source}: a {source.kind.name} is no whole Sa2VA; begin a training with it: vessel.train "
+            f"weights=[...,{source.entry.source}]"
+        )
+    prompt = Prompt(str(source.path), read_template(source.config))
+    if not prompt.has_seg:
+        raise VesselError(
+            f"{source.path}: its tokenizer has no [SEG], so it is not that of a Sa2VA; copy the right one"
+        )
+    shapes = {name: tuple(tensor.shape) for name, tensor in source.outline().items()}
+    sizes = read_sizes(source.config, shapes, grounding=reading.grounding)
+    plan = NetworkPlan(
+        sizes, prompt.token_ids, prompt.new_tokens, trainable="nothing", weights=[source.entry],
+        frozen_dtype=reading.dtype,
+    )  # fmt: skip
+    _check_memory(plan)
+    manifest = Manifest(
+        name=source.entry.source if not Path(source.entry.source).exists() else source.path.name,
+        config={"weights": [source.entry.source]}, data={}, phrases=(), prompt=prompt.name,
+    )  # fmt: skip
+    return _restored(plan.build(), prompt, plan, manifest, source.path)
+
+
+def _restored(
+    network: Sa2VA, prompt: Prompt, plan: NetworkPlan, manifest: Manifest, source: Path, *reports: LoadReport
+) -> Restored:
+    told = (*plan.reports, *reports)
+    known = manifest if manifest.fingerprint else replace(manifest, fingerprint=told[-1].fingerprint)
+    return Restored(network.eval(), prompt, plan.sizes, known, source, told)
+
+
+def _prompt(config: Mapping[str, Any], tokenizer: str | None) -> Prompt:
+    node = OmegaConf.create(config["prompt"])
     if tokenizer is not None:
-        parts.prompt.tokenizer = tokenizer
-    prompt = instantiate(parts.prompt)
+        node.tokenizer = tokenizer
+    return instantiate(node)
+
+
+def _plan(
+    config: Mapping[str, Any],
+    prompt: Prompt,
+    reading: Reading,
+    weights: Sequence[Weights],
+    *,
+    lora: Lora | None = None,
+) -> NetworkPlan:
+    parts = OmegaConf.create({k: config[k] for k in ("model", "lora")})
     plan = NetworkPlan(
         sizes=instantiate(parts.model),
         tokens=prompt.token_ids,
         new_tokens=prompt.new_tokens,
-        lora=instantiate(parts.lora),
+        lora=instantiate(parts.lora) if lora is None else lora,
         trainable=config["trainable"],
-        weights=config["weights"],
+        weights=weights,
+        frozen_dtype=reading.dtype,
     )
-    return prompt, plan
+    _check_memory(plan)
+    return plan
 
 
-def _of_network(state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Tensors of the network from those of the task: the prefix `network.` falls away."""
-    prefix = "network."
-    return ((name.removeprefix(prefix), tensor) for name, tensor in state.items() if name.startswith(prefix))
+def _check_memory(plan: NetworkPlan) -> None:
+    """Refuse to read what cannot fit, before reading it."""
+    needed, free = plan.nbytes(), psutil.virtual_memory().available
+    if needed > free:
+        smaller = "" if plan.frozen_dtype == torch.bfloat16 else "; dtype=bf16 needs half of it"
+        raise VesselError(
+            f"the network needs {needed / 1e9:.1f} GB of memory as {str(plan.frozen_dtype).removeprefix('torch.')} and "
+            f"{free / 1e9:.1f} GB are free{smaller}"
+        )

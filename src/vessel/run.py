@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 MANIFEST = "manifest.json"
+LOCAL = "(a local folder)"  # what stands for a place of this machine in whatever leaves it
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def without_places(value: Any) -> Any:
         return [without_places(part) for part in value]
     if isinstance(value, str):
         is_place = value.startswith((os.sep, "~", ".")) or (os.sep in value and Path(value).exists())
-        return "(a local folder)" if is_place else value
+        return LOCAL if is_place else value
     return value
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import warnings
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +17,26 @@ from lightning import Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
 
 from vessel.data.identity import RawIdentifiers, mapping_folder
 from vessel.data.module import VesselDataModule
 from vessel.errors import VesselError
 from vessel.loggers import JsonLines
+from vessel.model.architecture import read_template
+from vessel.model.entry import Weights
 from vessel.model.plan import NetworkPlan
+from vessel.model.report import LoadReport
 from vessel.model.sa2va import Sa2VA
+from vessel.model.sources import open_source
 from vessel.model.weights import fingerprint
 from vessel.restore import EXPORT_MANIFEST, find_checkpoint, read_checkpoint
 from vessel.run import Manifest, without_places
 from vessel.task import VesselTask
 
+WEIGHTS = "weights"  # of prompt.tokenizer and prompt.template: those of the weights
 ROOT_KEYS = (
     *("model", "prompt", "lora", "objective", "optimizer", "data", "trainer", "callbacks", "logger"),
     *("name", "seed", "ckpt", "weights", "trainable", "run"),
@@ -49,6 +57,7 @@ def train(config: DictConfig) -> float | None:
     run = Path(config.run)
     run.mkdir(parents=True, exist_ok=True)
     seed_everything(config.seed, workers=True, verbose=False)
+    config = _settled(config)
     prompt = instantiate(config.prompt)
     sizes = instantiate(config.model)
     # Partial, as Hydra would turn dataclasses that it is given into its own configurations.
@@ -61,7 +70,7 @@ def train(config: DictConfig) -> float | None:
         new_tokens=prompt.new_tokens,
         lora=instantiate(config.lora),
         trainable=config.trainable,
-        weights=(config.weights,) if isinstance(config.weights, str) else tuple(config.weights),
+        weights=_sources(config),
         frozen_dtype=torch.bfloat16 if str(config.trainer.precision).startswith("bf16") else torch.float32,
     )
     resumed = _resumed(config.ckpt)
@@ -73,6 +82,7 @@ def train(config: DictConfig) -> float | None:
         network = plan.build()
         _refuse_random_seg(network, plan)
         known = replace(manifest, weights=tuple(report.summary() for report in plan.reports))
+        tell(plan.reports)
         known.write(run)
         task.manifest = known.as_dict()
         return network
@@ -92,6 +102,36 @@ def train(config: DictConfig) -> float | None:
     if isinstance(best, ModelCheckpoint) and best.best_model_score is not None:
         return float(best.best_model_score)
     return None
+
+
+def _settled(config: DictConfig) -> DictConfig:
+    """The configuration with hub ids pinned to their commits, and the prompt of the weights where it is asked for."""
+    entries = [entry.pinned() for entry in _sources(config)]
+    settled = OmegaConf.merge(config, {"weights": [asdict(entry) for entry in entries]})
+    assert isinstance(settled, DictConfig)
+    if WEIGHTS in (config.prompt.tokenizer, config.prompt.template):
+        folders = [source for source in map(open_source, entries) if source.config]
+        if not folders:
+            raise VesselError(
+                "prompt=sa2va takes tokenizer and template from the folder that training starts from, and "
+                "weights=[...] names none; name one, or choose prompt=small"
+            )
+        for key, found in {"tokenizer": str(folders[0].path), "template": read_template(folders[0].config)}.items():
+            if settled.prompt[key] == WEIGHTS:
+                settled.prompt[key] = found
+    return settled
+
+
+def _sources(config: DictConfig) -> list[Weights]:
+    plain: Any = OmegaConf.to_container(config, resolve=True)
+    return Weights.listed(plain["weights"])
+
+
+@rank_zero_only
+def tell(reports: Sequence[LoadReport]) -> None:
+    """Print what loads did."""
+    for report in reports:
+        Console().print(report.table())
 
 
 def _quieten_lightning() -> None:
@@ -141,17 +181,21 @@ def _manifest(config: DictConfig, data: VesselDataModule, resumed: Path | None) 
             f"ckpt={resumed}: {', '.join(differing) or 'phrases'} of that run differ from this one's: patients it was "
             "trained on could be validated on; go on with its own data set, split and phrases"
         )
-    return replace(manifest, parent={"name": parent.name, "fingerprint": fingerprint(checkpoint["state_dict"].items())})
+    return replace(
+        manifest, parent={"name": parent.name, "fingerprint": fingerprint(open_source(str(resumed)).tensors())}
+    )
 
 
 def _refuse_random_seg(network: Sa2VA, plan: NetworkPlan) -> None:
     groups = network.trainable_groups()
     if plan.trainable == "lora" and "lora" not in groups:
         raise VesselError("trainable=lora, but lora=none: choose adapters, such as lora=r128, or another trainable=")
-    if not plan.weights and "tokens" not in groups:
+    if not groups:
+        raise VesselError(f"trainable={plan.trainable}: nothing would train; choose lora, decoder_only or all")
+    if not plan.seg_is_trained and "tokens" not in groups:
         raise VesselError(
-            f"trainable={plan.trainable} from random weights: [SEG] would stay random for ever. Start from the weights "
-            "of a Sa2VA, weights=[...], or choose trainable=all"
+            f"trainable={plan.trainable} from weights that do not know [SEG]: it would stay random for ever. Start "
+            "from the weights of a Sa2VA, weights=[...], or choose trainable=all"
         )
 
 

@@ -1,8 +1,9 @@
+import json
 from random import Random
 
 import pytest
 
-from vessel.data.prompt import ANSWERS, QUESTIONS, SEG, Prompt
+from vessel.data.prompt import ANSWERS, QUESTIONS, SEG, TEMPLATES, Prompt
 from vessel.errors import VesselError
 
 
@@ -12,12 +13,25 @@ def test_golden_ids_with_the_real_tokenizer(shared):
     assert (prompt.token_ids.seg, prompt.token_ids.image) == (151674, 151667)
     assert (prompt.token_ids.pad, prompt.token_ids.eos) == (151643, 151645)
     assert prompt.new_tokens == range(151674, 151679)
+    assert prompt.has_seg
+    assert prompt.tokenizer.convert_tokens_to_ids(["[SEG]", "<p>", "</p>", "<vp>", "</vp>"]) == [*range(151674, 151679)]
     ids, labels = prompt.conversation(["Please segment blood vessel in this image."], ["Sure, [SEG]."], 3)
     asked = [151644, 872, 198, 151665, 151667, 151667, 151667, 151666, 198]
     asked += [5501, 10238, 6543, 26182, 304, 419, 2168, 13, 151645, 198, 151644, 77091, 198]
     answered = [39814, 11, 220, 151674, 13, 151645]
     assert ids.tolist() == [*asked, *answered, 198]
     assert labels.tolist() == [-100] * len(asked) + answered + [-100]
+
+
+@pytest.mark.parametrize("network", ["sa2va_qwen2", "sa2va_internlm2"])
+def test_golden_prompt_lengths(shared, network):
+    """What the public code counted for its three images of one, seven and thirteen tiles."""
+    folder = shared(f"golden/{network}")
+    prompt = Prompt(str(folder), json.loads((folder / "config.json").read_text())["template"])
+    cases = {case["name"]: case for case in json.loads((folder / "expected.json").read_text())["cases"]}
+    for name, tiles in {"square": 1, "wide": 7, "small_gray": 13}.items():
+        ids, _ = prompt.conversation([cases[name]["text"]], [], tiles * 256)
+        assert len(ids) == cases[name]["prompt_tokens"]
 
 
 def test_each_phrase_has_one_seg_and_only_answers_are_supervised(prompt):
@@ -63,9 +77,77 @@ def test_saved_tokenizer_comes_back(prompt, tmp_path):
     assert back.encode(["lumen"], 4)[0].tolist() == prompt.encode(["lumen"], 4)[0].tolist()
 
 
-def test_phi3_template_of_the_4b_checkpoint(prompt):
-    with pytest.raises(VesselError, match=r"splits <\|end\|> into"):
-        Prompt(template="phi3_chat")  # the small tokenizer has no such token
+def test_phi3_template_of_the_4b_checkpoint(shared):
+    """Its tokenizer is Qwen's, which has none of the template's tokens."""
+    prompt = Prompt(str(shared("tokenizer")), "phi3_chat")
+    ids, labels = prompt.conversation(["Where?", "And now?"], ["[SEG]."], 2)
+    text = "<|user|>\n<img><IMG_CONTEXT><IMG_CONTEXT></img>\nWhere?<|end|>\n<|assistant|>\n[SEG].<|end|>\n"
+    assert prompt.decode(ids.tolist()) == text + "<|user|>\nAnd now?<|end|>\n<|assistant|>\n"
+    assert prompt.decode(labels[labels != -100].tolist()) == "[SEG].<|end|>"
+    assert prompt.token_ids.eos == 151645
+
+
+def test_an_answer_is_over_by_a_token_or_by_a_stop_word_in_pieces(shared):
+    tokenizer = str(shared("tokenizer"))
+    qwen, phi3 = Prompt(tokenizer), Prompt(tokenizer, "phi3_chat")
+
+    def over(prompt, text):
+        return prompt.is_over(prompt.tokenizer(text).input_ids)
+
+    assert [over(qwen, text) for text in ("Yes<|im_end|>", "Yes<|endoftext|>", "Yes<|end|>", "Yes")] == [1, 1, 0, 0]
+    assert [over(phi3, text) for text in ("Yes<|im_end|>", "Yes<|endoftext|>", "Yes<|end|>", "Yes")] == [1, 0, 1, 0]
+    assert [over(phi3, text) for text in ("Yes<|end|>\n", "<|end|> Yes", "Yes<|end", "")] == [1, 0, 0, 0]
+
+
+def test_stop_words_of_the_public_templates():
+    stops = {"qwen_chat": ["<|im_end|>", "<|endoftext|>"], "internlm2_chat": ["<|im_end|>"], "phi3_chat": ["<|end|>"]}
+    assert {name: list(template.stop_words) for name, template in TEMPLATES.items()} == stops
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_an_answer_of_ids_reads_as_its_text(template):
+    prompt = Prompt(template=template)
+    questions, texts = ["First?", "Second?", "Third?"], ["Here: [SEG].", "[SEG]"]
+    ended = prompt.tokenizer(texts[0] + prompt.template.end).input_ids
+    cut = prompt.tokenizer(texts[1]).input_ids
+    expected, labels = prompt.conversation(questions, texts, 2)
+    ids, same_labels = prompt.conversation(questions, [ended, cut], 2)
+    assert ids.tolist() == expected.tolist()
+    assert same_labels.tolist() == labels.tolist()
+
+
+def first_question(prompt, question, **options):
+    ids, _ = prompt.conversation([question], [], 2, **options)
+    text = prompt.decode(ids.tolist()).removeprefix("<|im_start|>user\n")
+    return text.removesuffix("<|im_end|>\n<|im_start|>assistant\n").replace("<IMG_CONTEXT>", "x")
+
+
+def test_the_image_stands_on_top_or_where_the_question_says(prompt):
+    assert first_question(prompt, "Where?") == "<img>xx</img>\nWhere?"
+    assert first_question(prompt, "<image>\nWhere?") == "<img>xx</img>\nWhere?"
+    assert first_question(prompt, "<image>Where?") == "<img>xx</img>Where?"
+    assert first_question(prompt, "In <image>, where?") == "In <img>xx</img>, where?"
+    with pytest.raises(VesselError, match="say <image> once"):
+        first_question(prompt, "<image> or <image>?")
+    with pytest.raises(VesselError, match="say <image> once"):
+        prompt.conversation(["Where?", "And in <image>?"], ["[SEG]"], 2)
+
+
+def test_frames_of_a_video_are_blocks_of_their_own(prompt):
+    assert first_question(prompt, "Where?", frames=3) == "<img>xx</img>\n<img>xx</img>\n<img>xx</img>\nWhere?"
+
+
+def test_regions_follow_the_image(prompt):
+    """The text of the public code, which ends with a line break of its own."""
+    regions = "\nThere are 2 part regions in the picture: region1<vp>xxx</vp>, region2<vp>x</vp>.\n"
+    assert first_question(prompt, "<image>What?", regions=[3, 1]) == f"<img>xx</img>{regions}What?"
+    assert first_question(prompt, "What?", regions=[3, 1]) == f"<img>xx</img>{regions}\nWhat?"
+
+
+def test_a_tokenizer_without_seg_is_known(prompt, tmp_path):
+    assert not prompt.has_seg
+    prompt.save(tmp_path)
+    assert Prompt(str(tmp_path)).has_seg
 
 
 def test_bad_input_is_refused(tmp_path, monkeypatch):

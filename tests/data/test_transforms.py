@@ -22,6 +22,25 @@ def test_golden_table_of_tilings(size, expected):
     assert (grid, tiles + (tiles > 1)) == expected
 
 
+def test_golden_table_of_image_tokens():
+    tokens = {(512, 512): 256, (700, 605): 1280, (999, 960): 2560, (640, 480): 3328, (1280, 720): 2304}
+    for (width, height), expected in tokens.items():
+        tiles = cut_tiles(np.zeros((height, width, 3), np.uint8), PUBLIC)
+        assert len(tiles) * PUBLIC.tokens_per_tile == expected
+
+
+def test_each_of_the_35_grids_belongs_to_images_of_its_shape():
+    grids = [(i, j) for i in range(1, 13) for j in range(1, 13) if i * j <= 12]
+    assert len(grids) == 35
+    assert [tile_grid(448 * i, 448 * j, tile=448, max_tiles=12) for i, j in grids] == grids
+
+
+def test_a_larger_grid_of_the_same_shape_wants_more_than_half_its_pixels():
+    """2 x 2 tiles of 448 hold 802,816 pixels: 633^2 is less than half of them, 634^2 is more."""
+    assert tile_grid(633, 633, tile=448, max_tiles=12) == (1, 1)
+    assert tile_grid(634, 634, tile=448, max_tiles=12) == (2, 2)
+
+
 def test_tiles_run_row_by_row_with_the_thumbnail_last():
     views = Views(tile=8, tokens_per_tile=4, max_tiles=4, frame=16)
     image = np.zeros((16, 16, 3), np.uint8)

@@ -3,8 +3,7 @@ import torch
 
 from vessel.errors import VesselError
 from vessel.model.groups import choose_trainable, group_of
-from vessel.model.lora import Lora, add_lora, merged_state
-from vessel.model.weights import load_state
+from vessel.model.lora import Lora, adapter_state, add_lora, is_adapter, merged_name, merged_state
 
 
 def _shake(network, seed=1):
@@ -19,7 +18,7 @@ def test_merged_network_computes_what_the_adapted_one_does(plan, make_batch, tok
     adapted = plan(trainable="lora", lora=Lora(r=4, dropout=0.0, tokens=tokens)).build().eval()
     _shake(adapted)
     plain = plan().build().eval()
-    load_state(plain, merged_state(adapted), "merged").require_complete()
+    plain.load_state_dict(dict(merged_state(adapted)))
     batch = make_batch([["lumen", "cap"]])
     with torch.no_grad():
         one, two = adapted(batch), plain(batch)
@@ -74,7 +73,7 @@ def test_all_with_adapters_keeps_the_adapted_language_model_frozen(plan):
 
 
 def test_unknown_choices_are_refused(plan):
-    with pytest.raises(VesselError, match="use one of lora, decoder_only, all"):
+    with pytest.raises(VesselError, match="use one of lora, decoder_only, nothing, all"):
         plan(trainable="decoder").build()
     with pytest.raises(VesselError, match="use full, new or frozen"):
         plan(lora=Lora(r=4, tokens="some")).build()
@@ -86,3 +85,25 @@ def test_every_parameter_has_a_group(plan):
         "lora", "tokens", "vision", "projector", "language", "text_hidden_fcs", "frozen heads", "mask_decoder",
         "image_encoder", "prompt", "video memory",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("tokens", ["full", "new"])
+def test_every_tensor_of_an_adapted_network_has_its_place_in_a_merged_one(plan, tokens):
+    adapted, plain = plan(trainable="lora", lora=Lora(r=4, tokens=tokens)).build(), plan().build().state_dict()
+    assert {merged_name(name) for name in adapted.state_dict()} == plain.keys()
+    own = {name for name in adapted.state_dict() if is_adapter(name)}
+    assert own == {name for group in ("lora", "tokens") for name, _ in adapted.trainable_groups()[group]}
+    assert len(dict(adapter_state(adapted))) == len(own)
+
+
+def test_merging_is_done_in_float32(plan):
+    """A base in bf16 and a small update: the sum is that of float32, not rounded on the way."""
+    adapted = plan(trainable="lora", lora=Lora(r=4), frozen_dtype=torch.bfloat16).build()
+    _shake(adapted)
+    name = "mllm.model.language_model.layers.0.mlp.up_proj"
+    layer = adapted.get_submodule(name)
+    a, b = (layer.get_parameter(f"lora_{part}.default.weight") for part in "AB")
+    by_hand = layer.base_layer.weight.double() + 2.0 * b.double() @ a.double()
+    merged = dict(merged_state(adapted))[f"{name}.weight"]
+    assert merged.dtype == torch.float32
+    assert (merged - by_hand).abs().max() < 1e-6

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from typing import Any
 
 import torch
-import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
-from transformers.models.auto.tokenization_auto import get_tokenizer_config
+from transformers import PreTrainedTokenizerBase
 
 from vessel.batch import TokenIds
+from vessel.data.tokenizer import read_tokenizer, small_tokenizer
 from vessel.errors import VesselError
 
 SEG, IMAGE = "[SEG]", "<IMG_CONTEXT>"
 ADDED = (SEG, "<p>", "</p>", "<vp>", "</vp>")
+PLACEHOLDER = "<image>"  # where users of the public code say that the image belongs
 IGNORED = -100
+_NO_BREAKS = str.maketrans("", "", "\r\n")
 
 # The first of each list is used outside training; training draws among all.
 QUESTIONS = (
@@ -42,29 +40,37 @@ class Template:
     Attributes:
         turn: what surrounds a question, up to where the answer begins.
         end: what closes an answer; supervised.
+        stop_words: a generated text that ends with one of them is over.
         separator: what stands between an answer and the next question; not supervised.
     """
 
     turn: str
     end: str
+    stop_words: tuple[str, ...]
     separator: str = "\n"
 
 
-_CHAT = Template("<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>")
+_CHAT = "<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
 TEMPLATES = {
-    "qwen_chat": _CHAT,
-    "internlm2_chat": _CHAT,
-    "phi3_chat": Template("<|user|>\n{question}<|end|>\n<|assistant|>\n", "<|end|>"),
+    "qwen_chat": Template(_CHAT, "<|im_end|>", ("<|im_end|>", "<|endoftext|>")),
+    "internlm2_chat": Template(_CHAT, "<|im_end|>", ("<|im_end|>",)),
+    "phi3_chat": Template("<|user|>\n{question}<|end|>\n<|assistant|>\n", "<|end|>", ("<|end|>",)),
 }
 
 
 class Prompt:
-    """Conversations about one image.
+    """Conversations about an image or the first frames of a video.
 
     Args:
         tokenizer: folder or hub id with the tokenizer of the checkpoint; None makes the small tokenizer that a network
             trained from scratch uses.
         template: name of the chat format, as the checkpoint's `config.json` states it.
+
+    Attributes:
+        name: of the template.
+        has_seg: whether the tokenizer had `[SEG]`, as that of every Sa2VA has, before it was added here.
+        new_tokens: ids of the tokens added to the base vocabulary, `[SEG]` first.
+        token_ids: ids that the network needs.
 
     Raises:
         VesselError: unknown template, or a tokenizer that cannot be read or lacks the image token.
@@ -75,17 +81,24 @@ class Prompt:
             raise VesselError(f"prompt.template={template}: known templates are {', '.join(TEMPLATES)}")
         self.name = template
         self.template = TEMPLATES[template]
-        self.tokenizer = _small_tokenizer() if tokenizer is None else _read_tokenizer(tokenizer)
+        self.tokenizer = _small() if tokenizer is None else read_tokenizer(tokenizer)
         base = len(self.tokenizer)
+        self.has_seg = SEG in self.tokenizer.get_vocab()
         self.tokenizer.add_tokens(list(ADDED), special_tokens=True)
         self.new_tokens = range(min(base, self._id(SEG)), len(self.tokenizer))
-        end = self._id(self.template.end)
+        # A tokenizer that begins every text with a token begins a conversation with it, once.
+        self._first = [i for i in self.tokenizer("").input_ids if i == self.tokenizer.bos_token_id]
+        self._end = self._ids(self.template.end)
+        eos = self._end[-1] if self.tokenizer.eos_token_id is None else self.tokenizer.eos_token_id
         self.token_ids = TokenIds(
             seg=self._id(SEG),
             image=self._id(IMAGE),
-            pad=end if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id,
-            eos=end,
+            pad=eos if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id,
+            eos=eos,
         )
+        stops = {word: self._ids(word) for word in self.template.stop_words}
+        self._last = {eos, *(ids[0] for ids in stops.values() if len(ids) == 1)}
+        self._spelt_out = tuple(word for word, ids in stops.items() if len(ids) > 1)
 
     def encode(self, phrases: Sequence[str], image_tokens: int, *, draw: Random | None = None) -> tuple[Tensor, Tensor]:
         """One conversation with a question, an answer and one `[SEG]` for each phrase.
@@ -103,29 +116,49 @@ class Prompt:
         return self.conversation(questions, answers, image_tokens)
 
     def conversation(
-        self, questions: Sequence[str], answers: Sequence[str], image_tokens: int
+        self,
+        questions: Sequence[str],
+        answers: Sequence[str | Sequence[int]],
+        image_tokens: int,
+        *,
+        frames: int = 1,
+        regions: Sequence[int] = (),
     ) -> tuple[Tensor, Tensor]:
         """Ids and labels of a conversation about an image.
 
         Args:
-            questions: what the user says, turn by turn; the image is put before the first.
-            answers: what the model says; with one answer less than questions, the ids end where generation begins.
-            image_tokens: as in `encode`.
+            questions: what the user says, turn by turn. The image is put before the first, on a line of its own, or
+                where the first says `<image>`.
+            answers: what the model says, as text or as the ids it generated; with one answer less than questions, the
+                ids end where generation begins.
+            image_tokens: as in `encode`, of one frame.
+            frames: of a video; each is a block of `image_tokens`.
+            regions: number of vision features of each region that is pointed at.
+
+        Raises:
+            VesselError: the first question says `<image>` twice, or a later one says it.
         """
-        ids: list[int] = []
-        labels: list[int] = []
-        for turn, question in enumerate(questions):
-            image = f"<img>{IMAGE * image_tokens}</img>\n" if turn == 0 else ""
-            asked = self._ids(self.template.turn.format(question=image + question))
+        ids, labels = list(self._first), [IGNORED] * len(self._first)
+        for turn, question in enumerate(self._with_image(questions, image_tokens, frames, regions)):
+            asked = self._ids(self.template.turn.format(question=question))
             ids += asked
             labels += [IGNORED] * len(asked)
             if turn == len(answers):
                 break
-            answered = self._ids(answers[turn] + self.template.end)
+            answered = self._closed(answers[turn])
             between = self._ids(self.template.separator)
             ids += answered + between
             labels += answered + [IGNORED] * len(between)
         return torch.tensor(ids), torch.tensor(labels)
+
+    def is_over(self, ids: Sequence[int]) -> bool:
+        """Whether generated ids end an answer: by their last token, or by a stop word that takes several."""
+        if not ids:
+            return False
+        if ids[-1] in self._last or not self._spelt_out:
+            return ids[-1] in self._last
+        # Line breaks do not count, as in the public code: "|>\n" is one token of Qwen.
+        return self.decode(ids).translate(_NO_BREAKS).endswith(self._spelt_out)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids, special tokens kept."""
@@ -134,6 +167,27 @@ class Prompt:
     def save(self, folder: Path) -> None:
         """Write the tokenizer with its added tokens."""
         self.tokenizer.save_pretrained(folder)
+
+    def _with_image(
+        self, questions: Sequence[str], image_tokens: int, frames: int, regions: Sequence[int]
+    ) -> tuple[str, ...]:
+        first, *later = questions
+        if first.count(PLACEHOLDER) > 1 or any(PLACEHOLDER in question for question in later):
+            raise VesselError(
+                f"a conversation is about one image: say {PLACEHOLDER} once in the first question, or leave it away"
+            )
+        image = "\n".join([f"<img>{IMAGE * image_tokens}</img>"] * frames)
+        if regions:
+            named = (f"region{i}<vp>{IMAGE * count}</vp>" for i, count in enumerate(regions, 1))
+            image += f"\nThere are {len(regions)} part regions in the picture: {', '.join(named)}.\n"
+        if PLACEHOLDER not in first:
+            first = f"{PLACEHOLDER}\n{first}"
+        return (first.replace(PLACEHOLDER, image), *later)
+
+    def _closed(self, answer: str | Sequence[int]) -> list[int]:
+        if isinstance(answer, str):
+            return self._ids(answer + self.template.end)
+        return [*answer] if self.is_over(answer) else [*answer, *self._end]
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False).input_ids
@@ -148,29 +202,6 @@ class Prompt:
         return found[0]
 
 
-def _read_tokenizer(source: str) -> PreTrainedTokenizerBase:
-    # AutoTokenizer would run the checkpoint's own code; the class named in the folder is one of transformers'.
-    try:
-        config = get_tokenizer_config(source)
-        name = config.get("tokenizer_class", "PreTrainedTokenizerFast")
-        cls: Any = getattr(transformers, name, None) or getattr(transformers, f"{name}Fast", PreTrainedTokenizerFast)
-        return cls.from_pretrained(source)
-    except (OSError, json.JSONDecodeError, ValueError) as error:
-        raise VesselError(f"prompt.tokenizer={source}: no tokenizer could be read there ({error})") from error
-
-
-def _small_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE learnt from our own wordings: any phrase can be written, the usual ones in few tokens."""
+def _small() -> PreTrainedTokenizerBase:
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<img>", "</img>", IMAGE]
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=448,
-        special_tokens=special,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    text = [*QUESTIONS, *ANSWERS, *(t.turn for t in TEMPLATES.values())]
-    tokenizer.train_from_iterator(text * 2, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    return small_tokenizer(special, [*QUESTIONS, *ANSWERS, *(t.turn for t in TEMPLATES.values())] * 2)

@@ -97,30 +97,51 @@ class Grounding(SAM2Base):
         Returns:
             three candidate masks' logits float32 [N, 3, S/4, S/4] and their predicted IoU [N, 3].
         """
+        masks, ious, _, _ = self.candidates(self.without_memory(features.top), features.high, prompts)
+        return masks, ious
+
+    def without_memory(self, top: Tensor) -> Tensor:
+        """Features [N, C, s, s] marked as those of an image, or of a frame that nothing came before."""
+        return top + self.no_mem_embed.reshape(1, -1, 1, 1)
+
+    def candidates(
+        self, features: Tensor, high: tuple[Tensor, Tensor], prompts: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Three candidates for each of N masks.
+
+        Args:
+            features: [N, C, S/16, S/16], with or without memory.
+            high: as in `FrameFeatures`, N each.
+            prompts: [N, C], the projected `[SEG]` states; None where the memory alone says what to draw.
+
+        Returns:
+            mask logits float32 [N, 3, S/4, S/4], predicted IoU float32 [N, 3], mask tokens [N, 3, C], and logits
+            [N, 1] of there being an object. A mask is not overwritten where that is negative: Sa2VA was trained so.
+        """
         encoder = self.sam_prompt_encoder
-        n, dtype = len(prompts), features.top.dtype
         # Without a click SAM2 pads twice with "not a point"; the language embedding comes third.
-        padding = encoder.not_a_point_embed.weight[None].expand(n, 2, -1)
-        dense = encoder.no_mask_embed.weight.reshape(1, -1, 1, 1).expand_as(features.top)
-        masks, ious, _, _ = self.sam_mask_decoder(
-            image_embeddings=features.top + self.no_mem_embed.reshape(1, -1, 1, 1),
-            image_pe=self._dense_position().to(dtype),
-            sparse_prompt_embeddings=torch.cat([padding, prompts[:, None]], dim=1).to(dtype),
-            dense_prompt_embeddings=dense,
+        sparse = encoder.not_a_point_embed.weight[None].expand(len(features), 2, -1)
+        if prompts is not None:
+            sparse = torch.cat([sparse, prompts[:, None]], dim=1)
+        masks, ious, tokens, appears = self.sam_mask_decoder(
+            image_embeddings=features,
+            image_pe=self._dense_position().to(features.dtype),
+            sparse_prompt_embeddings=sparse.to(features.dtype),
+            dense_prompt_embeddings=encoder.no_mask_embed.weight.reshape(1, -1, 1, 1).expand_as(features),
             multimask_output=True,
             repeat_image=False,
-            high_res_features=list(features.high),
+            high_res_features=list(high),
         )
-        return masks.float(), ious.float()
+        return masks.float(), ious.float(), tokens, appears
 
     def _dense_position(self) -> Tensor:
         """Random Fourier position of every cell, float32 [1, C, s, s]; sam2's own version fails on bf16 weights."""
         matrix = self.sam_prompt_encoder.pe_layer.positional_encoding_gaussian_matrix.float()
         side = self.sam_image_embedding_size
         centres = (torch.arange(side, dtype=torch.float32, device=matrix.device) + 0.5) / side
-        y, x = torch.meshgrid(centres, centres, indexing="ij")
-        with torch.autocast(matrix.device.type, enabled=False):
-            angles = 2 * torch.pi * ((2 * torch.stack([x, y], dim=-1) - 1) @ matrix)
+        y, x = torch.meshgrid(2 * centres - 1, 2 * centres - 1, indexing="ij")
+        # a product by elements, which autocast leaves in float32
+        angles = 2 * torch.pi * (x[..., None] * matrix[0] + y[..., None] * matrix[1])
         return torch.cat([angles.sin(), angles.cos()], dim=-1).permute(2, 0, 1)[None]
 
 

@@ -1,4 +1,4 @@
-"""Named groups of parameters, and which of them train."""
+"""Named groups of parameters, and which of them train; modules, by which loads are told and asked for."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from torch import nn
 
 from vessel.errors import VesselError
 
+HEADS = ("iou_prediction_head", "pred_obj_score_head")  # of the mask decoder; no loss reaches them
 # First match wins; the rest of SAM2 (video memory, point and mask prompts, object pointers) has no part in images.
 GROUPS = (
     ("lora", "lora_"),
@@ -18,17 +19,31 @@ GROUPS = (
     ("projector", "multi_modal_projector"),
     ("language", "language_model"),
     ("text_hidden_fcs", "text_hidden_fcs"),
-    ("frozen heads", "iou_prediction_head"),
-    ("frozen heads", "pred_obj_score_head"),
+    *(("frozen heads", head) for head in HEADS),
     ("mask_decoder", "sam_mask_decoder"),
     ("image_encoder", "image_encoder"),
     ("prompt", "not_a_point_embed"),
     ("prompt", "no_mask_embed"),
     ("prompt", "grounding.no_mem_embed"),
 )
+# First match wins.
+MODULES = (
+    ("mllm.lora", "lora_"),
+    ("mllm.tokens", "embed_tokens"),
+    ("mllm.tokens", "lm_head"),
+    ("mllm.vision", "vision_tower"),
+    ("mllm.projector", "multi_modal_projector"),
+    ("mllm.language", "language_model"),
+    ("text_hidden_fcs", "text_hidden_fcs"),
+    ("grounding.image_encoder", "image_encoder"),
+    ("grounding.mask_decoder", "sam_mask_decoder"),
+    ("grounding.prompt_encoder", "sam_prompt_encoder"),
+    ("grounding.memory", "grounding."),
+)
 TRAINABLE = {
     "lora": {"lora", "tokens", "projector", "text_hidden_fcs", "mask_decoder"},
     "decoder_only": {"text_hidden_fcs", "mask_decoder"},
+    "nothing": set(),
     "all": {group for group, _ in GROUPS} - {"frozen heads"},
 }
 
@@ -36,6 +51,11 @@ TRAINABLE = {
 def group_of(name: str) -> str:
     """The group that a parameter belongs to, by its name in `Sa2VA`."""
     return next((group for group, part in GROUPS if part in name), "video memory")
+
+
+def module_of(name: str) -> str:
+    """The module that a tensor belongs to, by its name in `Sa2VA`; `other` for a name that no network has."""
+    return next((module for module, part in MODULES if part in name), "other")
 
 
 def choose_trainable(network: nn.Module, choice: str) -> None:

@@ -1,41 +1,83 @@
-"""Weights out: a Hugging Face folder in the public Sa2VA layout, written shard by shard."""
+"""Weights out: the tensors of an export in each layout, written file by file."""
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vessel.batch import Views
-from vessel.model.lora import merged_state
+from vessel.errors import VesselError
+from vessel.model.files import Named, open_pickle
+from vessel.model.groups import module_of
+from vessel.model.lora import adapter_state, is_adapter, merged_name, merged_state
+from vessel.model.names import PublicNames, mmengine_of_public
 from vessel.model.sa2va import Sa2VA
-from vessel.model.weights import digests, to_native, to_public
+from vessel.model.sources import ADAPTER_WEIGHTS, OTHER_WEIGHTS, Source
+from vessel.model.weights import combined, digests
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+LAYOUTS = ("sa2va", "native", "adapter")
 SHARD_BYTES = 5 * 10**9
-_ADAPTERS = re.compile(r"lora_|modules_to_save|trainable_tokens_delta")
 
 
-def exported_size(network: Sa2VA, dtype: torch.dtype) -> int:
-    """Bytes of the exported tensors; adapters vanish into the tensors they change."""
-    state = network.state_dict().items()
-    return sum(tensor.numel() for name, tensor in state if not _ADAPTERS.search(name)) * dtype.itemsize
+def exported_size(network: Sa2VA, layout: str, dtype: torch.dtype) -> int:
+    """Bytes of the exported tensors."""
+    state = network.state_dict()
+    if layout == "adapter":
+        kept = sum(tensor.numel() for _, tensor in (*adapter_state(network), *_others(network)))
+    else:  # adapters vanish into the tensors they change
+        kept = sum(t.numel() for n, t in state.items() if not is_adapter(n))
+    return kept * dtype.itemsize
 
 
-def exported_state(network: Sa2VA, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """Public names and tensors: adapters merged in float32, then cast."""
-    return ((name, tensor.to(dtype)) for name, tensor in to_public(merged_state(network)))
+def exported_state(network: Sa2VA, dtype: torch.dtype) -> Iterator[Named]:
+    """Our names and tensors of a whole network, adapters merged in float32, then cast."""
+    return ((name, tensor.to(dtype)) for name, tensor in merged_state(network))
 
 
-def write_weights(
-    folder: Path, state: Iterable[tuple[str, Tensor]], *, shard_bytes: int = SHARD_BYTES
+def write_layout(
+    folder: Path, network: Sa2VA, names: PublicNames, *, layout: str, dtype: torch.dtype
 ) -> dict[str, str]:
+    """Write the tensors of a layout.
+
+    Args:
+        folder: where.
+        network: with or without adapters; it is not changed.
+        names: public names of this network.
+        layout: one of `LAYOUTS`.
+        dtype: of the tensors.
+
+    Returns:
+        digest of each tensor as it was in memory, by its name in the files.
+    """
+    if layout != "adapter":
+        state = exported_state(network, dtype)
+        return write_weights(folder, names.to_public(state) if layout == "sa2va" else state)
+    others = names.to_public(_others(network))
+    in_memory: dict[str, str] = {}
+    for file, state in ((ADAPTER_WEIGHTS, adapter_state(network)), (OTHER_WEIGHTS, others)):
+        # peft reads one file, so this one has no shards.
+        if tensors := {name: _own(tensor.to(dtype)) for name, tensor in state}:
+            in_memory |= digests(tensors.items())
+            _save(tensors, folder / file)
+    return in_memory
+
+
+def _others(network: Sa2VA) -> Iterator[Named]:
+    """Every tensor of the modules that trained without an adapter, under our names."""
+    trained = {
+        module_of(name) for group in network.trainable_groups().values() for name, _ in group if not is_adapter(name)
+    }
+    for name, tensor in network.state_dict().items():
+        if module_of(name) in trained and not is_adapter(name):
+            yield name, tensor.detach().cpu()
+
+
+def write_weights(folder: Path, state: Iterable[Named], *, shard_bytes: int = SHARD_BYTES) -> dict[str, str]:
     """Write safetensors, and an index when there are several; one shard at a time is in memory.
 
     huggingface_hub's own function wants all tensors at once, which is a second network in memory.
@@ -50,23 +92,30 @@ def write_weights(
 
     def flush() -> None:
         nonlocal waiting, size
-        file = folder / _shard(len(shards), 0)
-        save_file(waiting, file, metadata={"format": "pt"})
-        file.chmod(0o644)  # safetensors makes files for their owner only
+        _save(waiting, folder / _shard(len(shards), 0))
         shards.append(list(waiting))
         waiting, size = {}, 0
 
     for name, tensor in state:
         if waiting and size + tensor.nbytes > shard_bytes:
             flush()
-        # Tensors that share memory are refused by safetensors: each gets its own.
-        waiting[name] = tensor.contiguous().clone()
+        waiting[name] = _own(tensor)
         in_memory |= digests([(name, tensor)])
         size += tensor.nbytes
         total += tensor.nbytes
     flush()
     _name_shards(folder, shards, total)
     return in_memory
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """A copy: safetensors refuses tensors that share memory."""
+    return tensor.contiguous().clone()
+
+
+def _save(tensors: dict[str, Tensor], file: Path) -> None:
+    save_file(tensors, file, metadata={"format": "pt"})
+    file.chmod(0o644)  # safetensors makes files for their owner only
 
 
 def _name_shards(folder: Path, shards: list[list[str]], total: int) -> None:
@@ -85,104 +134,74 @@ def _shard(index: int, count: int) -> str:
     return f"model-{index + 1:05d}-of-{count:05d}.safetensors"
 
 
-def unchanged_groups(
-    network: Sa2VA, exported: Iterable[tuple[str, Tensor]], base: Iterable[tuple[str, Tensor]], dtype: torch.dtype
-) -> list[str]:
-    """Groups that were to train and yet equal the base in every tensor.
+def write_pth(file: Path, network: Sa2VA, names: PublicNames, dtype: torch.dtype) -> int:
+    """Write the whole network as the public training code keeps it: tensors by name and nothing around them.
+
+    `torch.save` wants all tensors at once: this takes the memory of a second network.
+
+    Returns:
+        number of tensors, which read back without running code equal those in memory.
+
+    Raises:
+        VesselError: a tensor read back is another one; names it.
+    """
+    state = names.to_public(exported_state(network, dtype))
+    tensors = {mmengine_of_public(name): tensor.contiguous() for name, tensor in state}
+    in_memory = digests(tensors.items())
+    torch.save(tensors, file)
+    del tensors
+    require_equal(in_memory, digests(open_pickle(file).read()), file.name)
+    return len(in_memory)
+
+
+def require_equal(in_memory: dict[str, str], on_disk: dict[str, str], where: str) -> None:
+    """Raise VesselError, naming a tensor, where what was read back is not what was written."""
+    for name in sorted(in_memory.keys() | on_disk.keys()):
+        if in_memory.get(name) != on_disk.get(name):
+            what = "is missing" if name not in on_disk else "is not the one in memory"
+            raise VesselError(f"{where}: tensor {name} {what}, nothing was exported; check the disk")
+
+
+def read_back(source: Source, names: PublicNames, in_memory: dict[str, str]) -> str:
+    """Read what was written, once, and compare every tensor.
+
+    Returns:
+        the fingerprint of the tensors under our names, which is that of a load report.
+
+    Raises:
+        VesselError: a tensor is not the one that was written; names it.
+    """
+    on_disk: dict[str, str] = {}
+
+    def watched() -> Iterator[Named]:
+        for name, tensor in source.files.read():
+            on_disk.update(digests([(name, tensor)]))
+            yield name, tensor
+
+    ours = digests(source.translate(watched(), names))
+    require_equal(in_memory, on_disk, source.path.name)
+    return combined(ours)
+
+
+def trained_changes(network: Sa2VA, base: dict[str, str], dtype: torch.dtype) -> dict[str, tuple[str, str]]:
+    """For each trained group its fingerprint in the base and in the export; equal ones were not trained.
+
+    An adapter that the base has as well is compared with it; a new one through the tensor it is merged into.
 
     Args:
         network: whose parameters say what trained.
-        exported: tensors of the export, public names.
-        base: tensors the training started from, public names.
-        dtype: of the export; the base is compared after the same cast.
+        base: digests of the tensors that the training started from, under our names, cast to `dtype`.
+        dtype: of the export.
     """
-    before = digests((name, tensor.to(dtype)) for name, tensor in to_native(base))
-    after = digests(to_native(exported))
-    same = {name for name, digest in after.items() if before.get(name) == digest}
-    return [
-        group
+    groups = {
+        group: {name if name in base else merged_name(name) for name, _ in members}
         for group, members in network.trainable_groups().items()
-        if all(_merged_name(name) in same for name, _ in members)
-    ]
-
-
-def _merged_name(name: str) -> str:
-    """The tensor that a parameter, an adapter's included, is part of in the export."""
-    name = re.sub(r"(lora_[AB]|modules_to_save)\.default\.", "", name)
-    return re.sub(r"token_adapter\.trainable_tokens_delta\.default$", "weight", name)
-
-
-def public_config(network: Sa2VA, *, template: str, views: Views, dtype: str) -> dict[str, Any]:
-    """`config.json` as the public Sa2VA writes it.
-
-    Args:
-        network: without or with adapters.
-        template: name of the chat format.
-        views: how images are cut.
-        dtype: key of `DTYPES`.
-    """
-    dtype_name = str(DTYPES[dtype]).removeprefix("torch.")
-    module = "modeling_sa2va_chat.Sa2VAChatModel"
-    language = _language_config(network) | {"dtype": dtype_name}
-    return {
-        "architectures": ["Sa2VAChatModel"],
-        "model_type": "sa2va_chat",
-        "auto_map": {
-            "AutoConfig": "configuration_sa2va_chat.Sa2VAChatConfig",
-            "AutoModel": module,
-            "AutoModelForCausalLM": module,
-        },
-        "template": template,
-        "hidden_size": language["hidden_size"],
-        "force_image_size": views.tile,
-        "downsample_ratio": 0.5,
-        "ps_version": "v2",
-        "select_layer": -1,
-        "dynamic_image_size": True,
-        "min_dynamic_patch": 1,
-        "max_dynamic_patch": views.max_tiles,
-        "use_thumbnail": True,
-        "pad2square": False,
-        "use_llm_lora": 0,
-        "use_backbone_lora": 0,
-        "tie_word_embeddings": False,
-        "dtype": dtype_name,
-        "llm_config": language,
-        "vision_config": _vision_config(network) | {"dtype": dtype_name},
     }
-
-
-def _language_config(network: Sa2VA) -> dict[str, Any]:
-    text: Any = network.mllm.config.text_config
-    kept = (
-        "hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "num_key_value_heads",
-        "vocab_size", "max_position_embeddings", "rms_norm_eps", "hidden_act", "attention_dropout", "initializer_range",
-        "use_sliding_window", "eos_token_id", "pad_token_id", "bos_token_id",
-    )  # fmt: skip
+    wanted = set().union(*groups.values())
+    state = network.state_dict()
+    now = digests((name, state[name].to(dtype)) for name in wanted if name in state)
+    now |= digests((n, t.to(dtype)) for n, t in merged_state(network) if n in wanted and n not in now)
     return {
-        "architectures": ["Qwen2ForCausalLM"],
-        "model_type": "qwen2",
-        **{name: getattr(text, name) for name in kept},
-        "rope_theta": text.rope_parameters["rope_theta"],
-        "tie_word_embeddings": False,
-    }
-
-
-def _vision_config(network: Sa2VA) -> dict[str, Any]:
-    vision: Any = network.mllm.config.vision_config
-    kept = (
-        "hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "num_channels",
-        "layer_norm_eps", "hidden_act", "initializer_range",
-    )  # fmt: skip
-    return {
-        "architectures": ["InternVisionModel"],
-        "model_type": "intern_vit_6b",  # the public code's name for every InternViT
-        **{name: getattr(vision, name) for name in kept},
-        "image_size": vision.image_size[0],
-        "patch_size": vision.patch_size[0],
-        "norm_type": "layer_norm",
-        "qkv_bias": True,
-        "qk_normalization": False,
-        "drop_path_rate": 0.0,
-        "use_flash_attn": False,
+        group: (combined({n: base[n] for n in names if n in base}), combined({n: now[n] for n in names}))
+        for group, names in groups.items()
     }

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import Linear as LoraLinear
@@ -14,6 +15,8 @@ from vessel.errors import VesselError
 from vessel.model.sa2va import Sa2VA
 
 _ADAPTER = "default"
+_ADAPTED = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+_OF_ADAPTERS = re.compile(r"\.lora_[AB]\.|\.modules_to_save\.|\.trainable_tokens_delta\.")
 
 
 @dataclass(frozen=True)
@@ -58,11 +61,23 @@ def add_lora(network: Sa2VA, lora: Lora, *, new_tokens: range, seg_is_trained: b
         r=lora.r,
         lora_alpha=int(lora.r * lora.alpha_ratio),
         lora_dropout=lora.dropout,
-        target_modules=r".*language_model\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)",
+        target_modules=rf".*language_model\..*\.({'|'.join(_ADAPTED)})",
         modules_to_save=["embed_tokens", "lm_head"] if lora.tokens == "full" else None,
         trainable_token_indices={"embed_tokens": rows, "lm_head": rows} if lora.tokens == "new" else None,
     )
     inject_adapter_in_model(config, network.mllm)
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a tensor belongs to an adapter or to a trained copy of embedding or head."""
+    return bool(_OF_ADAPTERS.search(name))
+
+
+def merged_name(name: str) -> str:
+    """The tensor of a network without adapters that a tensor, an adapter's included, is part of."""
+    name = re.sub(rf"\.(lora_[AB]|modules_to_save)\.{_ADAPTER}\.", ".", name)
+    name = re.sub(rf"\.token_adapter\.trainable_tokens_delta\.{_ADAPTER}$", ".weight", name)
+    return re.sub(r"\.(token_adapter\.)?(base_layer|original_module)\.", ".", name)
 
 
 def merged_state(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -79,12 +94,39 @@ def merged_state(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
             base: nn.Module = module.get_base_layer()
             weight = base.get_parameter("weight").detach().float().cpu()
             yield f"{prefix}.weight", weight + module.get_delta_weight(_ADAPTER).detach().float().cpu()
-            merged.add(f"{prefix}.base_layer.weight")
+            merged.add(f"{prefix}.weight")
         elif isinstance(module, TrainableTokensWrapper):
             merged_rows: Tensor = module.token_adapter.get_merged_weights([_ADAPTER])
             yield f"{prefix}.weight", merged_rows.detach().float().cpu()
+            merged.add(f"{prefix}.weight")
     for name, tensor in network.state_dict().items():
-        if "lora_" in name or "token_adapter" in name or "original_module" in name or name in merged:
-            continue
-        plain = name.replace(".base_layer.", ".").replace(f".modules_to_save.{_ADAPTER}.", ".")
-        yield plain, tensor.detach().cpu()
+        if merged_name(name) not in merged and ".original_module." not in name:
+            yield merged_name(name), tensor.detach().cpu()
+
+
+def adapter_state(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Adapters and trained copies as peft names them in a folder of the language model alone, on the CPU."""
+    for name, tensor in network.state_dict().items():
+        if is_adapter(name):
+            language = name.replace("mllm.model.language_model.", "model.").removeprefix("mllm.")
+            plain = language.replace(".modules_to_save", "").replace(f".{_ADAPTER}", "")
+            yield f"base_model.model.{plain}", tensor.detach().cpu()
+
+
+def adapter_config(network: Sa2VA, *, base: str | None, revision: str | None) -> LoraConfig:
+    """What peft needs to put those adapters into the language model alone.
+
+    Args:
+        network: with adapters.
+        base: hub id of the network they were trained on; None where it has none.
+        revision: of that.
+    """
+    injected: LoraConfig = network.mllm.peft_config[_ADAPTER]  # type: ignore[assignment]  # peft sets it
+    return replace(
+        injected,
+        task_type="CAUSAL_LM",
+        target_modules=list(_ADAPTED),
+        base_model_name_or_path=base or "",
+        revision=revision,
+        inference_mode=True,
+    )

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, fields
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from accelerate import init_empty_weights
+from torch import nn
 
 from vessel.batch import TokenIds
 from vessel.errors import VesselError
-from vessel.model.groups import choose_trainable
+from vessel.model.architecture import public_names, read_sizes
+from vessel.model.entry import Weights
+from vessel.model.groups import TRAINABLE, choose_trainable, group_of
 from vessel.model.lora import Lora, add_lora
+from vessel.model.partition import Ranks, gathered, resting
+from vessel.model.report import LoadReport
 from vessel.model.sa2va import Sa2VA, Sizes, build_sa2va
-from vessel.model.weights import LoadReport, load_state, read_safetensors, to_native
+from vessel.model.sources import INTERNVL, SA2VA, Source, open_source
+from vessel.model.weights import load
+
+_TOKEN_TABLES = ("model.language_model.embed_tokens.weight", "lm_head.weight")  # peft copies them
 
 
 @dataclass
@@ -28,8 +34,9 @@ class NetworkPlan:
         new_tokens: ids of the tokens added to the base vocabulary.
         lora: adapters on the language model; rank 0 for none.
         trainable: `lora`, `decoder_only` or `all`.
-        weights: folders or hub ids in the public Sa2VA layout; empty for random weights.
-        frozen_dtype: dtype of tensors that do not train.
+        weights: sources in the order of loading, a later one on top of those before; empty for random weights.
+        frozen_dtype: dtype of parameters that do not train; under ZeRO-3 all have the one that DeepSpeed is set to.
+        seg_is_trained: whether a source knew `[SEG]`; known when the network is made.
     """
 
     sizes: Sizes
@@ -37,51 +44,137 @@ class NetworkPlan:
     new_tokens: range
     lora: Lora = field(default_factory=lambda: Lora(r=0))
     trainable: str = "lora"
-    weights: Sequence[str] = ()
+    weights: Sequence[Weights] = ()
     frozen_dtype: torch.dtype = torch.float32
     reports: list[LoadReport] = field(default_factory=list)
+    seg_is_trained: bool = False
 
     def build(self) -> Sa2VA:
-        """Make the network.
+        """Make the network; under ZeRO-3 partitioned over the ranks, all of which call this.
 
         Raises:
-            VesselError: the vocabulary is too small for the tokens, weights are not found or do not fit, a choice is
-                unknown, or `lora.tokens` would leave `[SEG]` random for ever.
+            VesselError: the vocabulary is too small for the tokens, weights are not found, do not fit or leave a part
+                of the network without any, a choice is unknown, or `lora.tokens` would leave `[SEG]` random for ever.
         """
         if self.new_tokens.stop > self.sizes.language.vocabulary:
             raise VesselError(
                 f"model.language.vocabulary={self.sizes.language.vocabulary} but the tokenizer has "
                 f"{self.new_tokens.stop} entries: set it to at least that"
             )
-        network = build_sa2va(self.sizes, self.tokens)
-        self.reports = [_load(network, source) for source in self.weights]
+        if self.trainable not in TRAINABLE:
+            raise VesselError(f"trainable={self.trainable}: use one of {', '.join(TRAINABLE)}")
+        sources = [open_source(entry) for entry in self.weights]
+        _check_order(sources)
+        for source in sources:
+            self._check_sizes(source)
+        self.seg_is_trained = any(source.kind.knows_seg and not source.entry.partial for source in sources)
+        self.reports = []
+        with resting() as ranks:
+            return self._made(sources, ranks)
+
+    def _made(self, sources: Sequence[Source], ranks: Ranks | None) -> Sa2VA:
+        network = self._base([source for source in sources if not source.kind.on_top], ranks)
         if self.lora.r > 0:
-            add_lora(network, self.lora, new_tokens=self.new_tokens, seg_is_trained=bool(self.weights))
+            with gathered([network.mllm.get_parameter(name) for name in _TOKEN_TABLES]):
+                add_lora(network, self.lora, new_tokens=self.new_tokens, seg_is_trained=self.seg_is_trained)
+        if ranks is not None:
+            ranks.share(network)
+        for source in sources:
+            if source.kind.on_top:
+                self._check_scale(source)
+                self._load(network, source, ranks)
         choose_trainable(network, self.trainable)
-        for parameter in network.parameters():
-            if not parameter.requires_grad:
-                parameter.data = parameter.data.to(self.frozen_dtype)
+        for parameter in network.parameters() if ranks is None else ():
+            dtype = torch.float32 if parameter.requires_grad else self.frozen_dtype
+            if parameter.dtype != dtype:
+                parameter.data = parameter.data.to(dtype)
         return network
 
+    def _check_sizes(self, source: Source) -> None:
+        """Refuse a folder whose heads, rotary base and the like, which no tensor shows, are others than ours."""
+        if source.kind not in (SA2VA, INTERNVL) or source.entry.partial:
+            return
+        shapes = {name: tuple(tensor.shape) for name, tensor in source.outline().items()}
+        found = read_sizes(source.config, shapes, grounding=self.sizes.grounding)
+        for part in ("language", "vision"):
+            ours, theirs = getattr(self.sizes, part), getattr(found, part)
+            for name in {entry.name for entry in fields(ours)} - {"vocabulary", "context"}:
+                if getattr(ours, name) != getattr(theirs, name):
+                    raise VesselError(
+                        f"{source.entry.source}: model.{part}.{name} is {getattr(ours, name)} here and "
+                        f"{getattr(theirs, name)} there; choose the model= that it was made for, or name the modules "
+                        "to take: {source: ..., partial: [grounding.mask_decoder]}"
+                    )
 
-def local_folder(source: str) -> Path:
-    """A folder as it is, or a hub id as the folder it was downloaded to.
+    def _check_scale(self, source: Source) -> None:
+        """Refuse adapters that were trained at another scale, which no tensor shows either."""
+        ratio = source.alpha_ratio()
+        if ratio is not None and ratio != self.lora.alpha_ratio:
+            raise VesselError(
+                f"{source.entry.source}: its adapters were trained with alpha = {ratio:g} r, here it is "
+                f"{self.lora.alpha_ratio:g} r; choose lora.alpha_ratio={ratio:g}"
+            )
 
-    Raises:
-        VesselError: neither a folder nor a hub id that can be reached.
-    """
-    if Path(source).is_dir():
-        return Path(source)
-    try:
-        return Path(snapshot_download(source))
-    except (OSError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+    def nbytes(self) -> int:
+        """Bytes of the parameters when built, adapters not counted: from the headers of the sources, or by building."""
+        names = public_names(self.sizes.language)
+        outlines = [open_source(entry).outline(names) for entry in self.weights]
+        if not outlines:
+            with init_empty_weights(include_buffers=False):
+                outlines = [build_sa2va(self.sizes, self.tokens).state_dict()]
+        tensors = {name: tensor for outline in outlines for name, tensor in outline.items()}
+        return sum(tensor.numel() * self._dtype(name, tensor.dtype).itemsize for name, tensor in tensors.items())
+
+    def _base(self, sources: Sequence[Source], ranks: Ranks | None) -> Sa2VA:
+        """The network without adapters; with sources it is never held twice, nor in more than the dtypes it needs."""
+        if not sources:
+            return build_sa2va(self.sizes, self.tokens)
+        with init_empty_weights(include_buffers=False):
+            network = build_sa2va(self.sizes, self.tokens)
+        for source in sources:
+            self._load(network, source, ranks)
+        _begin_at_random(network.text_hidden_fcs)
+        empty = [name for name, parameter in network.named_parameters() if parameter.is_meta]
+        if empty:
+            parts = ", ".join(sorted({name.split(".")[0] for name in empty}))
+            raise VesselError(
+                f"weights={[source.entry.source for source in sources]}: nothing gives {parts} ({len(empty)} tensors, "
+                f"first: {empty[0]}); name a Sa2VA folder, or an InternVL folder and a SAM 2.0 file"
+            )
+        return network
+
+    def _load(self, network: Sa2VA, source: Source, ranks: Ranks | None) -> None:
+        names, tokens = public_names(self.sizes.language), self.new_tokens.start
+        self.reports.append(load(network, source, names, tokens=tokens, keep=self._dtype, ranks=ranks))
+
+    def _dtype(self, name: str, stored: torch.dtype) -> torch.dtype:
+        """What trains keeps all its digits until it is adapted."""
+        return stored if group_of(name) in TRAINABLE[self.trainable] else self.frozen_dtype
+
+
+def _check_order(sources: Sequence[Source]) -> None:
+    if not sources:
+        return
+    kinds = [source.kind for source in sources]
+    if kinds[0].on_top:
+        first = sources[0].entry.source
         raise VesselError(
-            f"{source}: no folder of that name, and the hub does not give it ({type(error).__name__}); "
-            "check the spelling, or download it elsewhere and name the folder"
-        ) from error
+            f"{first}: a {kinds[0].name} holds only what trained, so its base must come before it: "
+            f"weights=[BASE,{first}]"
+        )
+    for source, before in zip(sources[1:], sources, strict=False):
+        is_base = not source.kind.on_top and not source.entry.partial
+        if is_base and (before.kind.on_top or before.entry.partial):
+            raise VesselError(
+                f"weights: {source.entry.source} is a {source.kind.name} and would undo what comes before it from "
+                f"{before.entry.source}; put what is a base first"
+            )
 
 
-def _load(network: Sa2VA, source: str) -> LoadReport:
-    report = load_state(network, to_native(read_safetensors(local_folder(source))), source)
-    report.require_complete()
-    return report
+def _begin_at_random(module: nn.Module) -> None:
+    """Initialise layers that no source gave, as torch does."""
+    for layer in module.modules():
+        if any(parameter.is_meta for parameter in layer.parameters(recurse=False)):
+            layer.to_empty(device="cpu", recurse=False)
+            assert isinstance(layer, nn.Linear)
+            layer.reset_parameters()

@@ -5,6 +5,7 @@ Letters: B images, N `[SEG]` tokens of the batch, T tiles, L tokens, d width of 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -50,7 +51,7 @@ class Sizes:
 
 
 class Sa2VA(nn.Module):
-    """The network, made of three built parts.
+    """The network, made of three built parts, which may lie on different devices: tensors follow them.
 
     Args:
         mllm: InternVL with its language head.
@@ -77,48 +78,57 @@ class Sa2VA(nn.Module):
         """
         self._check(batch)
         hidden = self.language_states(batch)
-        is_seg = batch.input_ids == self.tokens.seg
-        seg_to_image = is_seg.nonzero()[:, 0]
-        supervised = batch.labels[:, 1:] != -100
+        at_seg = (batch.input_ids == self.tokens.seg).nonzero(as_tuple=True)
+        supervised = (batch.labels[:, 1:] != -100).nonzero(as_tuple=True)
         return Output(
-            mask_logits=self.masks(batch.frames, hidden[is_seg], seg_to_image),
-            seg_to_image=seg_to_image,
-            lm_logits=self.mllm.lm_head(hidden[:, :-1][supervised]),
+            mask_logits=self.masks(batch.frames, _at(hidden, at_seg), at_seg[0]),
+            seg_to_image=at_seg[0],
+            lm_logits=self.mllm.lm_head(_at(hidden, supervised)),
             lm_targets=batch.labels[:, 1:][supervised],
         )
 
-    def embed(self, input_ids: Tensor, tiles: Tensor) -> Tensor:
+    def embed(self, input_ids: Tensor, tiles: Tensor, regions: Sequence[Tensor] | None = None) -> Tensor:
         """Token embeddings [B, L, d] with the tiles' features (uint8 [T, 3, t, t]) in place of image tokens.
+
+        Args:
+            input_ids: int64 [B, L].
+            tiles: of all images, in their order.
+            regions: one bool [R, s, s] an image; the features of its last tile that a region holds come once more,
+                region by region, after those of its tiles.
 
         Raises:
             VesselError: the number of image tokens is not the number of features.
         """
-        pixels = normalise(tiles).to(self.mllm.dtype)
+        seeing, reading = _device(self.mllm.model.vision_tower), self.mllm.get_input_embeddings()
+        pixels = normalise(tiles.to(seeing)).to(self.mllm.dtype)
         features = self.mllm.model.get_image_features(pixels).pooler_output
-        embeddings = self.mllm.get_input_embeddings()(input_ids)
+        embeddings = reading(input_ids.to(_device(reading)))
         is_image = input_ids == self.tokens.image
-        count = features.shape[0] * features.shape[1]
+        count = features.shape[0] * features.shape[1] + sum(int(held.sum()) for held in regions or ())
         if int(is_image.sum()) != count:
             raise VesselError(
                 f"the prompt holds {int(is_image.sum())} image tokens but the vision encoder made {count} features of "
                 f"{len(tiles)} tiles; build prompts with vessel.data.prompt and the network's own views"
             )
-        return embeddings.masked_scatter(is_image[:, :, None], features.to(embeddings.dtype))
+        if regions is not None:
+            features = _with_regions(features, is_image.sum(1).tolist(), regions)
+        is_image = is_image.to(embeddings.device)
+        return embeddings.masked_scatter(is_image[:, :, None], features.to(embeddings))
 
     def language_states(self, batch: Batch) -> Tensor:
         """Last hidden states after the final norm, [B, L, d]."""
         return self.mllm.model.language_model(
-            inputs_embeds=self.embed(batch.input_ids, batch.tiles),
-            attention_mask=batch.attention_mask,
+            inputs_embeds=self.embed(batch.input_ids, batch.tiles, batch.regions),
+            attention_mask=batch.attention_mask.to(_device(self.mllm.get_input_embeddings())),
             use_cache=False,
         ).last_hidden_state
 
     def masks(self, frames: Tensor, seg_states: Tensor, seg_to_image: Tensor) -> Tensor:
         """Mask logits float32 [N, S/4, S/4] of frames uint8 [B, 3, S, S], by states [N, d] of images int64 [N]."""
-        dtype = self.grounding.no_mem_embed.dtype
-        features = self.grounding.encode(normalise(frames).to(dtype))
-        prompts = self.text_hidden_fcs(seg_states)
-        return best_candidate(*self.grounding.decode(features.of(seg_to_image), prompts))
+        here, dtype = self.grounding.no_mem_embed.device, self.grounding.no_mem_embed.dtype
+        features = self.grounding.encode(normalise(frames.to(here)).to(dtype))
+        prompts = self.text_hidden_fcs(seg_states.to(_device(self.text_hidden_fcs))).to(here)
+        return best_candidate(*self.grounding.decode(features.of(seg_to_image.to(here)), prompts))
 
     def probabilities(self, output: Output, batch: Batch) -> tuple[Tensor, ...]:
         """One float32 [K, H, W] an image at its native size, values in [0, 1]."""
@@ -150,9 +160,29 @@ class Sa2VA(nn.Module):
             raise VesselError(f"images {list(batch.ids)} hold {phrases} phrases but {found} [SEG] tokens")
 
 
+def _device(module: nn.Module) -> torch.device:
+    return next(module.parameters()).device
+
+
+def _at(states: Tensor, places: Sequence[Tensor]) -> Tensor:
+    """States [B, L, d] at N places, given as row and column int64 [N]: [N, d]."""
+    return states[tuple(place.to(states.device) for place in places)]
+
+
+def _with_regions(features: Tensor, counts: Sequence[int], regions: Sequence[Tensor]) -> Tensor:
+    """Features [T, P, d] as the prompts of B images want them, [sum of counts, d]; counts of image tokens say whose."""
+    parts: list[Tensor] = []
+    for count, held in zip(counts, regions, strict=True):
+        tiles = (count - int(held.sum())) // features.shape[1]
+        own, features = features[:tiles], features[tiles:]
+        parts += [own.flatten(0, 1), own[-1].expand(len(held), -1, -1)[held.flatten(1)]]
+    return torch.cat(parts)
+
+
 def build_sa2va(sizes: Sizes, tokens: TokenIds) -> Sa2VA:
     """Build the network with random weights on the current device (`with torch.device("meta")` counts for free)."""
     mllm = build_mllm(sizes.language, sizes.vision, tokens)
     with torch.device("cpu"):  # Hiera reads values while it is built, which the meta device has not
         grounding = build_grounding(sizes.grounding)
-    return Sa2VA(mllm, grounding.to(torch.get_default_device()), tokens)
+    device = torch.get_default_device()
+    return Sa2VA(mllm, grounding if device.type == "cpu" else grounding.to(device), tokens)

@@ -1,168 +1,205 @@
-"""Names of tensors: ours and those of the public Sa2VA folders, one table read both ways; and reading such folders."""
+"""Weights into a network: exact or refused, and told module by module."""
 
 from __future__ import annotations
 
 import hashlib
-import json
-import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields
-from pathlib import Path
-from typing import Any
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from vessel.errors import VesselError
+from vessel.model.groups import HEADS, MODULES, module_of
+from vessel.model.names import PublicNames
+from vessel.model.partition import Ranks, put, whole_shape
+from vessel.model.report import LoadReport, ModuleReport
+from vessel.model.sources import EMBEDDING, HEAD, RUN, Source
 
-# (our prefix or part, public prefix or part); `{}` stands for a layer number.
-_OUR_LAYER = "mllm.model.vision_tower.encoder.layer.{}."
-_LAYER = "vision_model.encoder.layers.{}."
-_SAM2 = "grounding_encoder.sam2_model."
-_NAMES = (
-    ("mllm.lm_head.", "language_model.lm_head."),
-    ("mllm.model.language_model.", "language_model.model."),
-    ("mllm.model.multi_modal_projector.layer_norm.", "mlp1.0."),
-    ("mllm.model.multi_modal_projector.linear_1.", "mlp1.1."),
-    ("mllm.model.multi_modal_projector.linear_2.", "mlp1.3."),
-    ("mllm.model.vision_tower.embeddings.cls_token", "vision_model.embeddings.class_embedding"),
-    ("mllm.model.vision_tower.embeddings.position_embeddings", "vision_model.embeddings.position_embedding"),
-    ("mllm.model.vision_tower.embeddings.patch_embeddings.projection.", "vision_model.embeddings.patch_embedding."),
-    (f"{_OUR_LAYER}attention.projection_layer.", f"{_LAYER}attn.proj."),
-    (f"{_OUR_LAYER}attention.qkv.", f"{_LAYER}attn.qkv."),
-    (f"{_OUR_LAYER}layernorm_before.", f"{_LAYER}norm1."),
-    (f"{_OUR_LAYER}layernorm_after.", f"{_LAYER}norm2."),
-    (f"{_OUR_LAYER}lambda_1", f"{_LAYER}ls1"),
-    (f"{_OUR_LAYER}lambda_2", f"{_LAYER}ls2"),
-    (f"{_OUR_LAYER}mlp.", f"{_LAYER}mlp."),
-    ("grounding.memory_encoder.fuser.layers.{}.gamma", f"{_SAM2}memory_encoder.fuser.layers.{{}}.g_weight"),
-    ("grounding.", _SAM2),
-    ("text_hidden_fcs.", "text_hidden_fcs."),
-)
-_QKV = re.compile(r"(.*\.attention\.)([qkv])_proj(\..*)")
+# Tensors of SAM 2.1 that SAM 2.0 does not have.
+_SAM2_1 = ("grounding.no_obj_embed_spatial", "grounding.obj_ptr_tpos_proj")
 
 
-def _rename(name: str, source: int) -> str:
-    for pair in _NAMES:
-        pattern = re.escape(pair[source]).replace(r"\{\}", r"(\d+)")
-        if match := re.match(pattern, name):
-            return pair[1 - source].format(*match.groups()) + name[match.end() :]
-    raise VesselError(f"tensor {name} belongs to no part of a Sa2VA")
+def load(
+    network: nn.Module,
+    source: Source,
+    names: PublicNames,
+    *,
+    tokens: int,
+    keep: Keep | None = None,
+    ranks: Ranks | None = None,
+) -> LoadReport:
+    """Load a source into a network; headers are compared first, so that a refused source changes nothing.
 
-
-def to_public(state: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """Our tensors under public names; the vision encoder's query, key and value are stacked into one tensor."""
-    waiting: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in state:
-        if match := _QKV.fullmatch(name) if "vision_tower" in name else None:
-            fused = f"{match[1]}qkv{match[3]}"
-            parts = waiting.setdefault(fused, {})
-            parts[match[2]] = tensor
-            if len(parts) == 3:
-                yield _rename(fused, 0), torch.cat([waiting[fused][k] for k in "qkv"])
-                del waiting[fused]
-        else:
-            yield _rename(name, 0), tensor
-    assert not waiting, f"query, key or value missing for {list(waiting)}"
-
-
-def to_native(state: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """The inverse of `to_public`."""
-    for name, tensor in state:
-        native = _rename(name, 1)
-        if ".attention.qkv." in native:
-            for k, part in zip("qkv", tensor.chunk(3), strict=True):
-                yield native.replace(".qkv.", f".{k}_proj."), part
-        else:
-            yield native, tensor
-
-
-@dataclass(frozen=True)
-class LoadReport:
-    """What a load did, from the load that matters.
-
-    Attributes:
-        source: what was read.
-        loaded: tensors taken.
-        missing: tensors of the network that the source lacks.
-        unexpected: tensors of the source that the network lacks.
-        mismatched: tensors whose shapes differ, with both shapes.
-    """
-
-    source: str
-    loaded: tuple[str, ...]
-    missing: tuple[str, ...]
-    unexpected: tuple[str, ...]
-    mismatched: tuple[str, ...]
-
-    def summary(self) -> dict[str, Any]:
-        """Counts for a manifest."""
-        counts = {f.name: len(getattr(self, f.name)) for f in fields(self) if f.name != "source"}
-        return {"source": self.source, **counts}
-
-    def require_complete(self) -> None:
-        """Refuse a load that is not exact.
-
-        Raises:
-            VesselError: naming the first of each kind of difference.
-        """
-        wrong = {
-            "missing": self.missing, "unexpected": self.unexpected, "of another shape": self.mismatched,
-        }  # fmt: skip
-        if any(wrong.values()):
-            told = "; ".join(f"{len(names)} {kind} (first: {names[0]})" for kind, names in wrong.items() if names)
-            raise VesselError(f"{self.source}: the weights do not fit this network: {told}")
-
-
-def load_state(network: nn.Module, state: Iterable[tuple[str, Tensor]], source: str) -> LoadReport:
-    """Copy tensors into the network one by one and report; nothing is skipped in silence.
+    Tensors of a network without content (meta device) are allocated as they arrive, so that a network and one shard are
+    the most that is in memory. Under ZeRO-3 every rank calls this, and keeps its own part of each tensor.
 
     Args:
-        network: its tensors are overwritten in place, in their own dtype and on their own device.
-        state: names as in the network.
-        source: how to call the state in the report.
-    """
-    own: Mapping[str, Tensor] = network.state_dict()
-    loaded, unexpected, mismatched = [], [], []
-    with torch.no_grad():
-        for name, tensor in state:
-            if name not in own:
-                unexpected.append(name)
-            elif own[name].shape != tensor.shape:
-                mismatched.append(f"{name}: {tuple(tensor.shape)} for {tuple(own[name].shape)}")
-            else:
-                own[name].copy_(tensor)
-                loaded.append(name)
-    wrong = {m.split(":")[0] for m in mismatched}
-    missing = [name for name in own if name not in set(loaded) | wrong]
-    return LoadReport(source, tuple(loaded), tuple(missing), tuple(unexpected), tuple(mismatched))
-
-
-def read_safetensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Tensors of a Hugging Face folder, shard by shard.
+        network: whose names are ours.
+        source: what to load.
+        names: public names of this network.
+        tokens: entries of the tokenizer before the five tokens were added.
+        keep: dtype in which a tensor is kept, by name and dtype in the source; None keeps that of the source.
+        ranks: under ZeRO-3, those that a tensor is partitioned over as it arrives.
 
     Raises:
-        VesselError: no weights there, or a shard is missing or damaged.
+        VesselError: the source is not exactly what its kind must hold for this network.
     """
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        names: dict[str, Any] = json.loads(index.read_text())["weight_map"]
-        shards = sorted(set(names.values()))
+    own: dict[str, Tensor] = dict(network.state_dict(keep_vars=True))
+    plan = _compare(own, source, names, tokens)
+    report = _report(own, source, plan, fingerprint="")
+    _require(report, source)
+    seen: dict[str, str] = {}
+    with torch.no_grad():
+        for name, tensor in source.tensors(names):
+            if name not in plan.rows:
+                continue
+            seen |= digests([(name, tensor)])
+            rows = plan.rows[name]
+            dtype = keep(name, tensor.dtype) if keep else tensor.dtype
+            fresh = put(network, name, tensor if rows is None else tensor[:rows], dtype)
+            if ranks is not None and fresh is not None:
+                ranks.partition([fresh])
+    return _report(own, source, plan, fingerprint=combined(seen))
+
+
+Keep = Callable[[str, torch.dtype], torch.dtype]
+
+
+@dataclass
+class _Plan:
+    """What a load will do: rows to take of each tensor (None: all), and what does not fit."""
+
+    rows: dict[str, int | None]
+    unexpected: list[str]
+    mismatched: dict[str, str]
+    missing: list[str]
+    outline: Mapping[str, Tensor]
+    left_out: int
+
+
+def _compare(own: Mapping[str, Tensor], source: Source, names: PublicNames, tokens: int) -> _Plan:
+    outline = source.outline(names)
+    wanted = {name: tensor for name, tensor in outline.items() if _asked(name, source.entry.partial)}
+    rows: dict[str, int | None] = {}
+    unexpected, mismatched = [], {}
+    for name, tensor in wanted.items():
+        if name not in own:
+            unexpected.append(name)
+        elif whole_shape(own[name]) == tuple(tensor.shape):
+            rows[name] = None
+        elif source.kind.resizes and name in (EMBEDDING, HEAD) and _grows(tensor, own[name], tokens):
+            rows[name] = tokens
+        else:
+            mismatched[name] = f"{name}: {tuple(tensor.shape)} for {whole_shape(own[name])}"
+    missing = [n for n in _expected(own, source, wanted) if n not in rows and n not in mismatched]
+    return _Plan(rows, unexpected, mismatched, missing, outline, len(outline) - len(wanted))
+
+
+def _asked(name: str, modules: Sequence[str]) -> bool:
+    module = module_of(name)
+    return not modules or any(module == asked or module.startswith(f"{asked}.") for asked in modules)
+
+
+def _grows(tensor: Tensor, own: Tensor, tokens: int) -> bool:
+    """A base vocabulary, padded or not, that lacks the added tokens."""
+    return tensor.shape[1:] == whole_shape(own)[1:] and tokens <= tensor.shape[0] and tokens < whole_shape(own)[0]
+
+
+def _expected(own: Mapping[str, Tensor], source: Source, wanted: Mapping[str, Tensor]) -> Iterator[str]:
+    """Tensors of the network that the source must give."""
+    if partial := source.entry.partial:
+        yield from (name for name in own if _asked(name, partial))
+    elif not source.kind.on_top:
+        yield from (name for name in own if _asked(name, source.kind.modules))
     else:
-        shards = ["model.safetensors"]
-    for shard in shards:
-        path = folder / shard
-        if not path.is_file():
-            raise VesselError(f"{folder}: {shard} is not there; copy the whole folder again")
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 - not a mapping
-                    yield name, file.get_tensor(name)
-        except Exception as error:
-            if isinstance(error, VesselError):
-                raise
-            raise VesselError(f"{path}: damaged or truncated ({error}); copy it again") from error
+        # What trained: modules are whole, except for what lies under an adapter and heads that never train.
+        # ZeRO-3 saves SAM2's one buffer with what trained; it does not stand for a whole prompt encoder.
+        held = {module_of(name) for name in wanted if not name.endswith("gaussian_matrix")}
+        if source.kind is RUN:  # may have trained single tensors of a module; whoever knows the run checks them
+            held &= {"mllm.lora"}
+        under = (".base_layer.", ".original_module.")
+        for name in own:
+            if module_of(name) in held and not any(part in name for part in (*under, *HEADS)):
+                yield name
+
+
+def _report(own: Mapping[str, Tensor], source: Source, plan: _Plan, fingerprint: str) -> LoadReport:
+    by_module: dict[str, dict[str, list[str]]] = {}
+    lists = {
+        "loaded": plan.rows, "missing": plan.missing, "unexpected": plan.unexpected, "mismatched": plan.mismatched,
+    }  # fmt: skip
+    for what, names in lists.items():
+        for name in names:
+            told = plan.mismatched[name] if what == "mismatched" else name
+            by_module.setdefault(module_of(name), {}).setdefault(what, []).append(told)
+    order = dict.fromkeys(map(module_of, own)) | dict.fromkeys(by_module)
+    modules = []
+    for module in (module for module in order if module in by_module):
+        found = {what: tuple(by_module[module].get(what, ())) for what in lists}
+        have = sum(plan.outline[n].numel() for n in found["loaded"])
+        names = (*found["loaded"], *(n for n in (*plan.missing, *plan.mismatched) if module_of(n) == module))
+        must = sum(math.prod(whole_shape(own[n])) for n in names)
+        dtypes = sorted({str(plan.outline[n].dtype).removeprefix("torch.") for n in found["loaded"]})
+        modules.append(ModuleReport(module, elements=(have, must), dtypes=tuple(dtypes), **found))
+    grown = next((int(plan.outline[n].shape[0]) for n, rows in plan.rows.items() if rows is not None), None)
+    return LoadReport(
+        source.entry.source, source.kind.name, source.revision, tuple(modules), plan.left_out, grown, fingerprint
+    )
+
+
+def _require(report: LoadReport, source: Source) -> None:
+    """Refuse what does not fit, with the remedy that fits."""
+    where = f"{source.entry.source} ({source.kind.name})"
+    if source.entry.partial:
+        _require_share(report, source, where)
+        return
+    if report.all("unexpected") and any(name.startswith(_SAM2_1) for name in report.all("unexpected")):
+        raise VesselError(f"{where}: this is SAM 2.1, and Sa2VA is built on SAM 2.0; name sam2_hiera_*.pt of 2.0")
+    if HEAD in report.all("missing") and source.ties_its_head:
+        raise VesselError(
+            f"{where}: its language model uses the embedding as head, and Sa2VA has a head of its own. "
+            f"weights=[{{source: {source.entry.source}, untie: true}}] begins with a copy of the embedding"
+        )
+    if any("lm_head.lora_" in name for name in report.all("unexpected")):
+        raise VesselError(
+            f"{where}: holds adapters on the head, as the first public training code made them for InternLM2; vessel "
+            "trains the head itself. Merge them with the code that made them, and name the merged folder"
+        )
+    if any("lora_" in name for name in report.all("unexpected") + report.all("mismatched")):
+        rank = next(t.shape[0] for n, t in source.outline(PublicNames()).items() if "lora_A" in n)
+        raise VesselError(
+            f"{where}: its adapters of rank {rank} have no place in this network{_first(report)}; choose lora.r={rank}"
+        )
+    if any("modules_to_save" in name for name in report.all("unexpected")):
+        raise VesselError(f"{where}: holds whole copies of embedding and head; choose lora.tokens=full")
+    if report.all("missing") or report.all("unexpected") or report.all("mismatched"):
+        raise VesselError(
+            f"{where}: does not fit this network{_first(report)}. Choose the model= that it was made for, or name the "
+            "modules to take: {source: ..., partial: [grounding.mask_decoder]}"
+        )
+
+
+def _require_share(report: LoadReport, source: Source, where: str) -> None:
+    wanted = {module.module: module.share for module in report.modules}
+    for asked in source.entry.partial:
+        below = {m: share for m, share in wanted.items() if m == asked or m.startswith(f"{asked}.")}
+        if not below:
+            modules = ", ".join(dict.fromkeys(module for module, _ in MODULES))
+            raise VesselError(f"{where}: partial={asked} is no module that it holds; modules are {modules}")
+        for module, share in below.items():
+            if share < source.entry.share:
+                raise VesselError(
+                    f"{where}: {share:.1%} of the elements of {module} fit, {source.entry.share:.1%} are asked for"
+                    f"{_first(report)}"
+                )
+
+
+def _first(report: LoadReport) -> str:
+    kinds = {"missing": "missing", "unexpected": "unexpected", "mismatched": "of another shape"}
+    told = [f"{len(names)} {kind} (first: {names[0]})" for what, kind in kinds.items() if (names := report.all(what))]
+    return f": {'; '.join(told)}" if told else ""
 
 
 def digests(state: Iterable[tuple[str, Tensor]]) -> dict[str, str]:

@@ -1,0 +1,165 @@
+"""The model card of an export: what its manifest and its evaluation say, in words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from huggingface_hub import ModelCardData
+
+from vessel.run import Manifest
+
+_LIBRARIES = {"sa2va": "transformers", "native": "vessel", "adapter": "peft"}
+HOW_TO_GET_CODE = (
+    "To load it with the public code, put that code's .py files (modeling_sa2va_chat.py and those beside it, from the "
+    "hub folder of a Sa2VA with the same language model) beside config.json, or export again with remote_code=FOLDER"
+)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a card tells.
+
+    Attributes:
+        manifest: of the export, without places of this machine.
+        layout, dtype: of its tensors.
+        bases: hub ids of what the training started from.
+        has_code: the public code lies beside its config.json.
+        evaluation: report of `vessel.evaluate` on the test part with these very weights; None where there is none.
+        remarks: sentences on how to load it.
+    """
+
+    manifest: Manifest
+    layout: str
+    dtype: str
+    bases: Sequence[str]
+    has_code: bool
+    evaluation: Mapping[str, Any] | None
+    remarks: Sequence[str] = ()
+
+
+def model_card(facts: Facts) -> str:
+    """README.md with the front matter of the hub."""
+    manifest = facts.manifest
+    front = ModelCardData(
+        library_name=_LIBRARIES[facts.layout],
+        pipeline_tag="image-segmentation",
+        tags=["image-segmentation", "medical", "sa2va", "vessel"],
+        base_model=list(facts.bases) or None,
+    )
+    what = (
+        f"A Sa2VA network trained by vessel to segment: {', '.join(manifest.phrases)}."
+        if manifest.phrases
+        else "A public Sa2VA network in another form; vessel did not train it."
+    )
+    parts = [
+        f"---\n{front.to_yaml()}\n---\n# {manifest.name}\n\n{what}",
+        _provenance(facts),
+        *([_evaluation(facts), _use(manifest)] if manifest.phrases else ()),
+        _loading(facts),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _provenance(facts: Facts) -> str:
+    manifest, data = facts.manifest, facts.manifest.data
+    parent = (manifest.parent or {}).get("fingerprint")
+    merged = "" if parent is None else f", made from checkpoint `{parent}`"
+    unnamed = "a local folder" if manifest.config.get("weights") else "none, random"
+    rows = [
+        ("base weights", ", ".join(facts.bases) or unnamed),
+        ("weights", f"{facts.layout}, {facts.dtype}, fingerprint `{manifest.fingerprint}`{merged}"),
+        ("made", manifest.created),
+    ]
+    if manifest.phrases:
+        counts = ", ".join(
+            f"{data[key]} {key.removeprefix('n_')}" for key in ("n_images", "n_patients", "n_videos") if key in data
+        )
+        fold = "" if data.get("fold") is None else f", fold {data['fold']} of it"
+        rows = [
+            ("data", f"{data.get('name')} ({counts}), fingerprint `{str(data.get('fingerprint'))[:16]}`"),
+            ("split", f"by {data.get('unit')}, hash `{str(data.get('split_hash'))[:16]}`{fold}"),
+            ("threshold on probabilities", _threshold(manifest)),
+            *rows,
+        ]
+    return "## What it is\n\n" + _table(("", ""), rows)
+
+
+def _threshold(manifest: Manifest) -> str:
+    chosen = manifest.threshold
+    return "none chosen, 0.5 is taken" if chosen is None else f"{chosen:.2f}, chosen on the validation part"
+
+
+def _evaluation(facts: Facts) -> str:
+    report = facts.evaluation
+    if report is None or not report["summary"]:
+        return (
+            "## Evaluation\n\nNo evaluation of these weights was at hand when this was written: how well it does is "
+            "not known. `python -m vessel.evaluate` makes one."
+        )
+    rows = [
+        (phrase, score, f"{value['mean']:.3f}", _interval(value), str(value["n_images"]), str(value["n_patients"]))
+        for phrase, scores in report["summary"].items()
+        for score, value in scores.items()
+    ]
+    unit = report["summary"]["all"]["dice"]["unit"]
+    told = [
+        f"The {report['split']} part of {report['data']['name']} at threshold {report['threshold']:.2f}: "
+        f"{report['n_ok']} images scored, {report['n_failed']} failed. Intervals: bootstrap over {unit}s.",
+        _table(("phrase", "score", "mean", "95 % interval", "images", "patients"), rows),
+    ]
+    return "\n\n".join(["## Evaluation", *told, *([report["note"]] if report["note"] else [])])
+
+
+def _interval(value: Mapping[str, Any]) -> str:
+    return "none, a single one" if value["low"] is None else f"{value['low']:.3f} to {value['high']:.3f}"
+
+
+def _use(manifest: Manifest) -> str:
+    phrases, data = ", ".join(manifest.phrases), manifest.data
+    limits = [
+        "For research. Nothing here says that it is fit for clinical use, and nobody should be treated by its masks.",
+        f"It was trained on one data set of {data.get('n_patients')} patients. On images of another device, hospital "
+        "or vessel it has to be evaluated first.",
+        f"It was taught these phrases: {phrases}. What it draws for others is not known.",
+        "Probabilities are not calibrated; a mask is what lies above the threshold.",
+        *([str(data["note"])] if data.get("note") else []),
+    ]
+    listed = "\n".join(f"- {limit}" for limit in limits)
+    return (
+        f"## Intended use\n\nMasks of {phrases} in images like those it was trained on, for research on such images."
+        f"\n\n## Limits\n\n{listed}"
+    )
+
+
+def _loading(facts: Facts) -> str:
+    base = "" if facts.layout != "adapter" else " network.base=[BASE]"
+    ours = f"python -m vessel.predict ckpt=THIS_FOLDER images=FOLDER out=DIR{base}"
+    phrase = (*facts.manifest.phrases, "blood vessel")[0]
+    parts = [f"## How to load\n\n```sh\n{ours}\n```"]
+    if facts.layout == "adapter":
+        parts.append(
+            "`adapter_model.safetensors` is what peft's `PeftModel.from_pretrained(language_model, THIS_FOLDER)` reads "
+            "into the language model of the base (transformers' `Qwen2ForCausalLM`, or `LlamaForCausalLM` for "
+            "InternLM2); `non_lora.safetensors` has the other trained tensors under their public names."
+        )
+    elif facts.layout == "native":
+        parts.append("The tensors have vessel's own names; `layout=sa2va` of vessel.export writes the public ones.")
+    elif facts.has_code:
+        parts.append(
+            "Or with the public code, whose files lie beside `config.json` and whose masks are cut at 0.5:\n\n"
+            "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+            "model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()\n"
+            "tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)\n"
+            f'text = "<image>\\nPlease segment the {phrase} in this image."\n'
+            "model.predict_forward(image=image, text=text, tokenizer=tokenizer)\n```"
+        )
+    else:
+        parts.append(f"{HOW_TO_GET_CODE}.")
+    return "\n\n".join([*parts, *facts.remarks])
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)

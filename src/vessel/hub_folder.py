@@ -1,0 +1,141 @@
+"""The folder of an export, file by file: configuration, tensors, tokenizer, manifest, card, public code."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from vessel.card import Facts, model_card
+from vessel.data.prompt import Prompt
+from vessel.model.architecture import public_names
+from vessel.model.entry import Weights
+from vessel.model.files import read_json
+from vessel.model.hub import DTYPES, read_back, write_layout
+from vessel.model.hub_config import REMOTE_CODE, limits_of_public_code, native_config, public_config
+from vessel.model.lora import adapter_config
+from vessel.model.sources import open_source
+from vessel.restore import EXPORT_MANIFEST, Restored
+from vessel.run import LOCAL, Manifest, without_places
+
+_EVALUATION = "evaluate/test/metrics.json"  # where vessel.evaluate leaves it in a run
+_OF_TRANSFORMERS_5 = ("backend", "is_local", "local_files_only")
+_KEPT = ("name", "seed", "model", "prompt", "lora", "trainable", "weights", "objective", "optimizer", "data", "trainer")
+
+
+@dataclass(frozen=True)
+class Written:
+    """What was written.
+
+    Attributes:
+        tensors: their number; read back, each equals the one in memory.
+        fingerprint: of the tensors under our names, as a load report of them has it.
+    """
+
+    tensors: int
+    fingerprint: str
+
+
+def write_folder(
+    folder: Path, restored: Restored, *, layout: str, dtype: str, base: Sequence[Weights], code: Sequence[Path]
+) -> Written:
+    """Write every file of an export, and read the tensors again.
+
+    Args:
+        folder: empty.
+        restored: what is exported.
+        layout: of the tensors.
+        dtype: of the tensors.
+        base: what the training started from.
+        code: files of the public code, to be copied.
+
+    Raises:
+        VesselError: a tensor on the disk is not the one in memory; names it.
+    """
+    names, chosen, public = public_names(restored.sizes.language), DTYPES[dtype], _public(base)
+    if layout == "adapter":
+        first = next(iter(public), Weights(""))
+        adapter_config(restored.network, base=first.source, revision=first.revision).save_pretrained(str(folder))
+    else:
+        config = public_config if layout == "sa2va" else native_config
+        tokens, template = restored.prompt.token_ids, restored.prompt.name
+        _write_json(folder / "config.json", config(restored.sizes, tokens, template=template, dtype=chosen))
+    in_memory = write_layout(folder, restored.network, names, layout=layout, dtype=chosen)
+    fingerprint = read_back(open_source(str(folder)), names, in_memory)
+    for file in code:
+        shutil.copyfile(file, folder / file.name)
+    write_tokenizer(folder, restored.prompt)
+    manifest = exported_manifest(restored.manifest, fingerprint=fingerprint)
+    if restored.tuned:  # a public network's own files say everything
+        _write_json(folder / EXPORT_MANIFEST, manifest.as_dict())
+    remarks = limits_of_public_code(restored.sizes) if code else []
+    bases = [entry.source for entry in public]
+    card = model_card(Facts(manifest, layout, dtype, bases, bool(code), _evaluation(restored), remarks))
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    return Written(len(in_memory), fingerprint)
+
+
+def write_tokenizer(folder: Path, prompt: Prompt) -> None:
+    """Write a tokenizer so that transformers 4, which the public code runs with, reads it as 5 does."""
+    prompt.save(folder)
+    file = folder / "tokenizer_config.json"
+    config = {key: value for key, value in read_json(file).items() if key not in _OF_TRANSFORMERS_5}
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(config.get("extra_special_tokens"), list):
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    _write_json(file, config)
+
+
+def public_code_of(places: Sequence[Path]) -> list[Path]:
+    """The files of the public code in the first of these folders that has them; they are copied, never imported."""
+    folder = next((place for place in places if (place / REMOTE_CODE).is_file()), None)
+    return [] if folder is None else sorted(folder.glob("*.py"))
+
+
+def exported_manifest(manifest: Manifest, *, fingerprint: str) -> Manifest:
+    """The manifest that travels: what the run was, without folders of this machine.
+
+    Args:
+        manifest: of the checkpoint.
+        fingerprint: of the exported tensors; that of the checkpoint becomes the parent's.
+    """
+    config = {key: value for key, value in manifest.config.items() if key in _KEPT}
+    config["data"] = {key: value for key, value in (config.get("data") or {}).items() if key != "root"}
+    config["weights"] = [_without_place(asdict(entry)) for entry in Weights.listed(config.get("weights"))]
+    return replace(
+        manifest,
+        config=without_places(config),
+        weights=tuple(without_places(_without_place(report)) for report in manifest.weights),
+        parent={"name": manifest.name, "fingerprint": manifest.fingerprint},
+        fingerprint=fingerprint,
+    )
+
+
+def _public(base: Sequence[Weights]) -> list[Weights]:
+    """Those that are on the hub."""
+    return [entry for entry in base if not _is_local(entry.source)]
+
+
+def _is_local(source: str) -> bool:
+    return without_places(source) == LOCAL or Path(source).expanduser().exists()
+
+
+def _without_place(source: Mapping[str, Any]) -> dict[str, Any]:
+    return {**source, "source": LOCAL if _is_local(source["source"]) else source["source"]}
+
+
+def _evaluation(restored: Restored) -> Mapping[str, Any] | None:
+    """The report on the test part, if it is about these very weights."""
+    file = restored.source.parent.parent / _EVALUATION
+    if not restored.source.is_file() or not file.is_file():
+        return None
+    report = read_json(file)
+    return report if report.get("fingerprint") == restored.manifest.fingerprint else None
+
+
+def _write_json(file: Path, content: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

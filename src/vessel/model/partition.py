@@ -1,0 +1,123 @@
+"""Content into a network's tensors: whole, or under ZeRO-3 each rank's part of it.
+
+DeepSpeed's `zero.Init` partitions whatever a constructor makes, and so spoils what libraries do to it afterwards
+(transformers' initialisation, peft's zeros); buffers it rounds. A network is therefore built as anywhere else while
+that context rests, and each parameter is partitioned as soon as it has its content.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@contextmanager
+def resting() -> Iterator[Ranks | None]:
+    """Let an active `zero.Init` rest.
+
+    Yields:
+        the ranks that parameters are to be partitioned over; None where there is no such context.
+    """
+    # Whoever is inside that context has imported its module.
+    zero = sys.modules.get("deepspeed.runtime.zero.partition_parameters")
+    if zero is None or zero.top_level_context is None:
+        yield None
+        return
+    zero.shutdown_init_context()
+    try:
+        yield Ranks(zero.top_level_context)
+    finally:
+        zero.restore_init_context()
+
+
+class Ranks:
+    """The ranks of a `zero.Init`.
+
+    Args:
+        context: the active one.
+    """
+
+    def __init__(self, context: Any) -> None:
+        self._context = context
+
+    def partition(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Keep this rank's part of each, in the dtype that DeepSpeed is set to; what is partitioned already stays.
+
+        Every rank calls this for the same parameters and gets what rank 0 holds.
+        """
+        for parameter in parameters:
+            if not _is_partitioned(parameter):
+                parameter.data = parameter.data.to(self._context.dtype)
+                self._context._convert_to_zero_parameters([parameter])
+
+    def share(self, network: nn.Module) -> None:
+        """Partition all parameters, and give every rank the buffers of rank 0; those stay whole."""
+        from deepspeed import comm
+
+        self.partition(network.parameters())
+        for buffer in network.buffers():
+            buffer.data = buffer.data.to(self._context.local_device)
+            comm.broadcast(buffer.data, 0, group=self._context.ds_process_group)
+
+
+def put(network: nn.Module, name: str, tensor: Tensor, dtype: torch.dtype) -> nn.Parameter | None:
+    """Copy a tensor into the one of that name, or into its first rows where the network has more.
+
+    Under ZeRO-3 every rank calls this.
+
+    Args:
+        network: whose parameters may be without content (meta device) or partitioned.
+        name: of a parameter or buffer.
+        tensor: of its shape, or with fewer rows.
+        dtype: of a parameter that had no content.
+
+    Returns:
+        the parameter made for one that had no content; rows that `tensor` lacks are drawn like an embedding.
+    """
+    prefix, _, leaf = name.rpartition(".")
+    module = network.get_submodule(prefix)
+    own: Tensor = getattr(module, leaf)
+    if not own.is_meta:
+        with gathered([own], change=True):
+            _copy(tensor, own)
+        return None
+    content = torch.empty(own.shape, dtype=dtype)
+    if own.shape != tensor.shape:
+        nn.init.normal_(content, std=own.shape[-1] ** -0.5)
+    _copy(tensor, content)
+    fresh = nn.Parameter(content, requires_grad=own.requires_grad)
+    setattr(module, leaf, fresh)
+    return fresh
+
+
+def gathered(tensors: Sequence[Tensor], *, change: bool = False) -> AbstractContextManager[None]:
+    """Have partitioned ones whole for a while; every rank calls this.
+
+    Args:
+        tensors: all partitioned or none.
+        change: what rank 0 makes of them is kept.
+    """
+    if not any(_is_partitioned(tensor) for tensor in tensors):
+        return nullcontext()
+    from deepspeed.runtime.zero import GatheredParameters
+
+    return GatheredParameters(list(tensors), modifier_rank=0 if change else None)
+
+
+def whole_shape(tensor: Tensor) -> tuple[int, ...]:
+    """Shape of the whole tensor, of which a rank holds a part under ZeRO-3."""
+    return tuple(getattr(tensor, "ds_shape", tensor.shape))
+
+
+def _copy(tensor: Tensor, own: Tensor) -> None:
+    rows = own.data[: len(tensor)] if own.ndim else own.data
+    rows.copy_(tensor)
+
+
+def _is_partitioned(parameter: Tensor) -> bool:
+    return hasattr(parameter, "ds_id")

@@ -1,0 +1,38 @@
+"""A network over several devices, for those too large for one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from accelerate import dispatch_model, infer_auto_device_map
+
+from vessel.errors import VesselError
+from vessel.model.sa2va import Sa2VA
+
+# What works on one device as a whole: a layer of either encoder or of the language model, and SAM2.
+_WHOLE = ["Qwen2DecoderLayer", "LlamaDecoderLayer", "InternVLVisionLayer", "InternVLVisionEmbeddings", "Grounding"]
+
+
+def place(network: Sa2VA, device_map: str | Mapping[str, str | int]) -> Sa2VA:
+    """Put parts of a network on different devices; tensors follow them.
+
+    Args:
+        network: on the CPU, for inference.
+        device_map: `auto` fills the GPUs that are there and then the CPU; else a device for each part by its name, such
+            as `{mllm: cuda:0, text_hidden_fcs: cuda:0, grounding: cuda:1}`.
+
+    Raises:
+        VesselError: a part without a device, or a device that is not there.
+    """
+    if isinstance(device_map, str):
+        if device_map != "auto":
+            raise VesselError(
+                f"device_map={device_map}: use auto, or a device for each part: {{mllm: 0, grounding: 1}}"
+            )
+        chosen = infer_auto_device_map(network, no_split_module_classes=_WHOLE)
+    else:
+        chosen = dict(device_map)
+    try:
+        return dispatch_model(network, chosen, force_hooks=True)
+    except (ValueError, RuntimeError, AssertionError) as error:
+        raise VesselError(f"device_map={dict(chosen)}: {error}") from error

@@ -1,0 +1,223 @@
+"""Where weights come from: a folder, a file or a hub id, recognised by what it holds and never by its name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from vessel.errors import VesselError
+from vessel.model.architecture import language_family
+from vessel.model.entry import Weights
+from vessel.model.files import Named, TensorFiles, open_files, open_pickle, open_safetensors, read_json
+from vessel.model.names import PublicNames, from_sam2, from_transformers, public_of_mmengine, public_of_peft
+from vessel.model.zero import is_zero, open_zero
+
+_QWEN2 = PublicNames()
+HEAD, EMBEDDING = "mllm.lm_head.weight", "mllm.model.language_model.embed_tokens.weight"
+ADAPTER_WEIGHTS, ADAPTER_CONFIG, OTHER_WEIGHTS = (
+    "adapter_model.safetensors",
+    "adapter_config.json",
+    "non_lora.safetensors",
+)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of source.
+
+    Attributes:
+        name: for people.
+        modules: those it holds completely; empty for a kind that holds what trained, whatever that was.
+        knows_seg: its `[SEG]` is trained.
+        resizes: its vocabulary lacks the added tokens.
+    """
+
+    name: str
+    modules: tuple[str, ...] = ()
+    knows_seg: bool = True
+    resizes: bool = False
+
+    @property
+    def on_top(self) -> bool:
+        """It needs a base loaded before."""
+        return not self.modules
+
+
+_ALL = ("mllm", "grounding", "text_hidden_fcs")
+SA2VA = Kind("Sa2VA folder", _ALL)
+NATIVE = Kind("vessel folder", _ALL)
+INTERNVL = Kind("InternVL folder", ("mllm",), knows_seg=False, resizes=True)
+SAM2 = Kind("SAM 2.0 file", ("grounding",), knows_seg=False)
+MMENGINE = Kind("full .pth of the public code", _ALL)
+TRAINING = Kind("training .pth of the public code")
+ADAPTER = Kind("adapter folder")
+RUN = Kind("checkpoint of a run")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Weights that can be read.
+
+    Attributes:
+        entry: as it was asked for.
+        kind: what it was recognised as.
+        path: on this machine.
+        files: its tensors under its own names.
+        translate: gives them our names; a file that does not say how many heads its language model has is read with
+            those of the network.
+        config: of a folder that has one.
+        revision: commit of a hub id.
+    """
+
+    entry: Weights
+    kind: Kind
+    path: Path
+    files: TensorFiles
+    translate: Callable[[Iterable[Named], PublicNames], Iterator[Named]]
+    config: Mapping[str, Any] = field(default_factory=dict)
+    revision: str | None = None
+
+    @property
+    def ties_its_head(self) -> bool:
+        """Its language model uses the embedding as head."""
+        return any(self.config.get(key, {}).get("tie_word_embeddings") for key in ("llm_config", "text_config"))
+
+    def alpha_ratio(self) -> float | None:
+        """Alpha over rank of its adapters; None where it does not say, or has none.
+
+        Raises:
+            VesselError: adapters of a kind that vessel does not compute.
+        """
+        if self.kind is ADAPTER:
+            for other in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "layers_pattern"):
+                if self.config.get(other):
+                    raise VesselError(
+                        f"{self.path}: adapters with {other}={self.config[other]}; vessel reads plain LoRA"
+                    )
+            return float(self.config["lora_alpha"] / self.config["r"])
+        if self.kind is RUN:
+            lora = self.files.beside["vessel"]["config"]["lora"]
+            return float(lora["alpha_ratio"]) if lora["r"] else None
+        # The public training code keeps its configuration as text.
+        told = str((self.files.beside.get("meta") or {}).get("cfg", ""))
+        alpha, rank = (re.search(rf"\b{name}\s*=\s*(\d+)", told) for name in ("lora_alpha", "r"))
+        return int(alpha[1]) / int(rank[1]) if alpha and rank else None
+
+    def tensors(self, names: PublicNames = _QWEN2) -> Iterator[Named]:
+        """Names of ours and tensors, shard by shard."""
+        return self._with_head(self.translate(self.files.read(), names))
+
+    def outline(self, names: PublicNames = _QWEN2) -> dict[str, Tensor]:
+        """Names of ours and tensors without content."""
+        return dict(self._with_head(self.translate(self.files.outline.items(), names)))
+
+    def _with_head(self, state: Iterable[Named]) -> Iterator[Named]:
+        for name, tensor in state:
+            yield name, tensor
+            if self.entry.untie and name == EMBEDDING:
+                yield HEAD, tensor
+
+
+def open_source(entry: Weights | str) -> Source:
+    """Find the weights, recognise their kind, and read their headers.
+
+    Raises:
+        VesselError: nothing there, damaged, or of no kind that is known, with the remedy.
+    """
+    entry = Weights(entry) if isinstance(entry, str) else entry
+    path, revision = entry.fetch()
+    source = _of_folder(entry, path) if path.is_dir() else _of_file(entry, path)
+    return replace(source, revision=revision)
+
+
+def _of_folder(entry: Weights, folder: Path) -> Source:
+    if (folder / ADAPTER_CONFIG).is_file():
+        return _of_adapter(entry, folder)
+    if is_zero(folder):
+        return _of_run(entry, folder, open_zero(folder))
+    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else None
+    if config is None:
+        raise VesselError(
+            f"{folder}: no config.json and no {ADAPTER_CONFIG}, so neither weights nor an adapter. Of a run, name a "
+            "checkpoint: outputs/<name>/<time>/checkpoints/*.ckpt"
+        )
+    files = open_safetensors(folder)
+    heads = {name.split(".")[0] for name in files.outline}
+    if "mllm" in heads:
+        return Source(entry, NATIVE, folder, files, lambda state, _: iter(state), config)
+    if any(re.match(r"(model\.)*visual\.", name) for name in files.outline):
+        raise VesselError(f"{folder}: a model built on Qwen-VL; vessel knows those built on InternVL")
+    if any(re.match(r"(model\.)?vision_tower\.", name) for name in files.outline):
+        return Source(entry, INTERNVL, folder, files, lambda state, _: from_transformers(state), config)
+    if not {"vision_model", "mlp1", "language_model"} <= heads:
+        raise VesselError(
+            f"{folder}: neither a Sa2VA nor an InternVL: its tensors begin with {', '.join(sorted(heads)[:6])}"
+        )
+    kind = SA2VA if "grounding_encoder" in heads else INTERNVL
+    names = _names(folder, config, files)
+    return Source(entry, kind, folder, files, lambda state, _: names.to_native(state), config)
+
+
+def _names(folder: Path, config: Mapping[str, Any], files: TensorFiles) -> PublicNames:
+    try:
+        language = config["llm_config"]
+        kv_heads, heads = language["num_key_value_heads"], language["num_attention_heads"]
+    except (KeyError, TypeError) as error:
+        raise VesselError(f"{folder}: config.json lacks {error} of the language model; copy it again") from error
+    return PublicNames(language_family(files.outline), kv_heads, heads // kv_heads)
+
+
+def _of_adapter(entry: Weights, folder: Path) -> Source:
+    if not (folder / ADAPTER_WEIGHTS).is_file():
+        raise VesselError(f"{folder}: {ADAPTER_CONFIG} but no {ADAPTER_WEIGHTS}; copy the whole folder again")
+    files = open_files([file for name in (ADAPTER_WEIGHTS, OTHER_WEIGHTS) if (file := folder / name).is_file()])
+    source = _public(entry, ADAPTER, folder, files, public_of_peft)
+    return replace(source, config=read_json(folder / ADAPTER_CONFIG))
+
+
+def _of_file(entry: Weights, file: Path) -> Source:
+    with file.open("rb") as opened:
+        start = opened.read(9)
+    files = open_files([file]) if start[8:9] == b"{" else open_pickle(file)
+    names = files.outline
+    if "vessel" in files.beside:
+        return _of_run(entry, file, files)
+    if any(name.startswith("image_encoder.trunk.") for name in names):
+        return Source(entry, SAM2, file, files, lambda state, _: from_sam2(state))
+    if any("lora_A" in name for name in names):
+        return _public(entry, TRAINING, file, files, public_of_mmengine)
+    if any(name.startswith("mllm.model.vision_model.") for name in names):
+        return _public(entry, MMENGINE, file, files, public_of_mmengine)
+    if any(name.startswith(("mllm.", "grounding_encoder.", "text_hidden_fcs.")) for name in names):
+        # Trained without adapters: a decoder and its projection, perhaps.
+        return _public(entry, TRAINING, file, files, public_of_mmengine)
+    raise VesselError(
+        f"{file}: weights of no kind that vessel knows (first tensor: {next(iter(names))}); it knows Sa2VA and "
+        "InternVL folders, SAM 2.0 files, .pth of the public training code, peft adapters and its own runs"
+    )
+
+
+def _public(entry: Weights, kind: Kind, path: Path, files: TensorFiles, rename: Callable[[str], str]) -> Source:
+    """A source whose names become public ones by `rename`."""
+
+    def translate(state: Iterable[Named], names: PublicNames) -> Iterator[Named]:
+        return names.to_native((rename(name), tensor) for name, tensor in state)
+
+    return Source(entry, kind, path, files, translate)
+
+
+def _of_run(entry: Weights, path: Path, files: TensorFiles) -> Source:
+    if "vessel" not in files.beside:
+        raise VesselError(f"{path}: a checkpoint of DeepSpeed, but none of vessel.train")
+    return Source(entry, RUN, path, files, _of_task)
+
+
+def _of_task(state: Iterable[Named], _: PublicNames) -> Iterator[Named]:
+    """Tensors of the network from those of a task: the prefix `network.` falls away."""
+    prefix = "network."
+    return ((name.removeprefix(prefix), tensor) for name, tensor in state if name.startswith(prefix))

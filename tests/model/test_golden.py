@@ -1,0 +1,58 @@
+"""vessel computes what the public code computed with its own weights: both code generations, recorded."""
+
+import pytest
+import torch
+from tests.golden import NETWORKS, open_golden
+
+from vessel.batch import upsample
+from vessel.data.transforms import cut_tiles, whole_frame
+from vessel.model.architecture import public_names
+from vessel.model.files import open_safetensors
+
+IMAGES = ("square", "wide", "small_gray")
+
+
+@pytest.fixture(scope="module", params=NETWORKS)
+def golden(request, shared):
+    return open_golden(shared(f"golden/{request.param}"))
+
+
+def test_loads_with_a_full_report(golden):
+    (report,) = golden.restored.reports
+    assert report.kind == "Sa2VA folder"
+    assert {module.share for module in report.modules} == {1.0}
+    assert not report.all("missing") + report.all("unexpected") + report.all("mismatched")
+    assert (
+        golden.restored.prompt.name
+        == {"qwen2": "qwen_chat", "llama": "internlm2_chat"}[golden.restored.network.mllm.config.text_config.model_type]
+    )
+
+
+@pytest.mark.parametrize("case", IMAGES)
+def test_state_embedding_logits_and_mask_are_the_recorded_ones(golden, case):
+    network, prompt, views = golden.restored.network, golden.restored.prompt, golden.restored.views
+    image = golden.image(case)
+    tiles = cut_tiles(image, views)
+    ids, _ = prompt.conversation([golden.cases[case]["text"]], ["[SEG]"], len(tiles) * 256)
+    with torch.no_grad():
+        hidden = network.mllm.model.language_model(inputs_embeds=network.embed(ids[None], tiles)).last_hidden_state
+        state = hidden[ids[None] == prompt.token_ids.seg]
+        embedding = network.text_hidden_fcs(state)
+        logits = network.masks(whole_frame(image, views)[None], state, torch.tensor([0]))
+        at_1024 = upsample(logits, 1024, (1024, 1024))
+        mask = upsample(logits, 1024, image.shape[:2]).sigmoid() > 0.5
+    asked = int((ids == prompt.token_ids.seg).nonzero()[0])
+    assert asked == golden.cases[case]["prompt_tokens"]
+    for name, found in {"seg_state": state, "seg_embedding": embedding}.items():
+        recorded = golden.tensors[f"{case}.{name}"]
+        assert (found - recorded).norm() / recorded.norm() < 1e-4, name
+    assert (at_1024[:, 8::16, 8::16] - golden.tensors[f"{case}.logits_1024_every_16"]).abs().max() < 1e-3
+    assert (mask.numpy() == golden.mask(case)).mean() >= 0.999
+
+
+def test_every_tensor_goes_out_again_under_its_own_name(golden):
+    names = public_names(golden.restored.sizes.language)
+    stored = dict(open_safetensors(golden.folder).read())
+    out = dict(names.to_public(golden.restored.network.state_dict().items()))
+    assert out.keys() == stored.keys()
+    assert all(torch.equal(out[name], stored[name]) for name in stored)

@@ -1,0 +1,88 @@
+"""The model card: valid for the hub, and nothing in it that nobody measured."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from huggingface_hub import ModelCard
+
+from vessel.card import Facts, model_card
+from vessel.metrics.summary import ImageScore, summarise
+from vessel.run import Manifest
+
+MANIFEST = Manifest(
+    name="oct",
+    config={"weights": [{"source": "owner/Sa2VA-8B"}]},
+    data={
+        "name": "oct1220", "fingerprint": "d" * 64, "split_hash": "e" * 64, "unit": "patient",
+        "note": "Blocks are near.", "n_images": 20, "n_patients": 5, "n_videos": 7, "fold": None,
+    },
+    phrases=("lumen", "side branch"),
+    prompt="qwen_chat",
+    parent={"name": "oct", "fingerprint": "abc"},
+    threshold=0.3125,
+    fingerprint="0123abc",
+    versions={},
+)  # fmt: skip
+ROWS = [
+    ImageScore(f"i{i}", f"p{i % 2}", "v", phrase, True, dice, 0.5, 0.5, 0.5, 0.31)
+    for i, dice in enumerate((0.7, 0.8, 0.9, 0.8))
+    for phrase in MANIFEST.phrases
+]
+REPORT = {
+    "data": {"name": "oct1220"}, "split": "test", "threshold": 0.3125, "n_ok": 4, "n_failed": 1,
+    "note": "Few patients.", "summary": json.loads(json.dumps(summarise(ROWS))),
+}  # fmt: skip
+FACTS = Facts(MANIFEST, "sa2va", "bf16", ["owner/Sa2VA-8B"], has_code=True, evaluation=REPORT)
+
+
+@pytest.mark.parametrize("layout", ["sa2va", "native", "adapter"])
+def test_the_hub_reads_its_front_matter(layout):
+    card = ModelCard(model_card(replace(FACTS, layout=layout)))
+    assert card.data.base_model == ["owner/Sa2VA-8B"]
+    assert card.data.pipeline_tag == "image-segmentation"
+    assert {"sa2va", "medical"} <= set(card.data.tags)
+    assert card.text.startswith("# oct\n")
+
+
+def test_it_says_what_manifest_and_evaluation_say():
+    text = model_card(FACTS)
+    scores = REPORT["summary"]["lumen"]["dice"]
+    for fact in (
+        "lumen, side branch", "20 images, 5 patients, 7 videos", "by patient", "0.31, chosen on the validation part",
+        "`0123abc`", "`abc`", "Blocks are near.", "Few patients.", "4 images scored, 1 failed",
+        "bootstrap over patients", f"| lumen | dice | 0.800 | {scores['low']:.3f} to {scores['high']:.3f} | 4 | 2 |",
+        "For research",
+    ):  # fmt: skip
+        assert fact in text, fact
+    assert text.count("| dice |") == 3
+    assert [line for line in text.splitlines() if line.startswith("## ")] == [
+        "## What it is", "## Evaluation", "## Intended use", "## Limits", "## How to load"
+    ]  # fmt: skip
+
+
+def test_without_an_evaluation_it_says_so():
+    text = model_card(replace(FACTS, evaluation=None))
+    assert "No evaluation of these weights was at hand" in text
+    assert "dice" not in text
+
+
+def test_how_to_load_depends_on_what_is_there():
+    assert "trust_remote_code=True" in model_card(FACTS)
+    without = model_card(replace(FACTS, has_code=False))
+    assert "trust_remote_code" not in without
+    assert "remote_code=FOLDER" in without
+    adapter = model_card(replace(FACTS, layout="adapter"))
+    assert "PeftModel.from_pretrained" in adapter
+    assert "network.base=[BASE]" in adapter
+    assert "The public code builds the large SAM2 only." in model_card(
+        replace(FACTS, remarks=["The public code builds the large SAM2 only."])
+    )
+
+
+def test_of_random_or_local_weights_no_base_is_claimed():
+    local = replace(FACTS, bases=[])
+    assert ModelCard(model_card(local)).data.base_model is None
+    assert "| base weights | a local folder |" in model_card(local)
+    scratch = replace(local, manifest=replace(MANIFEST, config={"weights": []}))
+    assert "| base weights | none, random |" in model_card(scratch)
