@@ -29,12 +29,12 @@ from safetensors.torch import save_file
 from vessel.conf_path import CONF
 from vessel.data.prompt import Prompt
 from vessel.model.architecture import public_names
-from vessel.model.entry import Weights
-from vessel.model.files import INDEX
 from vessel.model.hub_config import public_config
 from vessel.model.lora import Lora
 from vessel.model.plan import NetworkPlan
 from vessel.model.sa2va import Sizes, build_sa2va
+from vessel.model.weights.entry import Weights
+from vessel.model.weights.files import INDEX
 
 OUT = Path("outputs/bench")
 CHOICES = {"nothing": 0, "lora": 8}  # what trains, and the rank of its adapters

@@ -17,7 +17,7 @@ from vessel.errors import VesselError
 from vessel.evaluation import DataOptions, Options, evaluate
 from vessel.prediction import Options as PredictOptions
 from vessel.prediction import predict
-from vessel.proof import account_of, drawn_image
+from vessel.publishing.proof import account_of, drawn_image
 from vessel.restore import NetworkOptions, find_checkpoint, restore
 
 pytestmark = pytest.mark.slow

@@ -16,10 +16,10 @@ LAYERS = (
     ("errors", "conf_path"),
     ("batch", "cleanup", "options", "figures", "film", "loggers", "run", "sweep"),
     ("losses", "metrics", "data", "model"),
-    ("task", "callbacks", "restore", "generation", "card", "upload"),
-    ("inference", "training", "gate", "hub_folder"),
-    ("proof", "pullback"),
-    ("evaluation", "prediction", "publication"),
+    ("task", "callbacks", "restore", "generation"),
+    ("inference", "training"),
+    ("pullback", "publishing"),
+    ("evaluation", "prediction"),
     ("prepare", "train", "evaluate", "predict", "export", "demo"),
 )
 ROW = {part: row for row, parts in enumerate(LAYERS) for part in parts}

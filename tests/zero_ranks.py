@@ -25,9 +25,9 @@ from typing_extensions import override
 from vessel.callbacks.threshold_sweep import ThresholdSweep
 from vessel.conf_path import CONF
 from vessel.data.prompt import Prompt
-from vessel.model.entry import Weights
 from vessel.model.plan import NetworkPlan
 from vessel.model.sa2va import Sa2VA
+from vessel.model.weights.entry import Weights
 from vessel.run import Manifest
 from vessel.task import VesselTask
 

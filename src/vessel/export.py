@@ -17,7 +17,7 @@ def main(cfg: DictConfig) -> None:
     """Read the options and export."""
     with told_to_the_user():
         from vessel.options import typed
-        from vessel.publication import Options, export
+        from vessel.publishing.publication import Options, export
 
         export(typed(cfg, Options, "vessel.export"))
 

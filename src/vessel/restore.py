@@ -17,16 +17,16 @@ from vessel.batch import Views
 from vessel.data.prompt import Prompt
 from vessel.errors import VesselError
 from vessel.model.architecture import public_names, read_sizes, read_template
-from vessel.model.entry import Weights
-from vessel.model.files import read_json
 from vessel.model.grounding import GroundingSizes
 from vessel.model.lora import Lora
 from vessel.model.plan import NetworkPlan
-from vessel.model.report import LoadReport
 from vessel.model.sa2va import Sa2VA, Sizes
-from vessel.model.sources import ADAPTER_CONFIG, INTERNVL, Source, open_source
-from vessel.model.weights import load
-from vessel.model.zero import is_zero, open_zero, written
+from vessel.model.weights.entry import Weights
+from vessel.model.weights.files import read_json
+from vessel.model.weights.load import load
+from vessel.model.weights.report import LoadReport
+from vessel.model.weights.sources import ADAPTER_CONFIG, INTERNVL, Source, open_source
+from vessel.model.weights.zero import is_zero, open_zero, written
 from vessel.run import LOCAL, MANIFEST, Manifest
 
 EXPORT_MANIFEST = "vessel.json"

@@ -29,7 +29,7 @@ class Manifest:
         weights: one load report per source the network started from.
         parent: fingerprint and name of the run whose checkpoint this run started from.
         threshold: probability above which a pixel is vessel, chosen on validation; None before the first validation.
-        fingerprint: of the weights, as `vessel.model.weights.fingerprint` gives it; empty in the manifest of a run.
+        fingerprint: of the weights, as `vessel.model.weights.digests` gives it; empty in the manifest of a run.
         created: UTC time.
         versions: of Python and the packages that matter.
     """

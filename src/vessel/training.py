@@ -26,12 +26,12 @@ from vessel.data.module import VesselDataModule
 from vessel.errors import VesselError
 from vessel.loggers import JsonLines
 from vessel.model.architecture import read_template
-from vessel.model.entry import Weights
 from vessel.model.plan import NetworkPlan
-from vessel.model.report import LoadReport
 from vessel.model.sa2va import Sa2VA
-from vessel.model.sources import open_source
-from vessel.model.weights import fingerprint
+from vessel.model.weights.digests import fingerprint
+from vessel.model.weights.entry import Weights
+from vessel.model.weights.report import LoadReport
+from vessel.model.weights.sources import open_source
 from vessel.restore import EXPORT_MANIFEST, find_checkpoint, read_checkpoint
 from vessel.run import Manifest, without_places
 from vessel.task import VesselTask

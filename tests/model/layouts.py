@@ -10,8 +10,8 @@ from tests.conftest import SIZES
 from torch import nn
 from transformers import Qwen2ForCausalLM
 
-from vessel.model.names import PublicNames
 from vessel.model.sa2va import Sa2VA
+from vessel.model.weights.names import PublicNames
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 

@@ -14,12 +14,12 @@ from tests.conftest import SIZES
 from vessel.batch import TokenIds
 from vessel.errors import VesselError
 from vessel.model.architecture import PUBLIC_SAM2, language_family, public_names, read_sizes, read_template
-from vessel.model.files import read_json
 from vessel.model.grounding import GroundingSizes, build_grounding
 from vessel.model.mllm import LanguageSizes, VisionSizes, build_mllm
-from vessel.model.names import PublicNames
 from vessel.model.sa2va import Sizes
-from vessel.model.sources import open_source
+from vessel.model.weights.files import read_json
+from vessel.model.weights.names import PublicNames
+from vessel.model.weights.sources import open_source
 
 TOKENS = TokenIds(seg=40, image=41, pad=2, eos=3)
 GOLDEN_SAM2 = GroundingSizes(

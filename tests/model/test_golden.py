@@ -7,7 +7,7 @@ from tests.golden import NETWORKS, open_golden
 from vessel.batch import upsample
 from vessel.data.transforms import cut_tiles, whole_frame
 from vessel.model.architecture import public_names
-from vessel.model.files import open_safetensors
+from vessel.model.weights.files import open_safetensors
 
 IMAGES = ("square", "wide", "small_gray")
 

@@ -14,8 +14,6 @@ from transformers import AutoModelForCausalLM
 from vessel.errors import VesselError
 from vessel.model import hub
 from vessel.model.architecture import public_names, read_sizes
-from vessel.model.entry import Weights
-from vessel.model.files import open_pickle
 from vessel.model.grounding import GroundingSizes
 from vessel.model.hub import (
     exported_size,
@@ -29,9 +27,11 @@ from vessel.model.hub import (
 from vessel.model.hub_config import limits_of_public_code, native_config, public_config
 from vessel.model.lora import Lora, adapter_config, merged_state
 from vessel.model.mllm import VisionSizes
-from vessel.model.names import public_of_mmengine
-from vessel.model.sources import open_source
-from vessel.model.weights import digests
+from vessel.model.weights.digests import digests
+from vessel.model.weights.entry import Weights
+from vessel.model.weights.files import open_pickle
+from vessel.model.weights.names import public_of_mmengine
+from vessel.model.weights.sources import open_source
 
 FP32, BF16 = torch.float32, torch.bfloat16
 INTERNLM2 = replace(SIZES, language=replace(SIZES.language, family="internlm2", rms_eps=1e-5, rope_factor=2.0))

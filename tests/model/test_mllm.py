@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from vessel.batch import TokenIds
 from vessel.errors import VesselError
 from vessel.model.mllm import LanguageSizes, VisionSizes, build_mllm
-from vessel.model.names import PublicNames
+from vessel.model.weights.names import PublicNames
 
 TOKENS = TokenIds(seg=40, image=41, pad=2, eos=3)
 INTERNLM2 = LanguageSizes(

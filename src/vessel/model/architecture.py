@@ -10,8 +10,8 @@ from typing import Any
 from vessel.errors import VesselError
 from vessel.model.grounding import GroundingSizes
 from vessel.model.mllm import VISION_EPS, LanguageSizes, Norm, VisionSizes
-from vessel.model.names import Language, PublicNames
 from vessel.model.sa2va import Sizes
+from vessel.model.weights.names import Language, PublicNames
 
 Config = Mapping[str, Any]
 Shapes = Mapping[str, tuple[int, ...]]

@@ -11,13 +11,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vessel.errors import VesselError
-from vessel.model.files import Named, open_pickle
 from vessel.model.groups import module_of
 from vessel.model.lora import adapter_state, is_adapter, merged_name, merged_state
-from vessel.model.names import PublicNames, mmengine_of_public
 from vessel.model.sa2va import Sa2VA
-from vessel.model.sources import ADAPTER_WEIGHTS, OTHER_WEIGHTS, Source
-from vessel.model.weights import combined, digests
+from vessel.model.weights.digests import combined, digests
+from vessel.model.weights.files import Named, open_pickle
+from vessel.model.weights.names import PublicNames, mmengine_of_public
+from vessel.model.weights.sources import ADAPTER_WEIGHTS, OTHER_WEIGHTS, Source
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 LAYOUTS = ("sa2va", "native", "adapter")

@@ -15,7 +15,7 @@ from transformers import (
 
 from vessel.batch import TokenIds
 from vessel.errors import VesselError
-from vessel.model.names import Language
+from vessel.model.weights.names import Language
 
 Norm = Literal["layer_norm", "rms_norm"]
 # In every public InternViT; transformers has it as a constant for the norms of query and key.

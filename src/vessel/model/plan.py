@@ -12,14 +12,14 @@ from torch import nn
 from vessel.batch import TokenIds
 from vessel.errors import VesselError
 from vessel.model.architecture import public_names, read_sizes
-from vessel.model.entry import Weights
 from vessel.model.groups import TRAINABLE, choose_trainable, group_of
 from vessel.model.lora import Lora, add_lora
 from vessel.model.partition import Ranks, gathered, resting
-from vessel.model.report import LoadReport
 from vessel.model.sa2va import Sa2VA, Sizes, build_sa2va
-from vessel.model.sources import INTERNVL, SA2VA, Source, open_source
-from vessel.model.weights import load
+from vessel.model.weights.entry import Weights
+from vessel.model.weights.load import load
+from vessel.model.weights.report import LoadReport
+from vessel.model.weights.sources import INTERNVL, SA2VA, Source, open_source
 
 _TOKEN_TABLES = ("model.language_model.embed_tokens.weight", "lm_head.weight")  # peft copies them
 

@@ -21,13 +21,13 @@ from tests.model.layouts import (
 )
 
 from vessel.errors import VesselError
-from vessel.model.entry import Weights
 from vessel.model.plan import NetworkPlan
-from vessel.model.sources import open_source
-from vessel.model.zero import open_zero
+from vessel.model.weights.entry import Weights
+from vessel.model.weights.sources import open_source
+from vessel.model.weights.zero import open_zero
 from vessel.restore import find_checkpoint, restore
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 TINY = ("experiment=tiny", "run=.", "data.root=none", *TINY_NETWORK)
 
 

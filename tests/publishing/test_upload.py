@@ -8,10 +8,10 @@ import pytest
 from huggingface_hub import HfApi
 from rich.console import Console
 
-from vessel import upload
 from vessel.data.identity import RawIdentifiers
 from vessel.errors import VesselError
-from vessel.upload import check_repository, push, refuse_raw_identifiers
+from vessel.publishing import upload
+from vessel.publishing.upload import check_repository, push, refuse_raw_identifiers
 
 
 @pytest.fixture

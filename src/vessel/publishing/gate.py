@@ -8,10 +8,10 @@ import torch
 
 from vessel.errors import VesselError
 from vessel.model.architecture import public_names
-from vessel.model.entry import Weights
 from vessel.model.hub import trained_changes
-from vessel.model.sources import open_source
-from vessel.model.weights import digests
+from vessel.model.weights.digests import digests
+from vessel.model.weights.entry import Weights
+from vessel.model.weights.sources import open_source
 from vessel.restore import Restored
 
 

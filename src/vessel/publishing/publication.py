@@ -15,21 +15,21 @@ import torch
 from numpy.typing import NDArray
 from rich.console import Console
 
-from vessel.card import HOW_TO_GET_CODE
 from vessel.data.catalog import Catalog
 from vessel.data.identity import RawIdentifiers, mapping_folder
 from vessel.data.images import read_rgb
 from vessel.data.inputs import find_images
 from vessel.errors import VesselError
-from vessel.gate import differs_from_base, require_same_base
-from vessel.hub_folder import public_code_of, write_folder
 from vessel.model.architecture import public_names
-from vessel.model.entry import Weights
 from vessel.model.hub import DTYPES, LAYOUTS, exported_size, write_pth
 from vessel.model.hub_config import REMOTE_CODE
-from vessel.proof import account_in_a_fresh_process, account_of, compare, drawn_image
+from vessel.model.weights.entry import Weights
+from vessel.publishing.card import HOW_TO_GET_CODE
+from vessel.publishing.folder import public_code_of, write_folder
+from vessel.publishing.gate import differs_from_base, require_same_base
+from vessel.publishing.proof import account_in_a_fresh_process, account_of, compare, drawn_image
+from vessel.publishing.upload import check_repository, push, refuse_raw_identifiers
 from vessel.restore import NetworkOptions, Reading, Restored, restore
-from vessel.upload import check_repository, push, refuse_raw_identifiers
 
 _SAMPLES = 3
 _SPARE_BYTES = 100 * 10**6  # tokenizer, texts, and room for the system to breathe

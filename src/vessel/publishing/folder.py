@@ -9,15 +9,15 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from vessel.card import Facts, model_card
 from vessel.data.prompt import Prompt
 from vessel.model.architecture import public_names
-from vessel.model.entry import Weights
-from vessel.model.files import read_json
 from vessel.model.hub import DTYPES, read_back, write_layout
 from vessel.model.hub_config import REMOTE_CODE, limits_of_public_code, native_config, public_config
 from vessel.model.lora import adapter_config
-from vessel.model.sources import open_source
+from vessel.model.weights.entry import Weights
+from vessel.model.weights.files import read_json
+from vessel.model.weights.sources import open_source
+from vessel.publishing.card import Facts, model_card
 from vessel.restore import EXPORT_MANIFEST, Restored
 from vessel.run import LOCAL, Manifest, without_places
 

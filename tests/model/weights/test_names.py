@@ -10,7 +10,8 @@ from tests.conftest import SIZES
 from vessel.batch import TokenIds
 from vessel.errors import VesselError
 from vessel.model.architecture import language_family, public_names
-from vessel.model.names import (
+from vessel.model.sa2va import build_sa2va
+from vessel.model.weights.names import (
     PublicNames,
     from_sam2,
     from_transformers,
@@ -18,7 +19,6 @@ from vessel.model.names import (
     public_of_mmengine,
     public_of_peft,
 )
-from vessel.model.sa2va import build_sa2va
 
 INTERNLM2 = replace(SIZES, language=replace(SIZES.language, family="internlm2"))
 VIT_6B = replace(INTERNLM2, vision=replace(SIZES.vision, norm="rms_norm", qk_norm=True, qkv_bias=False))

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from tests.model.layouts import write_folder
 
 from vessel.errors import VesselError
-from vessel.model.files import INDEX, load_pickle, open_pickle, open_safetensors
+from vessel.model.weights.files import INDEX, load_pickle, open_pickle, open_safetensors
 
 STATE = {f"part.{i}": torch.full((4, i + 1), float(i)) for i in range(5)}
 

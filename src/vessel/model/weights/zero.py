@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from vessel.errors import VesselError
-from vessel.model.files import Named, TensorFiles, load_pickle
+from vessel.model.weights.files import Named, TensorFiles, load_pickle
 
 _LATEST = "latest"  # names the folder within that holds the ranks' files
 _SCRIPT = "zero_to_fp32.py"

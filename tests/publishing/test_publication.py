@@ -15,11 +15,12 @@ from safetensors.torch import load_file, save_file
 from tests.conftest import _configuration
 from tests.golden import GROUNDING, NETWORKS
 
-from vessel import hub_folder, upload
 from vessel.errors import VesselError
-from vessel.model.entry import Weights
-from vessel.model.sources import open_source
-from vessel.publication import Options, Origin, export
+from vessel.model.weights.entry import Weights
+from vessel.model.weights.sources import open_source
+from vessel.publishing import folder as folder_module
+from vessel.publishing import upload
+from vessel.publishing.publication import Options, Origin, export
 from vessel.restore import Reading, find_checkpoint, restore
 
 pytestmark = pytest.mark.slow
@@ -286,7 +287,7 @@ def test_guard_W5_a_checkpoint_without_what_it_trained_is_refused(lora_run, out,
 def test_guard_W4_what_is_on_the_disk_must_be_what_was_in_memory(
     lora_run, out, tmp_path, monkeypatch, layout, spoil, what
 ):
-    written = hub_folder.write_layout
+    written = folder_module.write_layout
 
     def spoilt(folder, *args, **kwargs):
         in_memory = written(folder, *args, **kwargs)
@@ -300,7 +301,7 @@ def test_guard_W4_what_is_on_the_disk_must_be_what_was_in_memory(
         save_file(tensors, file, metadata={"format": "pt"})
         return in_memory
 
-    monkeypatch.setattr(hub_folder, "write_layout", spoilt)
+    monkeypatch.setattr(folder_module, "write_layout", spoilt)
     with pytest.raises(VesselError, match=rf"tensor \S*(lm_head|text_hidden_fcs)\S* {what}"):
         export(asked(lora_run, out, layout=layout, to_pth=True))
     assert nothing_left(tmp_path)
@@ -308,14 +309,14 @@ def test_guard_W4_what_is_on_the_disk_must_be_what_was_in_memory(
 
 def test_guard_W6_masks_or_words_that_differ_leave_nothing(tiny_run, out, tmp_path, monkeypatch):
     """A merge that goes wrong after the tensors were compared: written as told, and yet another network."""
-    merged = hub_folder.write_layout
+    merged = folder_module.write_layout
 
     def wrong(folder, network, *args, **kwargs):
         with torch.no_grad():
             network.text_hidden_fcs[2].bias += 5
         return merged(folder, network, *args, **kwargs)
 
-    monkeypatch.setattr(hub_folder, "write_layout", wrong)
+    monkeypatch.setattr(folder_module, "write_layout", wrong)
     with pytest.raises(VesselError, match=r"sample \S+: the export's probabilities differ"):
         export(asked(tiny_run, out, to_pth=True))
     assert nothing_left(tmp_path)

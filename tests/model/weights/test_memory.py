@@ -7,9 +7,9 @@ import pytest
 from bench.memory import CHOICES, measure, sizes_of, write
 from tests.model.layouts import write_sa2va
 
-from vessel.model import weights
-from vessel.model.entry import Weights
 from vessel.model.partition import put
+from vessel.model.weights import load as loading
+from vessel.model.weights.entry import Weights
 
 # A public vision encoder of a quarter of its depth, the smallest SAM2, and a language model of two layers.
 SIZES = (
@@ -31,7 +31,7 @@ def test_one_shard_at_a_time_is_mapped(plan, tmp_path, monkeypatch):
         mapped.append({Path(line.split()[-1]).name for line in lines if str(folder) in line})
         return put(*arguments)
 
-    monkeypatch.setattr(weights, "put", noted)
+    monkeypatch.setattr(loading, "put", noted)
     loaded = plan(weights=[Weights(str(folder))]).build()
     assert len(mapped) == len(loaded.state_dict())
     assert set().union(*mapped) == {file.name for file in folder.glob("*.safetensors")}

@@ -6,8 +6,8 @@ from tests.hub_server import COMMIT, serve
 from tests.model.layouts import write_sa2va
 
 from vessel.errors import VesselError
-from vessel.model.entry import Weights
-from vessel.model.sources import open_source
+from vessel.model.weights.entry import Weights
+from vessel.model.weights.sources import open_source
 
 
 @pytest.fixture

@@ -20,12 +20,12 @@ from tests.model.layouts import (
 )
 
 from vessel.errors import VesselError
-from vessel.model import weights
-from vessel.model.entry import Weights
 from vessel.model.lora import Lora, merged_state
-from vessel.model.names import PublicNames
-from vessel.model.sources import open_source
-from vessel.model.weights import fingerprint
+from vessel.model.weights import load as loading
+from vessel.model.weights.digests import fingerprint
+from vessel.model.weights.entry import Weights
+from vessel.model.weights.names import PublicNames
+from vessel.model.weights.sources import open_source
 
 
 @pytest.fixture
@@ -338,7 +338,7 @@ def test_a_refused_source_changes_nothing(network, plan, tmp_path):
     source = open_source(str(write_folder(tmp_path, state)))
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     with pytest.raises(VesselError, match="1 missing"):
-        weights.load(network, source, PublicNames(), tokens=0)
+        loading.load(network, source, PublicNames(), tokens=0)
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
 
 

@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 from huggingface_hub import ModelCard
 
-from vessel.card import Facts, model_card
 from vessel.metrics.summary import ImageScore, summarise
+from vessel.publishing.card import Facts, model_card
 from vessel.run import Manifest
 
 MANIFEST = Manifest(

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from vessel.data.prompt import Prompt
-from vessel.hub_folder import exported_manifest, public_code_of, write_tokenizer
+from vessel.publishing.folder import exported_manifest, public_code_of, write_tokenizer
 from vessel.run import LOCAL, Manifest
 
 MANIFEST = Manifest(name="oct", config={}, data={"name": "set"}, phrases=("lumen",), prompt="qwen_chat", versions={})

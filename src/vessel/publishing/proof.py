@@ -1,7 +1,7 @@
 """The proof of an export: a fresh process loads the folder, and what it draws and says is compared with the training
 network's.
 
-`python -m vessel.proof FOLDER EXCHANGE` is that process; `vessel.export` starts it.
+`python -m vessel.publishing.proof FOLDER EXCHANGE` is that process; `vessel.export` starts it.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from vessel.data.prompt import IGNORED, QUESTIONS
 from vessel.errors import VesselError, told_to_the_user
 from vessel.generation import say
 from vessel.inference import Failure, Predictor
-from vessel.model.entry import Weights
 from vessel.model.grounding import GroundingSizes
+from vessel.model.weights.entry import Weights
 from vessel.restore import Reading, Restored, restore
 
 Images = Mapping[str, NDArray[np.uint8]]
@@ -131,7 +131,7 @@ def account_in_a_fresh_process(folder: Path, images: Images, reading: Reading) -
         asked = {"images": list(images), "base": base, "grounding": grounding}
         (exchange / _ASKED).write_text(json.dumps(asked), encoding="utf-8")
         np.savez(exchange / "images.npz", *images.values())
-        command = [sys.executable, "-m", "vessel.proof", str(folder), str(exchange)]
+        command = [sys.executable, "-m", "vessel.publishing.proof", str(folder), str(exchange)]
         process = subprocess.run(command, capture_output=True, text=True, check=False)
         if process.returncode:
             last = (process.stderr.strip().splitlines() or ["no message"])[-1]

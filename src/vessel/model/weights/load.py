@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,10 +11,11 @@ from torch import Tensor, nn
 
 from vessel.errors import VesselError
 from vessel.model.groups import HEADS, MODULES, module_of
-from vessel.model.names import PublicNames
 from vessel.model.partition import Ranks, put, whole_shape
-from vessel.model.report import LoadReport, ModuleReport
-from vessel.model.sources import EMBEDDING, HEAD, RUN, Source
+from vessel.model.weights.digests import combined, digests
+from vessel.model.weights.names import PublicNames
+from vessel.model.weights.report import LoadReport, ModuleReport
+from vessel.model.weights.sources import EMBEDDING, HEAD, RUN, Source
 
 # Tensors of SAM 2.1 that SAM 2.0 does not have.
 _SAM2_1 = ("grounding.no_obj_embed_spatial", "grounding.obj_ptr_tpos_proj")
@@ -200,23 +200,3 @@ def _first(report: LoadReport) -> str:
     kinds = {"missing": "missing", "unexpected": "unexpected", "mismatched": "of another shape"}
     told = [f"{len(names)} {kind} (first: {names[0]})" for what, kind in kinds.items() if (names := report.all(what))]
     return f": {'; '.join(told)}" if told else ""
-
-
-def digests(state: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
-    """SHA-256 over name, dtype, shape and bytes of each tensor, by name."""
-    found = {}
-    for name, tensor in state:
-        digest = hashlib.sha256(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-        found[name] = digest.hexdigest()
-    return found
-
-
-def fingerprint(state: Iterable[tuple[str, Tensor]]) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes, independent of order: 16 hexadecimal digits."""
-    return combined(digests(state))
-
-
-def combined(digests: Mapping[str, str]) -> str:
-    """The fingerprint of tensors whose digests are known."""
-    return hashlib.sha256("".join(sorted(digests.values())).encode()).hexdigest()[:16]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from vessel.errors import VesselError
-from vessel.proof import Account, Said, account_in_a_fresh_process, account_of, compare, drawn_image
+from vessel.publishing.proof import Account, Said, account_in_a_fresh_process, account_of, compare, drawn_image
 from vessel.restore import Reading, restore
 
 RAMP = np.linspace(0, 1, 10_000, dtype=np.float32).reshape(1, 100, 100)

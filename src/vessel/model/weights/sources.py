@@ -12,10 +12,10 @@ from torch import Tensor
 
 from vessel.errors import VesselError
 from vessel.model.architecture import language_family
-from vessel.model.entry import Weights
-from vessel.model.files import Named, TensorFiles, open_files, open_pickle, open_safetensors, read_json
-from vessel.model.names import PublicNames, from_sam2, from_transformers, public_of_mmengine, public_of_peft
-from vessel.model.zero import is_zero, open_zero
+from vessel.model.weights.entry import Weights
+from vessel.model.weights.files import Named, TensorFiles, open_files, open_pickle, open_safetensors, read_json
+from vessel.model.weights.names import PublicNames, from_sam2, from_transformers, public_of_mmengine, public_of_peft
+from vessel.model.weights.zero import is_zero, open_zero
 
 _QWEN2 = PublicNames()
 HEAD, EMBEDDING = "mllm.lm_head.weight", "mllm.model.language_model.embed_tokens.weight"
