@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from vessel.checkpoint import find_checkpoint
 from vessel.cleanup import Cleanup
 from vessel.data.catalog import Catalog, Frame, fingerprint_of
 from vessel.data.masks import read_mask
@@ -18,7 +19,7 @@ from vessel.evaluation import DataOptions, Options, evaluate
 from vessel.prediction import Options as PredictOptions
 from vessel.prediction import predict
 from vessel.publishing.proof import account_of, drawn_image
-from vessel.restore import NetworkOptions, find_checkpoint, restore
+from vessel.restore import NetworkOptions, restore
 
 pytestmark = pytest.mark.slow
 

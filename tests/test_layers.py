@@ -14,9 +14,10 @@ FILES = sorted(SRC.rglob("*.py"))
 # From the ground up. A part imports from the rows above it and from itself, never from its own row.
 LAYERS = (
     ("errors", "conf_path"),
-    ("batch", "cleanup", "options", "figures", "film", "loggers", "run", "sweep"),
+    ("batch", "cleanup", "options", "figures", "film", "loggers", "places", "run", "sweep"),
     ("losses", "metrics", "data", "model"),
-    ("task", "callbacks", "restore", "generation"),
+    ("task", "callbacks", "checkpoint", "generation"),
+    ("restore",),
     ("inference", "training"),
     ("pullback", "publishing"),
     ("evaluation", "prediction"),

@@ -10,6 +10,7 @@ from tests.model.layouts import internvl_state, write_folder, write_sa2va, write
 
 from vessel.errors import VesselError
 from vessel.restore import NetworkOptions, Reading, restore
+from vessel.run import Manifest
 
 READING = Reading(grounding=SIZES.grounding)
 
@@ -105,8 +106,33 @@ def test_wrong_network_options_are_refused():
         NetworkOptions("auto", None, None, {"embed_dims": 3}).reading(torch.device("cpu"))
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda _: {}, r"it lacks config, data, name, phrases, prompt, weights"),
+        (lambda _: [], r"it lacks config"),
+        (lambda _: None, r"it lacks config"),
+        (lambda values: values | {"colour": 1}, r"it has an unknown colour"),
+        (lambda values: values | {"phrases": None}, r"of another type is phrases"),
+        (lambda values: values | {"config": [], "data": "x"}, r"of another type is config, data"),
+    ],
+)
+def test_a_damaged_manifest_is_told(change, message):
+    values = Manifest(name="run", config={}, data={}, phrases=("lumen",), prompt="qwen_chat").as_dict()
+    assert Manifest.from_dict(values).as_dict() == values
+    with pytest.raises(VesselError, match=message):
+        Manifest.from_dict(change(values))
+
+
+def test_a_public_folder_with_an_empty_vessel_json_is_told(public):
+    folder = public()
+    (folder / "vessel.json").write_text("{}")
+    with pytest.raises(VesselError, match=r"manifest .*it lacks config"):
+        restore(str(folder), READING)
+
+
 @pytest.mark.slow
-def test_an_untuned_network_is_evaluated_as_a_baseline(public, oct_set, tmp_path):
+def test_an_untuned_network_is_evaluated_as_a_baseline(public, oct_set, tmp_path, capsys):
     """Scores of a network that never saw the phrases, with a note that says what it is."""
     from tests.conftest import _configuration
 
@@ -119,4 +145,6 @@ def test_an_untuned_network_is_evaluated_as_a_baseline(public, oct_set, tmp_path
     report = evaluate(typed(config, Options, "vessel.evaluate"), tmp_path / "out")
     assert set(report["summary"]) == {"all", "lumen"}
     assert "did not train this network" in report["note"]
+    assert f"on its own it says [SEG] for {100 * report['seg_emission']:.0f} %" in report["note"]
+    assert "on its own it says [SEG]" in " ".join(capsys.readouterr().out.split())
     assert report["n_ok"] > 0

@@ -3,14 +3,16 @@
 import json
 import math
 import re
+from pathlib import Path
 
 import pytest
 import torch
 from tests.model.layouts import write_sa2va
 
+from vessel.checkpoint import find_checkpoint, read_checkpoint
 from vessel.errors import VesselError
-from vessel.restore import find_checkpoint, read_checkpoint, restore
-from vessel.run import Manifest
+from vessel.restore import restore
+from vessel.run import Manifest, without_places
 
 pytestmark = pytest.mark.slow
 
@@ -121,6 +123,57 @@ def test_lora_checkpoint_of_loaded_weights_holds_trained_tensors_only(train_tiny
     assert torch.equal(restored.grounding.no_mem_embed, base.grounding.no_mem_embed)  # from the base
     name = "mllm.lm_head.modules_to_save.default.weight"
     assert torch.equal(restored.state_dict()[name], state[f"network.{name}"])  # from the checkpoint
+
+
+@pytest.fixture
+def lora_run(train_tiny, tiny_run, tmp_path):
+    """A run with adapters on a folder of its own: the run and the folder."""
+    folder = write_sa2va(tmp_path / "base", restore(str(tiny_run)).network)
+    options = (f"weights={folder}", "lora=r8", "trainable=lora", "optimizer=lora", "trainer.max_steps=2")
+    train_tiny(tmp_path / "run", *options)
+    return tmp_path / "run", folder, options
+
+
+def test_guard_W4_a_base_that_changed_is_noticed_by_whoever_reads_the_run(lora_run, train_tiny, plan, tmp_path):
+    """Without this, masks of other weights would carry the fingerprint of the run."""
+    run, folder, options = lora_run
+    assert restore(str(run)).base[0].source == str(folder)
+    (folder / "model.safetensors").unlink()
+    write_sa2va(folder, plan().build())
+    with pytest.raises(VesselError, match="are not those that the run was trained on"):
+        restore(str(run))
+    with pytest.raises(VesselError, match="are not those that the run was trained on"):
+        train_tiny(tmp_path / "on", *options, f"ckpt={run}", "trainer.max_steps=4")
+
+
+def test_a_run_is_read_from_anywhere_and_names_no_relative_folder(train_tiny, tiny_run, oct_set, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    folder = write_sa2va(tmp_path / "here" / "Jane", restore(str(tiny_run)).network)
+    restore(str(tiny_run)).prompt.save(folder)
+    train_tiny(tmp_path / "run", "weights=Jane", "prompt=sa2va", "trainer.max_steps=2")
+    monkeypatch.chdir(tmp_path)
+    assert restore(str(tmp_path / "run")).tuned
+    manifest = Manifest.from_dict(json.loads((tmp_path / "run" / "manifest.json").read_text()))
+    assert "Jane" not in json.dumps(without_places(manifest.as_dict()))
+
+
+def test_a_run_that_goes_on_keeps_the_commit_of_its_weights(monkeypatch):
+    """The hub may have moved on since; `pinned` would take what it holds today."""
+    from types import SimpleNamespace
+
+    from omegaconf import OmegaConf
+
+    from vessel.model.weights.entry import Weights
+    from vessel.training import _settled
+
+    monkeypatch.setattr(Weights, "fetch", lambda self: (Path("somewhere"), self.revision or "of today"))
+    config = OmegaConf.create(
+        {"weights": ["org/base"], "data": {"root": None}, "prompt": {"tokenizer": None, "template": "qwen_chat"}}
+    )
+    parent = SimpleNamespace(config={"weights": [{"source": "org/base", "revision": "of the run"}]})
+    assert _settled(config, None).weights[0].revision == "of today"
+    assert _settled(config, parent).weights[0].revision == "of the run"
 
 
 def test_prompt_and_template_come_from_the_weights(train_tiny, tiny_run, tmp_path):

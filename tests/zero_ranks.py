@@ -6,6 +6,7 @@ DeepSpeed, and Lightning's strategy for it, are the real ones; of the strategy o
 
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 os.environ["DS_ACCELERATOR"] = "cpu"
@@ -114,6 +115,7 @@ def train(overrides: list[str], out: Path) -> None:
     )  # fmt: skip
     seed_everything(0, verbose=False)
     trainer.fit(task, DataLoader(torch.randn(4, plan.sizes.language.width), batch_size=2))
+    task.manifest = replace(manifest, weights=tuple(report.summary() for report in plan.reports)).as_dict()
     trainer.save_checkpoint(out / "checkpoints/best.ckpt")
     assert task.network is not None
     state, trained = gathered(task.network), [n for n, p in task.network.named_parameters() if p.requires_grad]

@@ -27,6 +27,7 @@ from vessel.figures import panel_figure
 from vessel.inference import Failure, Prediction, Predictor, choose_device
 from vessel.metrics.overlap import OverlapSweep
 from vessel.metrics.summary import ImageScore, summarise, write_per_image_csv
+from vessel.places import expanded
 from vessel.restore import NetworkOptions, Restored, restore
 
 METRICS_FILE = "metrics.json"
@@ -163,7 +164,7 @@ def _results_folder(options: Options, restored: Restored, catalog: Catalog, defa
     """Where results go; one folder holds the results of one checkpoint on one data set."""
     part = f"{options.split}_other_data" if options.other_data else options.split
     usual = default if restored.run is None else restored.run / "evaluate" / part
-    out = usual if options.out is None else Path(options.out).expanduser()
+    out = usual if options.out is None else expanded(options.out)
     if (file := out / METRICS_FILE).is_file() and not options.overwrite:
         there = json.loads(file.read_text(encoding="utf-8"))
         if there.get("fingerprint") != restored.manifest.fingerprint or there.get("split") != options.split:
@@ -201,7 +202,7 @@ def _report(
         },
         "split": options.split,
         "unit": catalog.split.unit,
-        "note": " ".join(_notes(options, restored, catalog.split.note)),
+        "note": " ".join(_notes(options, restored, catalog.split.note, scores.emitted)),
         "threshold": restored.threshold,
         "threshold_source": "chosen on validation, stored with the weights" if stored else "none stored, 0.5 taken",
         "n_ok": len({row.id for row in rows}),
@@ -212,10 +213,12 @@ def _report(
     }
 
 
-def _notes(options: Options, restored: Restored, of_split: str) -> list[str]:
+def _notes(options: Options, restored: Restored, of_split: str, emitted: Sequence[bool]) -> list[str]:
     notes = [of_split] if of_split else []
     if not restored.tuned:
         notes.append("vessel did not train this network; whether it has seen these images is not known.")
+        if emitted:
+            notes.append(f"Answers were given to it; on its own it says [SEG] for {100 * np.mean(emitted):.0f} %.")
     elif options.other_data:
         notes.append("This is not the data set of the run; whether they share patients is not known.")
     elif options.split == "train":
@@ -271,7 +274,7 @@ def _tell(report: Mapping[str, Any], out: Path) -> None:
     if report["n_failed"]:
         console.print(f"{report['n_failed']} of {report['n_failed'] + report['n_ok']} images failed", style="red")
     if report["note"]:
-        console.print(f"note: {report['note']}", style="yellow", soft_wrap=True)
+        console.print(f"note: {report['note']}", style="yellow", soft_wrap=True, markup=False)
     console.print(f"weights {report['fingerprint']}; results: {out}", soft_wrap=True)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from vessel.batch import Views
+from vessel.checkpoint import find_checkpoint, read_checkpoint
 from vessel.data.prompt import Prompt
 from vessel.errors import VesselError
 from vessel.model.architecture import public_names, read_sizes, read_template
@@ -26,7 +26,6 @@ from vessel.model.weights.files import read_json
 from vessel.model.weights.load import load
 from vessel.model.weights.report import LoadReport
 from vessel.model.weights.sources import ADAPTER_CONFIG, INTERNVL, Source, open_source
-from vessel.model.weights.zero import is_zero, open_zero, written
 from vessel.run import LOCAL, MANIFEST, Manifest
 
 EXPORT_MANIFEST = "vessel.json"
@@ -85,6 +84,7 @@ class Restored:
         manifest: of the run, with the threshold and the fingerprint of these weights.
         source: the checkpoint file or folder that was read.
         reports: what each load did, the last one being that of `source`.
+        base: sources of the loads before that one.
     """
 
     network: Sa2VA
@@ -93,6 +93,7 @@ class Restored:
     manifest: Manifest
     source: Path
     reports: tuple[LoadReport, ...]
+    base: tuple[Weights, ...] = ()
 
     @property
     def views(self) -> Views:
@@ -133,57 +134,15 @@ def restore(ckpt: str, reading: Reading = Reading()) -> Restored:
     return _from_public(source, reading)
 
 
-def find_checkpoint(run: Path, kinds: tuple[str, ...] = ("best", "last")) -> Path:
-    """The newest checkpoint of a run folder, of the first kind that is there.
-
-    Args:
-        run: folder of the run, or a checkpoint that is a folder, as ZeRO-3 writes it.
-        kinds: `best` by validation, `last` written.
-
-    Raises:
-        VesselError: the folder is no run, or has no checkpoint yet.
-    """
-    if is_zero(run):
-        return run
-    for kind in kinds:
-        for folder in (run, run / "checkpoints"):
-            if found := sorted(folder.glob(f"{kind}*.ckpt"), key=written):
-                return found[-1]
-    what = "a run without checkpoint" if (run / MANIFEST).is_file() else "neither a run nor an export of vessel"
-    raise VesselError(f"{run}: {what}; give a run folder (outputs/<name>/<time>), one of its checkpoints, or an export")
-
-
-def read_checkpoint(path: Path) -> Mapping[str, Any]:
-    """Read a Lightning checkpoint of vessel, a file or what ZeRO-3 writes; code in it is never run.
-
-    Raises:
-        VesselError: damaged, or another kind of file, with the remedy.
-    """
-    try:
-        if is_zero(path):
-            checkpoint = open_zero(path).beside
-        else:
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError) as error:
-        raise VesselError(
-            f"{path}: not a checkpoint that can be read safely ({type(error).__name__}); vessel.train writes "
-            "outputs/<name>/<time>/checkpoints/*.ckpt, base weights belong into its `weights=[...]`"
-        ) from error
-    if not isinstance(checkpoint, dict) or "vessel" not in checkpoint:
-        raise VesselError(
-            f"{path}: weights, but no checkpoint of vessel.train: nothing says what network or data they belong to. "
-            "Base weights belong into `weights=[...]` of vessel.train"
-        )
-    return checkpoint
-
-
 def _from_checkpoint(path: Path, reading: Reading) -> Restored:
     checkpoint = read_checkpoint(path)
     beside = path.parent.parent / "tokenizer"
     manifest = Manifest.from_dict(checkpoint["vessel"])
     prompt = _prompt(manifest.config, str(beside) if beside.is_dir() else None)
-    plan = _plan(manifest.config, prompt, reading, Weights.listed(manifest.config["weights"]))
+    base = tuple(reading.base) or tuple(Weights.listed(manifest.config["weights"]))
+    plan = _plan(manifest.config, prompt, reading, base)
     network = plan.build()
+    require_same_base(manifest.weights, plan.reports)
     source = open_source(str(path))
     report = load(network, source, public_names(plan.sizes.language), tokens=prompt.new_tokens.start)
     # Frozen parameters come again from where the run began; what it drew at random is nowhere else.
@@ -192,23 +151,33 @@ def _from_checkpoint(path: Path, reading: Reading) -> Restored:
         raise VesselError(f"{path}: {len(absent)} tensors that only this run has are not there (first: {absent[0]})")
     sweep = checkpoint.get("callbacks", {}).get("ThresholdSweep", {})
     manifest = replace(manifest, threshold=sweep.get("threshold"), fingerprint=report.fingerprint)
-    return _restored(network, prompt, plan, manifest, path, report)
+    return replace(_restored(network, prompt, plan, manifest, path, report), base=base)
 
 
 def _from_export(source: Source, reading: Reading) -> Restored:
     manifest = Manifest.from_dict(read_json(source.path / EXPORT_MANIFEST))
     prompt = _prompt(manifest.config, str(source.path))
     if source.kind.on_top:
-        base = list(reading.base) or Weights.listed(manifest.config["weights"])
+        base = tuple(reading.base) or tuple(Weights.listed(manifest.config["weights"]))
         if not base or any(entry.source == LOCAL for entry in base):
             raise VesselError(
                 f"{source.path}: an adapter whose base is not on the hub; name the weights that it was trained on: "
-                "base=FOLDER"
+                "network.base=FOLDER"
             )
         plan = _plan(manifest.config, prompt, reading, [*base, source.entry])
     else:
+        base = ()
         plan = _plan({**manifest.config, "trainable": "nothing"}, prompt, reading, [source.entry], lora=Lora(r=0))
-    return _restored(plan.build(), prompt, plan, manifest, source.path)
+    network = plan.build()
+    *before, own = plan.reports
+    if base:
+        require_same_base(manifest.weights, before)
+    if own.fingerprint != manifest.fingerprint:
+        raise VesselError(
+            f"{source.path}: its tensors (fingerprint {own.fingerprint}) are not those that were exported "
+            f"({manifest.fingerprint}); a file is missing or was changed, export again"
+        )
+    return replace(_restored(network, prompt, plan, manifest, source.path), base=base)
 
 
 def _from_public(source: Source, reading: Reading) -> Restored:
@@ -235,6 +204,26 @@ def _from_public(source: Source, reading: Reading) -> Restored:
         config={"weights": [source.entry.source]}, data={}, phrases=(), prompt=prompt.name,
     )  # fmt: skip
     return _restored(plan.build(), prompt, plan, manifest, source.path)
+
+
+def require_same_base(then: Sequence[Mapping[str, Any]], now: Sequence[LoadReport]) -> None:
+    """Refuse a base that is not, tensor by tensor, the one that a run was trained on.
+
+    Args:
+        then: load reports of the run's manifest.
+        now: of the same sources today.
+
+    Raises:
+        VesselError: with both fingerprints.
+    """
+    trained_on = [str(report.get("fingerprint")) for report in then]
+    found = [report.fingerprint for report in now]
+    if trained_on != found:
+        raise VesselError(
+            f"base {', '.join(report.source for report in now) or 'none'}: its tensors (fingerprint "
+            f"{', '.join(found)}) are not those that the run was trained on ({', '.join(trained_on)}); "
+            "put the old ones back"
+        )
 
 
 def _restored(

@@ -12,6 +12,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from vessel.errors import VesselError
+
 MANIFEST = "manifest.json"
 LOCAL = "(a local folder)"  # what stands for a place of this machine in whatever leaves it
 
@@ -52,8 +54,23 @@ class Manifest:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Manifest:
-        """The inverse of `as_dict`."""
-        return cls(**{**values, "phrases": tuple(values["phrases"]), "weights": tuple(values["weights"])})
+        """The inverse of `as_dict`.
+
+        Raises:
+            VesselError: these are not the values of a manifest.
+        """
+        stated = values if isinstance(values, Mapping) else {}
+        lacking = sorted({"name", "config", "data", "phrases", "prompt", "weights"} - stated.keys())
+        unknown = sorted(stated.keys() - cls.__dataclass_fields__.keys())
+        wrong = [name for name in ("config", "data") if not isinstance(stated.get(name, {}), Mapping)]
+        wrong += [name for name in ("phrases", "weights") if not isinstance(stated.get(name, ()), list | tuple)]
+        told = {"it lacks": lacking, "it has an unknown": unknown, "of another type is": wrong}
+        if faults := [f"{what} {', '.join(names)}" for what, names in told.items() if names]:
+            raise VesselError(
+                f"the manifest of these weights (vessel.json of an export, `vessel` in a checkpoint) is none that this "
+                f"vessel reads: {'; '.join(faults)}; copy it again, or use the version of vessel that wrote it"
+            )
+        return cls(**{**stated, "phrases": tuple(stated["phrases"]), "weights": tuple(stated["weights"])})
 
     def write(self, folder: Path) -> None:
         """Write `manifest.json`."""

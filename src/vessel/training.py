@@ -21,18 +21,20 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
+from vessel.checkpoint import find_checkpoint, read_checkpoint
 from vessel.data.identity import RawIdentifiers, mapping_folder
 from vessel.data.module import VesselDataModule
+from vessel.data.prompt import Prompt
 from vessel.errors import VesselError
 from vessel.loggers import JsonLines
 from vessel.model.architecture import read_template
 from vessel.model.plan import NetworkPlan
-from vessel.model.sa2va import Sa2VA
+from vessel.model.sa2va import Sa2VA, Sizes
 from vessel.model.weights.digests import fingerprint
 from vessel.model.weights.entry import Weights
 from vessel.model.weights.report import LoadReport
 from vessel.model.weights.sources import open_source
-from vessel.restore import EXPORT_MANIFEST, find_checkpoint, read_checkpoint
+from vessel.restore import EXPORT_MANIFEST, require_same_base
 from vessel.run import Manifest, without_places
 from vessel.task import VesselTask
 
@@ -57,29 +59,26 @@ def train(config: DictConfig) -> float | None:
     run = Path(config.run)
     run.mkdir(parents=True, exist_ok=True)
     seed_everything(config.seed, workers=True, verbose=False)
-    config = _settled(config)
+    resumed = _resumed(config.ckpt)
+    parent = None if resumed is None else Manifest.from_dict(read_checkpoint(resumed)["vessel"])
+    config = _settled(config, parent)
     prompt = instantiate(config.prompt)
     sizes = instantiate(config.model)
     # Partial, as Hydra would turn dataclasses that it is given into its own configurations.
     data: VesselDataModule = instantiate(config.data, _partial_=True)(
         prompt=prompt, views=sizes.views, seed=config.seed
     )
-    plan = NetworkPlan(
-        sizes=sizes,
-        tokens=prompt.token_ids,
-        new_tokens=prompt.new_tokens,
-        lora=instantiate(config.lora),
-        trainable=config.trainable,
-        weights=_sources(config),
-        frozen_dtype=torch.bfloat16 if str(config.trainer.precision).startswith("bf16") else torch.float32,
-    )
-    resumed = _resumed(config.ckpt)
-    manifest = _manifest(config, data, resumed)
+    plan = _network_plan(config, sizes, prompt)
+    manifest = _manifest(config, data)
+    if resumed is not None and parent is not None:
+        manifest = _going_on(manifest, parent, resumed)
     manifest.write(run)
     prompt.save(run / "tokenizer")
 
     def build() -> Sa2VA:
         network = plan.build()
+        if parent is not None:
+            require_same_base(parent.weights, plan.reports)
         _refuse_random_seg(network, plan)
         known = replace(manifest, weights=tuple(report.summary() for report in plan.reports))
         tell(plan.reports)
@@ -104,11 +103,34 @@ def train(config: DictConfig) -> float | None:
     return None
 
 
-def _settled(config: DictConfig) -> DictConfig:
-    """The configuration with hub ids pinned to their commits, and the prompt of the weights where it is asked for."""
-    entries = [entry.pinned() for entry in _sources(config)]
+def _network_plan(config: DictConfig, sizes: Sizes, prompt: Prompt) -> NetworkPlan:
+    return NetworkPlan(
+        sizes=sizes,
+        tokens=prompt.token_ids,
+        new_tokens=prompt.new_tokens,
+        lora=instantiate(config.lora),
+        trainable=config.trainable,
+        weights=_sources(config),
+        frozen_dtype=torch.bfloat16 if str(config.trainer.precision).startswith("bf16") else torch.float32,
+    )
+
+
+def _settled(config: DictConfig, parent: Manifest | None) -> DictConfig:
+    """The configuration as it can be repeated from anywhere: whole paths, hub ids with their commits, prompts named.
+
+    A run that goes on has the commits of the one before.
+    """
+    entries = _sources(config)
+    if parent is not None:
+        commits = {entry.source: entry.revision for entry in Weights.listed(parent.config["weights"])}
+        entries = [replace(e, revision=e.revision or commits.get(e.source)) for e in entries]
+    entries = [entry.pinned() for entry in entries]
     settled = OmegaConf.merge(config, {"weights": [asdict(entry) for entry in entries]})
     assert isinstance(settled, DictConfig)
+    for section, key in (("data", "root"), ("prompt", "tokenizer")):
+        place = config[section].get(key)
+        if place is not None and Path(place).expanduser().exists():
+            settled[section][key] = str(Path(place).expanduser().absolute())
     if WEIGHTS in (config.prompt.tokenizer, config.prompt.template):
         folders = [source for source in map(open_source, entries) if source.config]
         if not folders:
@@ -150,8 +172,8 @@ def _check(config: DictConfig) -> None:
         )
 
 
-def _manifest(config: DictConfig, data: VesselDataModule, resumed: Path | None) -> Manifest:
-    """Facts of the run; a run that goes on must have the data, split and phrases of the one before."""
+def _manifest(config: DictConfig, data: VesselDataModule) -> Manifest:
+    """Facts of the run."""
     relative = OmegaConf.merge(config, {"run": "."})  # loggers and callbacks name the run's folder
     plain: Any = OmegaConf.to_container(relative, resolve=True)
     facts = data.catalog.manifest
@@ -170,10 +192,11 @@ def _manifest(config: DictConfig, data: VesselDataModule, resumed: Path | None) 
             f"the configuration holds what looks like a patient's name or id ({', '.join(found[:3])}); loggers and "
             "exports would repeat it: take it out of name, phrases and options"
         )
-    if resumed is None:
-        return manifest
-    checkpoint = read_checkpoint(resumed)
-    parent = Manifest.from_dict(checkpoint["vessel"])
+    return manifest
+
+
+def _going_on(manifest: Manifest, parent: Manifest, resumed: Path) -> Manifest:
+    """A run that goes on must have the data, split and phrases of the one before."""
     same = ("fingerprint", "split_hash", "fold")
     differing = [key for key in same if parent.data.get(key) != manifest.data.get(key)]
     if differing or parent.phrases != manifest.phrases:
@@ -217,7 +240,7 @@ def _trainer(config: DictConfig, run: Path) -> Trainer:
 def _resumed(ckpt: str | None) -> Path | None:
     if ckpt is None:
         return None
-    path = Path(ckpt)
+    path = Path(ckpt).expanduser()
     if (path / EXPORT_MANIFEST).is_file():
         raise VesselError(f"ckpt={ckpt}: an export has no optimizer to go on with; start from it with weights=[{ckpt}]")
     return find_checkpoint(path, ("last", "best")) if path.is_dir() else path

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 
@@ -50,6 +51,14 @@ def test_parts_and_folds(tmp_path):
     assert [f.id for f in catalog.part("train", fold=0)] == ["pc_v1_000001", "pc_v1_000002"]
     assert [f.patient for f in catalog.part("test", fold=0)] == ["pd", "pd"]
     assert catalog.frames["pa_v1_000001"].masks["cap"] is None
+
+
+def test_a_home_folder_is_written_out(tmp_path, monkeypatch):
+    write(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path.parent))
+    assert Catalog.open(Path("~") / tmp_path.name).root == tmp_path
+    with pytest.raises(VesselError, match="~nosuchuser/x: no user of that name"):
+        Catalog.open(Path("~nosuchuser/x"))
 
 
 def test_missing_parts_and_folds_list_those_there(tmp_path):

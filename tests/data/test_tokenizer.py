@@ -109,6 +109,14 @@ def test_saved_it_is_an_internlm2_folder_again(folder, tmp_path_factory):
     assert config["auto_map"]["AutoTokenizer"][0] == "tokenization_internlm2.InternLM2Tokenizer"
 
 
+@pytest.mark.parametrize("content", ["[]", "3", "{", '{"tokenizer_class": 3}'])
+def test_a_damaged_configuration_is_told(folder, content):
+    place = folder()
+    (place / "tokenizer_config.json").write_text(content)
+    with pytest.raises(VesselError, match="no tokenizer could be read"):
+        read_tokenizer(str(place))
+
+
 def test_a_damaged_model_is_told(folder):
     place = folder()
     (place / "tokenizer.model").write_bytes(b"no model")

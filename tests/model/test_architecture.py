@@ -1,22 +1,27 @@
 """Sizes and templates from what public folders state, and refusals of what vessel would compute otherwise."""
 
 import json
+import re
 from dataclasses import replace
 from importlib.resources import files
 from inspect import signature
 
 import pytest
+import torch
 import yaml
 from accelerate import init_empty_weights
 from sam2.modeling.backbones.hieradet import Hiera
 from tests.conftest import SIZES
+from tests.model.layouts import LANGUAGE_CONFIG, write_sa2va
 
 from vessel.batch import TokenIds
 from vessel.errors import VesselError
 from vessel.model.architecture import PUBLIC_SAM2, language_family, public_names, read_sizes, read_template
 from vessel.model.grounding import GroundingSizes, build_grounding
+from vessel.model.hub_config import NATIVE_TYPE
 from vessel.model.mllm import LanguageSizes, VisionSizes, build_mllm
 from vessel.model.sa2va import Sizes
+from vessel.model.weights.entry import Weights
 from vessel.model.weights.files import read_json
 from vessel.model.weights.names import PublicNames
 from vessel.model.weights.sources import open_source
@@ -94,8 +99,42 @@ def test_golden_folders_have_the_sizes_that_their_makers_state(shared, network, 
 
 def test_an_original_internvl_folder(original):
     config, shapes = original
-    assert read_sizes(config, shapes, grounding=SIZES.grounding) == Sizes(INTERNLM2, VIT_6B, SIZES.grounding, 6)
+    assert read_sizes(config, shapes, grounding=SIZES.grounding) == Sizes(INTERNLM2, VIT_6B, SIZES.grounding, 12)
     assert read_template(config) == "internlm2_chat"
+
+
+def test_tiles_are_those_of_the_public_code_but_in_a_folder_of_our_own(original):
+    """The public code has the constant 12 (specification, 1.3), whatever `max_dynamic_patch` says."""
+    config, shapes = original
+    for kind, tiles in (("sa2va_chat", 12), ("internvl_chat", 12), (NATIVE_TYPE, 6)):
+        assert read_sizes(config | {"model_type": kind}, shapes, grounding=SIZES.grounding).max_tiles == tiles
+
+
+def test_dynamic_scaling_need_not_be_stated_since_it_changes_nothing_up_to_the_context(plan, tmp_path):
+    scaled = LANGUAGE_CONFIG | {"rope_scaling": {"type": "dynamic", "rope_type": "dynamic", "factor": 2.0}}
+    written = plan().build()
+    folder = write_sa2va(tmp_path, written, llm_config=scaled)
+    assert SIZES.language.rope_factor is None
+    loaded = plan(weights=[Weights(str(folder))]).build()
+    assert torch.equal(loaded.mllm.lm_head.weight, written.mllm.lm_head.weight)
+
+
+def test_a_size_of_another_value_is_refused_with_the_option_that_mends_it(plan, compose, tmp_path):
+    folder = write_sa2va(tmp_path, plan().build(), llm_config=LANGUAGE_CONFIG | {"rope_theta": 5e7})
+    with pytest.raises(
+        VesselError, match=r"model\.language\.rope_theta is 1000000\.0 here and 50000000\.0 there"
+    ) as error:
+        plan(weights=[Weights(str(folder))]).build()
+    option = re.search(r"\+\+model\S+[^,\s]", str(error.value))[0]
+    assert compose("train", ["model=internvl3_2b", option]).model.language.rope_theta == 5e7
+    assert compose("train", ["model=internvl2_5_26b", option]).model.language.rope_theta == 5e7
+
+
+def test_the_recipe_of_internvl3_1b_is_its_printed_configuration(compose):
+    """As OpenGVLab/InternVL3-1B prints it, but for a rotary scaling that changes nothing up to the context."""
+    assert compose("train", ["model=internvl3_1b"]).model.language == LanguageSizes(
+        width=896, layers=24, heads=14, kv_heads=2, mlp=4864, context=32768, rms_eps=1e-6, rope_theta=1e6
+    )
 
 
 @pytest.mark.parametrize("language", [SIZES.language, INTERNLM2], ids=["qwen2", "internlm2"])
@@ -159,7 +198,11 @@ def test_public_sam2_is_what_its_package_and_the_configuration_say(compose, size
         ({"llm_config.model_type": "llama"}, r"language model of type llama"),
         ({"text_config": {"model_type": "qwen2_5_vl_text"}}, r"a model built on Qwen-VL"),
         ({"text_config": {"model_type": "qwen3_vl"}}, r"a model built on Qwen-VL"),
-        ({"llm_config": None}, r"no llm_config and no text_config"),
+        ({"llm_config": None}, r"no llm_config, as"),
+        ({"llm_config": []}, r"no llm_config, as"),
+        ({"llm_config": None, "text_config": None}, r"no llm_config, as"),
+        ({"vision_config": None}, r"no vision_config, as"),
+        ({"vision_config": "intern_vit_6b"}, r"no vision_config, as"),
         ({}, r"no SAM2 among the tensors; .*network\.grounding="),
     ],
 )

@@ -39,8 +39,18 @@ def test_language_on_a_gpu_and_sam2_on_the_cpu(plan, make_batch):
     assert torch.allclose(before, after.cpu(), atol=1e-3)
 
 
-def test_wrong_maps_are_refused(plan):
-    with pytest.raises(VesselError, match="use auto"):
-        place(plan().build(), "balanced?")
+@pytest.mark.parametrize("device_map", ["balanced?", 3, [{"mllm": "cpu"}], ["cpu", "cuda:0"]])
+def test_what_is_no_map_is_refused(plan, device_map):
+    with pytest.raises(VesselError, match="use auto, or a device for each part"):
+        place(plan().build(), device_map)
+
+
+@pytest.mark.parametrize("mllm", [["cpu"], "banana"])
+def test_wrong_devices_are_refused(plan, mllm):
+    with pytest.raises(VesselError, match="device_map"):
+        place(plan().build(), {"mllm": mllm, "text_hidden_fcs": "cpu", "grounding": "cpu"})
+
+
+def test_a_part_without_a_device_is_refused(plan):
     with pytest.raises(VesselError, match="device_map"):
         place(plan().build(), {"mllm": "cpu"})

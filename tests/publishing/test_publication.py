@@ -15,13 +15,14 @@ from safetensors.torch import load_file, save_file
 from tests.conftest import _configuration
 from tests.golden import GROUNDING, NETWORKS
 
+from vessel.checkpoint import find_checkpoint
 from vessel.errors import VesselError
 from vessel.model.weights.entry import Weights
 from vessel.model.weights.sources import open_source
 from vessel.publishing import folder as folder_module
 from vessel.publishing import upload
 from vessel.publishing.publication import Options, Origin, export
-from vessel.restore import Reading, find_checkpoint, restore
+from vessel.restore import Reading, restore
 
 pytestmark = pytest.mark.slow
 CODE = {"modeling_sa2va_chat.py": "raise SystemExit('never imported')\n", "sam2.py": "x = 1\n"}
@@ -145,6 +146,15 @@ def test_an_adapter_is_merged_by_exporting_it_again(lora_run, base, tmp_path):
     assert all(torch.equal(one[name], two[name]) for name in one)
     config = json.loads((adapter / "adapter_config.json").read_text())
     assert (config["base_model_name_or_path"], config["r"], config["lora_alpha"]) == ("", 8, 16)
+
+
+def test_guard_W4_an_export_with_a_file_lost_or_changed_is_refused(lora_run, base, tmp_path):
+    adapter = export(asked(lora_run, tmp_path / "adapter", layout="adapter"))
+    reading = Reading(base=[Weights(str(base))])
+    assert restore(str(adapter), reading).tuned
+    (adapter / "non_lora.safetensors").unlink()
+    with pytest.raises(VesselError, match="not those that were exported"):
+        restore(str(adapter), reading)
 
 
 def test_a_run_without_adapters_has_none_to_export(tiny_run, out, tmp_path):

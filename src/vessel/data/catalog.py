@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vessel.errors import VesselError
+from vessel.places import expanded
 
 KIND = "vessel dataset"
 VERSION = 1
@@ -124,7 +125,7 @@ class Catalog:
         Raises:
             VesselError: when the folder is no prepared data set, was changed by hand, or its split leaks.
         """
-        root = Path(root)
+        root = expanded(root)
         manifest = _read(root, "manifest.json")
         if not isinstance(manifest, dict) or manifest.get("kind") != KIND:
             raise VesselError(_not_prepared(root, "its manifest.json is of another kind"))

@@ -84,7 +84,7 @@ def read_tokenizer(source: str) -> PreTrainedTokenizerBase:
         if cls is None:
             cls = PreTrainedTokenizerFast if _holds(source, "tokenizer.json") else InternLM2Tokenizer
         return cls.from_pretrained(source)
-    except (OSError, json.JSONDecodeError, ValueError, RuntimeError, TypeError) as error:
+    except (OSError, json.JSONDecodeError, ValueError, RuntimeError, TypeError, AttributeError) as error:
         raise VesselError(f"prompt.tokenizer={source}: no tokenizer could be read there ({error})") from error
 
 

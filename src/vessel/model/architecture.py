@@ -9,6 +9,7 @@ from typing import Any
 
 from vessel.errors import VesselError
 from vessel.model.grounding import GroundingSizes
+from vessel.model.hub_config import NATIVE_TYPE
 from vessel.model.mllm import VISION_EPS, LanguageSizes, Norm, VisionSizes
 from vessel.model.sa2va import Sizes
 from vessel.model.weights.names import Language, PublicNames
@@ -75,7 +76,9 @@ def read_sizes(config: Config, shapes: Shapes, *, grounding: GroundingSizes | No
     else:
         _require(config, _REQUIRED)
     sam2 = _sam2(shapes) if grounding is None else grounding
-    return Sizes(language, vision, sam2, config.get("max_dynamic_patch", Sizes.max_tiles))
+    # The public code cuts into 12 tiles at most, whatever config.json says; a folder of vessel's own is not for it.
+    own = config.get("model_type") == NATIVE_TYPE
+    return Sizes(language, vision, sam2, config.get("max_dynamic_patch", Sizes.max_tiles) if own else Sizes.max_tiles)
 
 
 def read_template(config: Config) -> str:
@@ -93,7 +96,7 @@ def read_template(config: Config) -> str:
 
 def _is_native(config: Config) -> bool:
     """Whether transformers wrote it for its own InternVL."""
-    return "text_config" in config
+    return bool(config.get("text_config"))
 
 
 def _require(config: Config, values: Config) -> None:
@@ -103,9 +106,13 @@ def _require(config: Config, values: Config) -> None:
 
 
 def _language_part(config: Config) -> Config:
-    part: Config | None = config.get("text_config") or config.get("llm_config")
-    if part is None:
-        raise VesselError("config.json has no llm_config and no text_config, as that of every InternVL and Sa2VA has")
+    return _part(config, "text_config" if _is_native(config) else "llm_config")
+
+
+def _part(config: Config, name: str) -> Config:
+    part = config.get(name)
+    if not isinstance(part, Mapping):
+        raise VesselError(f"config.json has no {name}, as that of every InternVL and Sa2VA has: copy it again")
     return part
 
 
@@ -143,7 +150,7 @@ def _language(config: Config, shapes: Shapes) -> LanguageSizes:
 
 def _vision(config: Config, shapes: Shapes) -> VisionSizes:
     """Norms and biases are read off the tensors, which say the same in every layout."""
-    part = config["vision_config"]
+    part = _part(config, "vision_config")
     _require(part, {"layer_norm_eps": VISION_EPS})
     norm: Norm = "layer_norm" if f"{_VIT_LAYER}layernorm_before.bias" in shapes else "rms_norm"
     return VisionSizes(

@@ -24,15 +24,13 @@ def place(network: Sa2VA, device_map: str | Mapping[str, str | int]) -> Sa2VA:
     Raises:
         VesselError: a part without a device, or a device that is not there.
     """
-    if isinstance(device_map, str):
-        if device_map != "auto":
-            raise VesselError(
-                f"device_map={device_map}: use auto, or a device for each part: {{mllm: 0, grounding: 1}}"
-            )
+    if device_map == "auto":
         chosen = infer_auto_device_map(network, no_split_module_classes=_WHOLE)
-    else:
+    elif isinstance(device_map, Mapping):
         chosen = dict(device_map)
+    else:
+        raise VesselError(f"device_map={device_map}: use auto, or a device for each part: {{mllm: 0, grounding: 1}}")
     try:
         return dispatch_model(network, chosen, force_hooks=True)
-    except (ValueError, RuntimeError, AssertionError) as error:
+    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
         raise VesselError(f"device_map={dict(chosen)}: {error}") from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 
 import torch
 from accelerate import init_empty_weights
@@ -11,7 +11,8 @@ from torch import nn
 
 from vessel.batch import TokenIds
 from vessel.errors import VesselError
-from vessel.model.architecture import public_names, read_sizes
+from vessel.model.architecture import public_names
+from vessel.model.checks import check_adapters, check_order, check_sizes, know_seg
 from vessel.model.groups import TRAINABLE, choose_trainable, group_of
 from vessel.model.lora import Lora, add_lora
 from vessel.model.partition import Ranks, gathered, resting
@@ -19,7 +20,7 @@ from vessel.model.sa2va import Sa2VA, Sizes, build_sa2va
 from vessel.model.weights.entry import Weights
 from vessel.model.weights.load import load
 from vessel.model.weights.report import LoadReport
-from vessel.model.weights.sources import INTERNVL, SA2VA, Source, open_source
+from vessel.model.weights.sources import Source, open_source
 
 _TOKEN_TABLES = ("model.language_model.embed_tokens.weight", "lm_head.weight")  # peft copies them
 
@@ -36,7 +37,7 @@ class NetworkPlan:
         trainable: `lora`, `decoder_only` or `all`.
         weights: sources in the order of loading, a later one on top of those before; empty for random weights.
         frozen_dtype: dtype of parameters that do not train; under ZeRO-3 all have the one that DeepSpeed is set to.
-        seg_is_trained: whether a source knew `[SEG]`; known when the network is made.
+        seg_is_trained: whether a source gave rows of `[SEG]` that it trained; known when the network is made.
     """
 
     sizes: Sizes
@@ -64,10 +65,10 @@ class NetworkPlan:
         if self.trainable not in TRAINABLE:
             raise VesselError(f"trainable={self.trainable}: use one of {', '.join(TRAINABLE)}")
         sources = [open_source(entry) for entry in self.weights]
-        _check_order(sources)
+        check_order(sources)
         for source in sources:
-            self._check_sizes(source)
-        self.seg_is_trained = any(source.kind.knows_seg and not source.entry.partial for source in sources)
+            check_sizes(source, self.sizes)
+        self.seg_is_trained = know_seg(sources, public_names(self.sizes.language), self.sizes.language.vocabulary)
         self.reports = []
         with resting() as ranks:
             return self._made(sources, ranks)
@@ -81,7 +82,7 @@ class NetworkPlan:
             ranks.share(network)
         for source in sources:
             if source.kind.on_top:
-                self._check_scale(source)
+                check_adapters(source, self.lora, self.new_tokens)
                 self._load(network, source, ranks)
         choose_trainable(network, self.trainable)
         for parameter in network.parameters() if ranks is None else ():
@@ -89,31 +90,6 @@ class NetworkPlan:
             if parameter.dtype != dtype:
                 parameter.data = parameter.data.to(dtype)
         return network
-
-    def _check_sizes(self, source: Source) -> None:
-        """Refuse a folder whose heads, rotary base and the like, which no tensor shows, are others than ours."""
-        if source.kind not in (SA2VA, INTERNVL) or source.entry.partial:
-            return
-        shapes = {name: tuple(tensor.shape) for name, tensor in source.outline().items()}
-        found = read_sizes(source.config, shapes, grounding=self.sizes.grounding)
-        for part in ("language", "vision"):
-            ours, theirs = getattr(self.sizes, part), getattr(found, part)
-            for name in {entry.name for entry in fields(ours)} - {"vocabulary", "context"}:
-                if getattr(ours, name) != getattr(theirs, name):
-                    raise VesselError(
-                        f"{source.entry.source}: model.{part}.{name} is {getattr(ours, name)} here and "
-                        f"{getattr(theirs, name)} there; choose the model= that it was made for, or name the modules "
-                        "to take: {source: ..., partial: [grounding.mask_decoder]}"
-                    )
-
-    def _check_scale(self, source: Source) -> None:
-        """Refuse adapters that were trained at another scale, which no tensor shows either."""
-        ratio = source.alpha_ratio()
-        if ratio is not None and ratio != self.lora.alpha_ratio:
-            raise VesselError(
-                f"{source.entry.source}: its adapters were trained with alpha = {ratio:g} r, here it is "
-                f"{self.lora.alpha_ratio:g} r; choose lora.alpha_ratio={ratio:g}"
-            )
 
     def nbytes(self) -> int:
         """Bytes of the parameters when built, adapters not counted: from the headers of the sources, or by building."""
@@ -152,29 +128,12 @@ class NetworkPlan:
         return stored if group_of(name) in TRAINABLE[self.trainable] else self.frozen_dtype
 
 
-def _check_order(sources: Sequence[Source]) -> None:
-    if not sources:
-        return
-    kinds = [source.kind for source in sources]
-    if kinds[0].on_top:
-        first = sources[0].entry.source
-        raise VesselError(
-            f"{first}: a {kinds[0].name} holds only what trained, so its base must come before it: "
-            f"weights=[BASE,{first}]"
-        )
-    for source, before in zip(sources[1:], sources, strict=False):
-        is_base = not source.kind.on_top and not source.entry.partial
-        if is_base and (before.kind.on_top or before.entry.partial):
-            raise VesselError(
-                f"weights: {source.entry.source} is a {source.kind.name} and would undo what comes before it from "
-                f"{before.entry.source}; put what is a base first"
-            )
-
-
 def _begin_at_random(module: nn.Module) -> None:
-    """Initialise layers that no source gave, as torch does."""
+    """Initialise, as torch does, what no source gave; of a layer it may have given a part."""
     for layer in module.modules():
         if any(parameter.is_meta for parameter in layer.parameters(recurse=False)):
-            layer.to_empty(device="cpu", recurse=False)
             assert isinstance(layer, nn.Linear)
-            layer.reset_parameters()
+            fresh = nn.Linear(layer.in_features, layer.out_features)
+            for name, parameter in fresh.named_parameters():
+                if layer.get_parameter(name).is_meta:
+                    setattr(layer, name, parameter)

@@ -26,7 +26,7 @@ from vessel.model.hub_config import REMOTE_CODE
 from vessel.model.weights.entry import Weights
 from vessel.publishing.card import HOW_TO_GET_CODE
 from vessel.publishing.folder import public_code_of, write_folder
-from vessel.publishing.gate import differs_from_base, require_same_base
+from vessel.publishing.gate import differs_from_base
 from vessel.publishing.proof import account_in_a_fresh_process, account_of, compare, drawn_image
 from vessel.publishing.upload import check_repository, push, refuse_raw_identifiers
 from vessel.restore import NetworkOptions, Reading, Restored, restore
@@ -88,11 +88,11 @@ def export(options: Options) -> Path:
     _check(options)
     reading = options.network.reading()
     restored = restore(options.ckpt, reading)
-    base = list(reading.base) or Weights.listed(restored.manifest.config.get("weights"))
+    # Of merged weights the base need not be at hand.
+    base = list(restored.base) or Weights.listed(restored.manifest.config.get("weights"))
     if options.layout == "adapter" and "lora" not in restored.network.trainable_groups():
         raise VesselError("layout=adapter: this network has no adapters that trained; choose layout=sa2va or native")
-    require_same_base(restored)
-    code = _public_code(options, restored, base)
+    code = _public_code(options, restored)
     _require_space(options, restored, console)
     images = _samples(options, restored)
     expected = account_of(restored, images)
@@ -101,7 +101,7 @@ def export(options: Options) -> Path:
         folder.mkdir()
         fingerprint, told = _write(folder, pth, restored, options, base, code)
         searched = _refuse_raw_identifiers(folder, restored, options)
-        fresh = _reading_of_the_export(restored, options, base)
+        fresh = _reading_of_the_export(restored, options)
         threshold = restored.threshold
         del restored  # the comparison needs room for one network at a time
         found = account_in_a_fresh_process(folder, images, fresh)
@@ -194,15 +194,13 @@ def _samples(options: Options, restored: Restored) -> dict[str, NDArray[np.uint8
         return {"drawn": drawn_image()}
 
 
-def _public_code(options: Options, restored: Restored, base: Sequence[Weights]) -> list[Path]:
+def _public_code(options: Options, restored: Restored) -> list[Path]:
     """The files of the folder named, else of what the network was read from."""
     if options.layout != "sa2va":
         return []
     if options.remote_code is not None:
         return public_code_of([Path(options.remote_code).expanduser()])
-    # Of merged weights the base need not be at hand.
-    read = base if restored.network.trainable_groups() else ()
-    return public_code_of([restored.source, *(entry.fetch()[0] for entry in read)])
+    return public_code_of([restored.source, *(entry.fetch()[0] for entry in restored.base)])
 
 
 def _write(
@@ -215,18 +213,17 @@ def _write(
     """
     dtype, names = DTYPES[options.dtype], public_names(restored.sizes.language)
     written = write_folder(folder, restored, layout=options.layout, dtype=options.dtype, base=base, code=code)
-    told = [f"{written.tensors} tensors read back equal the merged network", differs_from_base(restored, base, dtype)]
+    told = [f"{written.tensors} tensors read back equal the merged network", differs_from_base(restored, dtype)]
     if options.pth:
         count = write_pth(pth, restored.network, names, dtype)
         told.append(f"{count} tensors of {options.pth.name} read back equal the merged network")
     return written.fingerprint, told
 
 
-def _reading_of_the_export(restored: Restored, options: Options, base: Sequence[Weights]) -> Reading:
+def _reading_of_the_export(restored: Restored, options: Options) -> Reading:
     """What the export's own files do not say."""
-    return Reading(
-        base=base if options.layout == "adapter" else (), grounding=None if restored.tuned else restored.sizes.grounding
-    )
+    base = restored.base if options.layout == "adapter" else ()
+    return Reading(base=base, grounding=None if restored.tuned else restored.sizes.grounding)
 
 
 def _refuse_raw_identifiers(folder: Path, restored: Restored, options: Options) -> str:

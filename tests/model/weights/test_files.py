@@ -61,6 +61,30 @@ def test_an_index_that_names_other_tensors_is_refused(tmp_path):
         open_safetensors(tmp_path)
 
 
+@pytest.mark.parametrize("shard", [None, 3, ["model-00001-of-00002.safetensors"]])
+def test_an_index_that_names_no_file_is_refused(tmp_path, shard):
+    write_folder(tmp_path, STATE, shards=2)
+    index = json.loads((tmp_path / INDEX).read_text())
+    index["weight_map"]["part.1"] = shard
+    (tmp_path / INDEX).write_text(json.dumps(index))
+    with pytest.raises(VesselError, match="no weight_map with a file for each tensor"):
+        open_safetensors(tmp_path)
+
+
+def test_two_sets_of_weights_in_a_folder_are_refused(tmp_path):
+    """An index of older shards would win over a newer single file without a word."""
+    write_folder(tmp_path, STATE, shards=2)
+    write_folder(tmp_path, {name: tensor + 1 for name, tensor in STATE.items()})
+    with pytest.raises(VesselError, match=f"model.safetensors, and beside it {INDEX}.* two sets of weights"):
+        open_safetensors(tmp_path)
+    for shard in tmp_path.glob("model-*"):
+        shard.unlink()
+    with pytest.raises(VesselError, match="two sets of weights"):
+        open_safetensors(tmp_path)
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(STATE, "model.safetensors")}))
+    assert dict(open_safetensors(tmp_path).read())["part.0"].eq(1).all()
+
+
 def test_a_folder_without_weights_is_refused(tmp_path):
     with pytest.raises(VesselError, match="no weights"):
         open_safetensors(tmp_path)

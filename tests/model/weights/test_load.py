@@ -5,10 +5,10 @@ import json
 
 import pytest
 import torch
+from tests.model.conftest import same
 from tests.model.layouts import (
     LANGUAGE_CONFIG,
     LINEAR,
-    VISION_CONFIG,
     as_training_code_holds_it,
     internvl_state,
     public_state,
@@ -21,35 +21,9 @@ from tests.model.layouts import (
 
 from vessel.errors import VesselError
 from vessel.model.lora import Lora, merged_state
-from vessel.model.weights import load as loading
 from vessel.model.weights.digests import fingerprint
 from vessel.model.weights.entry import Weights
-from vessel.model.weights.names import PublicNames
 from vessel.model.weights.sources import open_source
-
-
-@pytest.fixture
-def network(plan):
-    """A network whose weights the sources hold."""
-    return plan().build().eval()
-
-
-@pytest.fixture
-def load(plan):
-    """Build from sources: `load("folder", {"source": ..., "partial": [...]}, lora=...)` gives network and reports."""
-
-    def build(*sources, **changes):
-        made = plan(weights=Weights.listed([s if isinstance(s, dict) else str(s) for s in sources]), **changes)
-        return made.build().eval(), made.reports
-
-    return build
-
-
-def same(one, two, part=""):
-    """Whether all tensors whose name holds `part` are equal; at least one must be there."""
-    state, other = one.state_dict(), two.state_dict()
-    names = [name for name in other if part in name]
-    return bool(names) and all(torch.equal(state[name], other[name]) for name in names)
 
 
 @pytest.mark.parametrize("shards", [1, 4])
@@ -191,175 +165,6 @@ def test_peft_adapter_on_its_base(network, load, tmp_path):
     ids = torch.arange(20)[None]
     with torch.no_grad():
         assert torch.allclose(loaded.mllm(input_ids=ids).logits, language(input_ids=ids).logits, atol=1e-5)
-
-
-# What must be refused ------------------------------------------------------------------------------------------------
-
-
-def test_guard_W1_a_file_of_another_width_is_refused(network, load, tmp_path):
-    wide = {name: torch.zeros(*(2 * s for s in t.shape)) for name, t in public_state(network).items()}
-    with pytest.raises(VesselError, match=r"does not fit this network: .* of another shape .*Choose the model="):
-        load(write_folder(tmp_path, wide))
-
-
-@pytest.mark.parametrize(
-    ("part", "config", "told"),
-    [
-        ("llm_config", LANGUAGE_CONFIG | {"num_attention_heads": 2}, r"heads is 4 here and 2 there"),
-        ("llm_config", LANGUAGE_CONFIG | {"rope_theta": 5e7}, r"rope_theta is 1000000\.0 here and 50000000\.0 there"),
-        ("vision_config", VISION_CONFIG | {"num_attention_heads": 4}, r"vision\.heads is 2 here and 4 there"),
-    ],
-)
-def test_guard_W1_sizes_that_no_tensor_shows_are_compared(network, load, tmp_path, part, config, told):
-    with pytest.raises(VesselError, match=told):
-        load(write_sa2va(tmp_path, network, **{part: config}))
-
-
-def test_guard_W1_parts_of_another_network_only_by_name_and_share(network, plan, load, tmp_path):
-    folder = write_sa2va(tmp_path / "base", network)
-    torch.manual_seed(5)
-    other = public_state(plan(trainable="nothing").build())
-    for name in other:
-        if name.startswith(("language_model", "mlp1", "text_hidden_fcs")):
-            other[name] = torch.zeros(*(2 * s for s in other[name].shape))
-        else:
-            other[name] += 1
-    write_folder(tmp_path / "wide", other)
-    entry = {"source": str(tmp_path / "wide"), "partial": ["grounding.mask_decoder"]}
-    loaded, (_, report) = load(folder, entry)
-    assert [module.module for module in report.modules] == ["grounding.mask_decoder"]
-    assert report.left_out == len(other) - 131 + 2 * 2  # query, key and value of the one vision layer are one tensor
-    assert not same(loaded, network, "sam_mask_decoder")
-    assert same(loaded, network, "text_hidden_fcs")
-    with pytest.raises(VesselError, match=r"0.0% of the elements of text_hidden_fcs fit, 100.0% are asked for"):
-        load(folder, entry | {"partial": ["grounding.mask_decoder", "text_hidden_fcs"]})
-    with pytest.raises(VesselError, match=r"partial=grounding\.decoder is no module"):
-        load(folder, entry | {"partial": ["grounding.decoder"]})
-
-
-def test_guard_W1_a_stated_share_is_enough_and_less_is_not(network, load, tmp_path):
-    folder = write_sa2va(tmp_path / "base", network)
-    half = public_state(network)
-    for name in [n for n in half if n.startswith("text_hidden_fcs.2")]:
-        del half[name]
-    write_folder(tmp_path / "half", half)
-    entry = {"source": str(tmp_path / "half"), "partial": ["text_hidden_fcs"]}
-    elements = 32 * 32 + 32
-    share = elements / (2 * elements)
-    load(folder, entry | {"share": share})
-    with pytest.raises(VesselError, match=r"50.0% of the elements of text_hidden_fcs fit, 51.0%"):
-        load(folder, entry | {"share": 0.51})
-
-
-def test_guard_W2_sam_2_1_is_refused_by_name(network, load, tmp_path):
-    more = {"no_obj_embed_spatial": torch.zeros(1, 8), "obj_ptr_tpos_proj.weight": torch.zeros(8, 32)}
-    folder = write_sa2va(tmp_path / "base", network)
-    with pytest.raises(VesselError, match=r"SAM 2\.1, and Sa2VA is built on SAM 2\.0"):
-        load(folder, write_sam2(tmp_path / "sam2.1.pt", network, **more))
-
-
-def test_guard_W3_a_training_checkpoint_is_no_base(network, load, tmp_path):
-    torch.save({"state_dict": training_state(as_training_code_holds_it(network, rank=4))}, tmp_path / "iter.pth")
-    with pytest.raises(VesselError, match=r"holds only what trained, so its base must come before it: weights=\[BASE,"):
-        load(tmp_path / "iter.pth", lora=Lora(r=4), trainable="lora")
-
-
-def test_guard_W3_a_base_does_not_follow_what_was_trained_on_it(network, load, tmp_path):
-    torch.save({"state_dict": training_state(as_training_code_holds_it(network, rank=4))}, tmp_path / "iter.pth")
-    base = write_sa2va(tmp_path / "base", network)
-    with pytest.raises(VesselError, match="would undo"):
-        load(base, tmp_path / "iter.pth", base, lora=Lora(r=4), trainable="lora")
-
-
-@pytest.mark.parametrize("lora", [Lora(r=0), Lora(r=8)], ids=["none", "another rank"])
-def test_guard_W5_adapters_that_match_nothing_are_refused(network, load, tmp_path, lora):
-    torch.save({"state_dict": training_state(as_training_code_holds_it(network, rank=4))}, tmp_path / "iter.pth")
-    base = write_sa2va(tmp_path / "base", network)
-    with pytest.raises(VesselError, match=r"adapters of rank 4 have no place .*choose lora\.r=4"):
-        load(base, tmp_path / "iter.pth", lora=lora, trainable="lora")
-
-
-def test_guard_W5_one_lost_adapter_is_enough_to_refuse(network, load, tmp_path):
-    state = training_state(as_training_code_holds_it(network, rank=4))
-    lost = next(name for name in state if "lora_B" in name)
-    del state[lost]
-    torch.save({"state_dict": state}, tmp_path / "iter.pth")
-    base = write_sa2va(tmp_path / "base", network)
-    with pytest.raises(VesselError, match=r"1 missing \(first: .*lora_B"):
-        load(base, tmp_path / "iter.pth", lora=Lora(r=4), trainable="lora")
-
-
-def test_guard_W5_adapters_of_another_scale_are_refused(network, load, tmp_path):
-    """Alpha is in no tensor: adapters would be taken at a scale that they were not trained at."""
-    tree = as_training_code_holds_it(network, rank=4)
-    tree.mllm.model.language_model.save_pretrained(tmp_path / "adapter")
-    cfg = "model = dict(llm_lora=dict(lora_alpha=16, lora_dropout=0.05, r=4, type='peft.LoraConfig'))"
-    torch.save({"state_dict": training_state(tree), "meta": {"cfg": cfg}}, tmp_path / "iter.pth")
-    base = write_sa2va(tmp_path / "base", network)
-    with pytest.raises(VesselError, match=r"alpha = 2 r, here it is 1 r; choose lora\.alpha_ratio=2"):
-        load(base, tmp_path / "adapter", lora=Lora(r=4, alpha_ratio=1), trainable="lora")
-    with pytest.raises(VesselError, match=r"alpha = 4 r, here it is 2 r; choose lora\.alpha_ratio=4"):
-        load(base, tmp_path / "iter.pth", lora=Lora(r=4), trainable="lora")
-
-
-def test_other_kinds_of_adapters_are_refused(network, load, tmp_path):
-    as_training_code_holds_it(network, rank=4).mllm.model.language_model.save_pretrained(tmp_path / "adapter")
-    file = tmp_path / "adapter" / "adapter_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"use_rslora": True}))
-    with pytest.raises(VesselError, match="use_rslora=True; vessel reads plain LoRA"):
-        load(write_sa2va(tmp_path / "base", network), tmp_path / "adapter", lora=Lora(r=4), trainable="lora")
-
-
-def test_copies_of_the_tables_need_a_place(network, load, tmp_path):
-    torch.save({"state_dict": training_state(as_training_code_holds_it(network, rank=4))}, tmp_path / "iter.pth")
-    base = write_sa2va(tmp_path / "base", network)
-    with pytest.raises(VesselError, match=r"choose lora\.tokens=full"):
-        load(base, tmp_path / "iter.pth", lora=Lora(r=4, tokens="new"), trainable="lora")
-
-
-def test_a_part_before_its_base_is_refused(network, load, tmp_path):
-    base = write_sa2va(tmp_path / "base", network)
-    with pytest.raises(VesselError, match="would undo"):
-        load({"source": str(base), "partial": ["grounding.mask_decoder"]}, base)
-
-
-def test_one_lost_or_added_tensor_is_enough_to_refuse(network, load, tmp_path):
-    state = public_state(network)
-    del state["text_hidden_fcs.0.bias"]
-    with pytest.raises(VesselError, match=r"1 missing \(first: text_hidden_fcs\.0\.bias\)"):
-        load(write_folder(tmp_path / "less", state))
-    with pytest.raises(VesselError, match=r"1 unexpected \(first: text_hidden_fcs\.9\.bias\)"):
-        load(write_folder(tmp_path / "more", {**public_state(network), "text_hidden_fcs.9.bias": torch.zeros(1)}))
-
-
-def test_a_refused_source_changes_nothing(network, plan, tmp_path):
-    state = {name: tensor + 1 for name, tensor in public_state(network).items()}
-    del state["text_hidden_fcs.2.bias"]
-    source = open_source(str(write_folder(tmp_path, state)))
-    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    with pytest.raises(VesselError, match="1 missing"):
-        loading.load(network, source, PublicNames(), tokens=0)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
-
-
-def test_a_part_that_nothing_gives_is_an_error(network, load, prompt, tmp_path):
-    write_folder(tmp_path / "vlm", internvl_state(network, prompt.new_tokens.start))
-    with pytest.raises(VesselError, match=r"nothing gives grounding .*SAM 2\.0 file"):
-        load(tmp_path / "vlm")
-
-
-def test_names_of_no_sa2va_are_refused(load, tmp_path):
-    with pytest.raises(VesselError, match="neither a Sa2VA nor an InternVL"):
-        load(write_folder(tmp_path, {"bert.encoder.weight": torch.zeros(1)}))
-    torch.save({"conv1.weight": torch.zeros(1)}, tmp_path / "resnet.pth")
-    with pytest.raises(VesselError, match="weights of no kind that vessel knows"):
-        load(tmp_path / "resnet.pth")
-
-
-def test_an_absent_source_is_refused_with_the_remedy(load, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(VesselError, match="check the spelling"):
-        load("somebody/no-such-network")
 
 
 def test_an_unknown_field_of_an_entry_is_refused():

@@ -39,6 +39,20 @@ def test_a_revision_may_stand_in_the_name(hub):
     assert any(COMMIT in path for path in hub)
 
 
+def test_a_revision_is_never_taken_from_a_folder_of_that_name(hub, tmp_path, monkeypatch):
+    (tmp_path / "somebody" / "Sa2VA-tiny").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert Weights("somebody/Sa2VA-tiny").fetch()[1] is None
+    assert Weights("somebody/Sa2VA-tiny", revision=COMMIT).fetch()[1] == COMMIT
+
+
+def test_a_file_of_a_repository_is_downloaded_alone(hub, plan):
+    index = "model.safetensors.index.json"
+    path, commit = Weights(f"somebody/Sa2VA-tiny/{index}@main").fetch()
+    assert (path.name, commit) == (index, COMMIT)
+    assert [file.name for file in path.parent.iterdir()] == [index]
+
+
 def test_a_repository_that_is_not_there_is_refused(hub):
     with pytest.raises(
         VesselError, match=r"somebody/else: no folder or file of that name, and the hub does not give it"

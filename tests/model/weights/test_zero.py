@@ -20,12 +20,13 @@ from tests.model.layouts import (
     write_sam2,
 )
 
+from vessel.checkpoint import find_checkpoint
 from vessel.errors import VesselError
 from vessel.model.plan import NetworkPlan
 from vessel.model.weights.entry import Weights
 from vessel.model.weights.sources import open_source
 from vessel.model.weights.zero import open_zero
-from vessel.restore import find_checkpoint, restore
+from vessel.restore import restore
 
 ROOT = Path(__file__).parents[3]
 TINY = ("experiment=tiny", "run=.", "data.root=none", *TINY_NETWORK)

@@ -49,8 +49,8 @@ def open_safetensors(folder: Path) -> TensorFiles:
     """The weights of a Hugging Face folder, after a look at every header.
 
     Raises:
-        VesselError: no weights, no index for several shards, or a shard that is missing, damaged, or holds other
-            tensors than the index says.
+        VesselError: no weights, no index for several shards, an index beside a file that it does not name, or a shard
+            that is missing, damaged, or holds other tensors than the index says.
     """
     index = folder / INDEX
     if not index.is_file():
@@ -60,9 +60,14 @@ def open_safetensors(folder: Path) -> TensorFiles:
             raise VesselError(f"{folder}: no weights, neither {SINGLE} nor {INDEX}; only safetensors are read there")
         return open_files([folder / SINGLE])
     place = read_json(index).get("weight_map")
-    if not isinstance(place, dict):
-        raise VesselError(f"{index}: no weight_map, so no index of weights; copy it again")
+    if not isinstance(place, dict) or not all(isinstance(shard, str) for shard in place.values()):
+        raise VesselError(f"{index}: no weight_map with a file for each tensor, so no index of weights; copy it again")
     shards = sorted(set(place.values()))
+    if (folder / SINGLE).is_file() and SINGLE not in shards:  # one of them is from before, and nothing says which
+        raise VesselError(
+            f"{folder}: {SINGLE}, and beside it {INDEX}, which names {len(shards)} other files: two sets of weights; "
+            "remove the one that is out of date"
+        )
     if lost := [shard for shard in shards if not (folder / shard).is_file()]:
         raise VesselError(
             f"{folder}: {lost[0]} is not there ({len(lost)} of {len(shards)}); copy the whole folder again"

@@ -16,7 +16,8 @@ class ModuleReport:
         module: such as `grounding.mask_decoder`.
         loaded, missing, unexpected, mismatched: names; missing ones are the network's, unexpected ones the source's,
             and a mismatched one comes with both shapes.
-        elements: loaded, and those that the network has there.
+        elements: loaded, and those that the source had to give: all that the network has there, or those that train
+            where the source holds what trained.
         dtypes: in the source.
     """
 
@@ -30,7 +31,7 @@ class ModuleReport:
 
     @property
     def share(self) -> float:
-        """Loaded share of the network's elements."""
+        """Loaded share of the elements that the source had to give."""
         return self.elements[0] / self.elements[1] if self.elements[1] else 0.0
 
 

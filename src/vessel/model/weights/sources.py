@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,14 @@ from torch import Tensor
 
 from vessel.errors import VesselError
 from vessel.model.architecture import language_family
+from vessel.model.weights.adapters import alpha_ratio
 from vessel.model.weights.entry import Weights
 from vessel.model.weights.files import Named, TensorFiles, open_files, open_pickle, open_safetensors, read_json
 from vessel.model.weights.names import PublicNames, from_sam2, from_transformers, public_of_mmengine, public_of_peft
 from vessel.model.weights.zero import is_zero, open_zero
 
 _QWEN2 = PublicNames()
+_LANGUAGE_PARTS = ("llm_config", "text_config")  # of config.json
 HEAD, EMBEDDING = "mllm.lm_head.weight", "mllm.model.language_model.embed_tokens.weight"
 ADAPTER_WEIGHTS, ADAPTER_CONFIG, OTHER_WEIGHTS = (
     "adapter_model.safetensors",
@@ -33,7 +35,7 @@ class Kind:
     Attributes:
         name: for people.
         modules: those it holds completely; empty for a kind that holds what trained, whatever that was.
-        knows_seg: its `[SEG]` is trained.
+        knows_seg: its `[SEG]` is trained, where it holds the rows of it at all.
         resizes: its vocabulary lacks the added tokens.
     """
 
@@ -47,6 +49,9 @@ class Kind:
         """It needs a base loaded before."""
         return not self.modules
 
+
+# How tensors of public folders begin, and of adapters; those of .pth files of the public code begin otherwise.
+_OF_FOLDERS = ("vision_model.", "language_model.", "mlp1.", "base_model.", "vision_tower.", "model.")
 
 _ALL = ("mllm", "grounding", "text_hidden_fcs")
 SA2VA = Kind("Sa2VA folder", _ALL)
@@ -82,45 +87,83 @@ class Source:
     config: Mapping[str, Any] = field(default_factory=dict)
     revision: str | None = None
 
+    def takes(self, module: str) -> bool:
+        """Whether a module of that name, such as `mllm.language`, is asked for."""
+        return not self.entry.partial or covers(self.entry.partial, module)
+
     @property
     def ties_its_head(self) -> bool:
-        """Its language model uses the embedding as head."""
-        return any(self.config.get(key, {}).get("tie_word_embeddings") for key in ("llm_config", "text_config"))
+        """Some place of its configuration says that its language model uses the embedding as head."""
+        parts = (self.config, *map(self.config.get, _LANGUAGE_PARTS))
+        return any(part.get("tie_word_embeddings") is True for part in parts if isinstance(part, Mapping))
+
+    @property
+    def denies_its_head(self) -> bool:
+        """Its language model's own configuration says so, and no entry says which of the two to take."""
+        parts = map(self.config.get, _LANGUAGE_PARTS)
+        tied = any(part.get("tie_word_embeddings") is True for part in parts if isinstance(part, Mapping))
+        return tied and not self.entry.untie and not self.entry.partial
+
+    def configured(self, part: str) -> Mapping[str, Any]:
+        """A part of the configuration of the run that wrote a checkpoint, such as `model`.
+
+        Raises:
+            VesselError: its manifest has none.
+        """
+        try:
+            found: Mapping[str, Any] = self.files.beside["vessel"]["config"][part]
+        except (KeyError, TypeError) as error:
+            raise VesselError(f"{self.path}: its manifest has no config.{part}; copy the checkpoint again") from error
+        return found
 
     def alpha_ratio(self) -> float | None:
         """Alpha over rank of its adapters; None where it does not say, or has none.
 
         Raises:
-            VesselError: adapters of a kind that vessel does not compute.
+            VesselError: it should say so, and does not.
         """
         if self.kind is ADAPTER:
-            for other in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "layers_pattern"):
-                if self.config.get(other):
-                    raise VesselError(
-                        f"{self.path}: adapters with {other}={self.config[other]}; vessel reads plain LoRA"
-                    )
-            return float(self.config["lora_alpha"] / self.config["r"])
+            return alpha_ratio(self.config, self.path)
         if self.kind is RUN:
-            lora = self.files.beside["vessel"]["config"]["lora"]
+            lora = self.configured("lora")
             return float(lora["alpha_ratio"]) if lora["r"] else None
         # The public training code keeps its configuration as text.
         told = str((self.files.beside.get("meta") or {}).get("cfg", ""))
         alpha, rank = (re.search(rf"\b{name}\s*=\s*(\d+)", told) for name in ("lora_alpha", "r"))
-        return int(alpha[1]) / int(rank[1]) if alpha and rank else None
+        return int(alpha[1]) / int(rank[1]) if alpha and rank and int(rank[1]) else None
 
     def tensors(self, names: PublicNames = _QWEN2) -> Iterator[Named]:
         """Names of ours and tensors, shard by shard."""
         return self._with_head(self.translate(self.files.read(), names))
 
     def outline(self, names: PublicNames = _QWEN2) -> dict[str, Tensor]:
-        """Names of ours and tensors without content."""
-        return dict(self._with_head(self.translate(self.files.outline.items(), names)))
+        """Names of ours and tensors without content.
+
+        Raises:
+            VesselError: two tensors have one name here.
+        """
+        outline: dict[str, Tensor] = {}
+        for name, tensor in self._with_head(self.translate(self.files.outline.items(), names)):
+            if name in outline:
+                raise VesselError(
+                    f"{self.path}: holds {name} twice, under two spellings of its name; which is meant is not to be "
+                    "known, so take a file that one program wrote"
+                )
+            outline[name] = tensor
+        return outline
 
     def _with_head(self, state: Iterable[Named]) -> Iterator[Named]:
+        """With `untie`, the embedding stands for whatever head there is."""
         for name, tensor in state:
-            yield name, tensor
+            if not (self.entry.untie and name == HEAD):
+                yield name, tensor
             if self.entry.untie and name == EMBEDDING:
                 yield HEAD, tensor
+
+
+def covers(modules: Sequence[str], module: str) -> bool:
+    """Whether a module is one of these or lies within one."""
+    return any(module == asked or module.startswith(f"{asked}.") for asked in modules)
 
 
 def open_source(entry: Weights | str) -> Source:
@@ -141,6 +184,8 @@ def _of_folder(entry: Weights, folder: Path) -> Source:
     if is_zero(folder):
         return _of_run(entry, folder, open_zero(folder))
     config = read_json(folder / "config.json") if (folder / "config.json").is_file() else None
+    if not any(part in (config or {}) for part in _LANGUAGE_PARTS) and (file := _only_pickle(entry, folder)):
+        return _of_file(entry, file)
     if config is None:
         raise VesselError(
             f"{folder}: no config.json and no {ADAPTER_CONFIG}, so neither weights nor an adapter. Of a run, name a "
@@ -163,12 +208,32 @@ def _of_folder(entry: Weights, folder: Path) -> Source:
     return Source(entry, kind, folder, files, lambda state, _: names.to_native(state), config)
 
 
+def _only_pickle(entry: Weights, folder: Path) -> Path | None:
+    """The file of a folder that holds nothing else to load, as the hub has SAM 2.0; None without any.
+
+    Raises:
+        VesselError: there are several.
+    """
+    files = sorted(file for file in folder.iterdir() if file.suffix in (".pt", ".pth") and file.is_file())
+    if len(files) > 1:
+        told = ", ".join(file.name for file in files[:6])
+        repository, _, at = entry.source.partition("@")
+        named = f"{repository.rstrip('/')}/{files[0].name}" + (f"@{at}" if at else "")
+        raise VesselError(f"{folder}: holds {len(files)} files of weights ({told}); name one of them: {named}")
+    return files[0] if files else None
+
+
 def _names(folder: Path, config: Mapping[str, Any], files: TensorFiles) -> PublicNames:
     try:
         language = config["llm_config"]
         kv_heads, heads = language["num_key_value_heads"], language["num_attention_heads"]
     except (KeyError, TypeError) as error:
         raise VesselError(f"{folder}: config.json lacks {error} of the language model; copy it again") from error
+    if not all(isinstance(value, int) and value > 0 for value in (kv_heads, heads)) or heads % kv_heads:
+        raise VesselError(
+            f"{folder}: config.json: llm_config.num_attention_heads={heads} are no multiple of "
+            f"num_key_value_heads={kv_heads}; copy it again"
+        )
     return PublicNames(language_family(files.outline), kv_heads, heads // kv_heads)
 
 
@@ -183,12 +248,19 @@ def _of_adapter(entry: Weights, folder: Path) -> Source:
 def _of_file(entry: Weights, file: Path) -> Source:
     with file.open("rb") as opened:
         start = opened.read(9)
-    files = open_files([file]) if start[8:9] == b"{" else open_pickle(file)
+    is_safetensors = start[8:9] == b"{"
+    files = open_files([file]) if is_safetensors else open_pickle(file)
     names = files.outline
     if "vessel" in files.beside:
         return _of_run(entry, file, files)
     if any(name.startswith("image_encoder.trunk.") for name in names):
         return Source(entry, SAM2, file, files, lambda state, _: from_sam2(state))
+    beside = any((file.parent / name).is_file() for name in ("config.json", ADAPTER_CONFIG))
+    if is_safetensors and (beside or any(name.startswith(_OF_FOLDERS) for name in names)):
+        raise VesselError(
+            f"{file}: one file of a folder, whose other files say what it holds; name the folder: "
+            f"{entry.source.partition('@')[0].rpartition('/')[0] or '.'}"
+        )
     if any("lora_A" in name for name in names):
         return _public(entry, TRAINING, file, files, public_of_mmengine)
     if any(name.startswith("mllm.model.vision_model.") for name in names):
