@@ -144,6 +144,17 @@ def test_guard_W4_a_base_that_changed_is_noticed_by_whoever_reads_the_run(lora_r
         restore(str(run))
     with pytest.raises(VesselError, match="are not those that the run was trained on"):
         train_tiny(tmp_path / "on", *options, f"ckpt={run}", "trainer.max_steps=4")
+    with pytest.raises(VesselError, match="are not those that the run was trained on"):
+        train_tiny(tmp_path / "more", *options, f"weights=[{folder},{find_checkpoint(run)}]")
+
+
+def test_a_run_can_be_what_another_begins_with(lora_run, tiny_run, train_tiny, tmp_path):
+    run, folder, options = lora_run
+    train_tiny(tmp_path / "more", *options, f"weights=[{folder},{find_checkpoint(run)}]")
+    reports = restore(str(tmp_path / "more")).reports
+    assert [report.kind for report in reports] == ["Sa2VA folder", "checkpoint of a run", "checkpoint of a run"]
+    with pytest.raises(VesselError, match="began with random weights is its own base; export it"):
+        train_tiny(tmp_path / "none", f"weights={find_checkpoint(tiny_run)}")
 
 
 def test_a_run_is_read_from_anywhere_and_names_no_relative_folder(train_tiny, tiny_run, oct_set, tmp_path, monkeypatch):

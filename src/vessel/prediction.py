@@ -27,6 +27,7 @@ from vessel.errors import VesselError
 from vessel.figures import overlay
 from vessel.film import Film
 from vessel.inference import Failure, Prediction, Predictor, asking, choose_device, without_truth
+from vessel.places import expanded
 from vessel.pullback import Pullback, find_pullbacks, follow
 from vessel.restore import NetworkOptions, Restored, restore
 
@@ -62,7 +63,7 @@ class Options:
     @property
     def target(self) -> Path:
         """Folder of the results."""
-        return Path(self.out).expanduser()
+        return expanded(self.out)
 
 
 def predict(options: Options) -> Mapping[str, Any]:
@@ -122,7 +123,7 @@ def _check_question(options: Options) -> None:
         raise VesselError("question= and phrases= exclude each other: a question names what it is about itself")
     if options.decode != "generate":
         raise VesselError(f"question= with decode={options.decode}: only the network knows the answer, decode=generate")
-    if options.mask_prompts is not None and not Path(options.mask_prompts).expanduser().is_dir():
+    if options.mask_prompts is not None and not expanded(options.mask_prompts).is_dir():
         raise VesselError(f"mask_prompts={options.mask_prompts}: name a folder of masks; `--help` says their names")
 
 
@@ -148,7 +149,7 @@ def _loader(
 ) -> Callable[[int], Sample]:
     if options.question is None:
         return without_truth(targets, phrases, restored)
-    regions = None if options.mask_prompts is None else Path(options.mask_prompts).expanduser()
+    regions = None if options.mask_prompts is None else expanded(options.mask_prompts)
     return asking(targets, options.question, restored, regions=regions)
 
 

@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, islice
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from vessel.errors import VesselError
 from vessel.inference import Failure, Prediction, Predictor
 from vessel.model.sa2va import normalise
 from vessel.model.tracking import PROMPTED_FRAMES, Tracker
+from vessel.places import expanded
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def find_pullbacks(images: str, targets: Sequence[Target]) -> list[Pullback]:
         targets: what `find_images` found there.
     """
     try:
-        known = Catalog.open(Path(images).expanduser()).frames
+        known = Catalog.open(expanded(images)).frames
     except VesselError:  # no data set: a broken one would have been refused when its images were looked for
         known = {}
     groups: dict[str, list[tuple[tuple[object, ...], Target]]] = defaultdict(list)

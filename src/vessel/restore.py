@@ -17,6 +17,7 @@ from vessel.checkpoint import find_checkpoint, read_checkpoint
 from vessel.data.prompt import Prompt
 from vessel.errors import VesselError
 from vessel.model.architecture import public_names, read_sizes, read_template
+from vessel.model.checks import require_same_base
 from vessel.model.grounding import GroundingSizes
 from vessel.model.lora import Lora
 from vessel.model.plan import NetworkPlan
@@ -26,6 +27,7 @@ from vessel.model.weights.files import read_json
 from vessel.model.weights.load import load
 from vessel.model.weights.report import LoadReport
 from vessel.model.weights.sources import ADAPTER_CONFIG, INTERNVL, Source, open_source
+from vessel.places import expanded
 from vessel.run import LOCAL, MANIFEST, Manifest
 
 EXPORT_MANIFEST = "vessel.json"
@@ -123,7 +125,7 @@ def restore(ckpt: str, reading: Reading = Reading()) -> Restored:
     Raises:
         VesselError: nothing there, damaged, of a kind that holds no whole network, or too large for the memory.
     """
-    path = Path(ckpt).expanduser()
+    path = expanded(ckpt)
     if path.is_file():
         return _from_checkpoint(path, reading)
     if path.is_dir() and not any((path / name).is_file() for name in ("config.json", ADAPTER_CONFIG)):
@@ -204,26 +206,6 @@ def _from_public(source: Source, reading: Reading) -> Restored:
         config={"weights": [source.entry.source]}, data={}, phrases=(), prompt=prompt.name,
     )  # fmt: skip
     return _restored(plan.build(), prompt, plan, manifest, source.path)
-
-
-def require_same_base(then: Sequence[Mapping[str, Any]], now: Sequence[LoadReport]) -> None:
-    """Refuse a base that is not, tensor by tensor, the one that a run was trained on.
-
-    Args:
-        then: load reports of the run's manifest.
-        now: of the same sources today.
-
-    Raises:
-        VesselError: with both fingerprints.
-    """
-    trained_on = [str(report.get("fingerprint")) for report in then]
-    found = [report.fingerprint for report in now]
-    if trained_on != found:
-        raise VesselError(
-            f"base {', '.join(report.source for report in now) or 'none'}: its tensors (fingerprint "
-            f"{', '.join(found)}) are not those that the run was trained on ({', '.join(trained_on)}); "
-            "put the old ones back"
-        )
 
 
 def _restored(

@@ -28,13 +28,15 @@ from vessel.data.prompt import Prompt
 from vessel.errors import VesselError
 from vessel.loggers import JsonLines
 from vessel.model.architecture import read_template
+from vessel.model.checks import require_same_base
 from vessel.model.plan import NetworkPlan
 from vessel.model.sa2va import Sa2VA, Sizes
 from vessel.model.weights.digests import fingerprint
 from vessel.model.weights.entry import Weights
 from vessel.model.weights.report import LoadReport
 from vessel.model.weights.sources import open_source
-from vessel.restore import EXPORT_MANIFEST, require_same_base
+from vessel.places import expanded
+from vessel.restore import EXPORT_MANIFEST
 from vessel.run import Manifest, without_places
 from vessel.task import VesselTask
 
@@ -129,8 +131,8 @@ def _settled(config: DictConfig, parent: Manifest | None) -> DictConfig:
     assert isinstance(settled, DictConfig)
     for section, key in (("data", "root"), ("prompt", "tokenizer")):
         place = config[section].get(key)
-        if place is not None and Path(place).expanduser().exists():
-            settled[section][key] = str(Path(place).expanduser().absolute())
+        if place is not None and expanded(place).exists():
+            settled[section][key] = str(expanded(place).absolute())
     if WEIGHTS in (config.prompt.tokenizer, config.prompt.template):
         folders = [source for source in map(open_source, entries) if source.config]
         if not folders:
@@ -240,7 +242,7 @@ def _trainer(config: DictConfig, run: Path) -> Trainer:
 def _resumed(ckpt: str | None) -> Path | None:
     if ckpt is None:
         return None
-    path = Path(ckpt).expanduser()
+    path = expanded(ckpt)
     if (path / EXPORT_MANIFEST).is_file():
         raise VesselError(f"ckpt={ckpt}: an export has no optimizer to go on with; start from it with weights=[{ckpt}]")
     return find_checkpoint(path, ("last", "best")) if path.is_dir() else path

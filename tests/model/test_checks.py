@@ -22,6 +22,7 @@ from tests.model.layouts import (
 from vessel.errors import VesselError
 from vessel.model.checks import check_sizes
 from vessel.model.lora import Lora, adapter_config, adapter_state
+from vessel.model.weights.digests import fingerprint
 from vessel.model.weights.entry import Weights
 from vessel.model.weights.sources import ADAPTER_CONFIG, ADAPTER_WEIGHTS, open_source
 from vessel.restore import restore
@@ -39,7 +40,8 @@ def write_run(file, network, sizes):
     """A checkpoint of a run in which everything trained, without adapters."""
     config = {"model": asdict(sizes), "lora": {"r": 0, "alpha_ratio": 2.0}}
     state = {f"network.{name}": tensor for name, tensor in network.state_dict().items()}
-    torch.save({"state_dict": state, "vessel": {"config": config}}, file)
+    began_with = {"fingerprint": fingerprint(network.state_dict().items())}
+    torch.save({"state_dict": state, "vessel": {"config": config, "weights": [began_with]}}, file)
     return file
 
 

@@ -13,6 +13,7 @@ from vessel.data.catalog import KIND, Catalog
 from vessel.data.images import IMAGE_SUFFIXES
 from vessel.data.prompt import Prompt
 from vessel.errors import VesselError
+from vessel.places import expanded
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ def find_images(images: str, *, split: str | None = None, beside: Path | None = 
     Raises:
         VesselError: nothing there, or no image among it, or a split of something that has none.
     """
-    path = Path(images).expanduser()
+    path = expanded(images)
     if _is_data_set(path):
         catalog = Catalog.open(path)
         frames = list(catalog.frames.values()) if split is None else catalog.part(split)

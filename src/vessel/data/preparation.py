@@ -27,6 +27,7 @@ from vessel.data.layouts import LAYOUTS, Source, read_source
 from vessel.data.overview import tables
 from vessel.data.splits import NOTES, make_split
 from vessel.errors import BadItemsError, Problem, VesselError
+from vessel.places import expanded
 
 SYNTHETIC = "synthetic"
 # Starting processes takes longer than this many images do.
@@ -66,12 +67,12 @@ class Options:
     @property
     def target(self) -> Path:
         """Folder of the data set, absolute."""
-        return Path(self.out).expanduser().absolute()
+        return expanded(self.out).absolute()
 
     @property
     def identities(self) -> Path:
         """Folder of the mapping, absolute."""
-        return Path(self.mapping).expanduser().absolute() if self.mapping else mapping_folder(self.target)
+        return expanded(self.mapping).absolute() if self.mapping else mapping_folder(self.target)
 
 
 def prepare(options: Options) -> Catalog:
@@ -114,7 +115,7 @@ def _check(options: Options) -> None:
             raise VesselError(f"{name}={getattr(options, name)}: must be 0 or more")
     if not slug(options.phrase).strip("_"):
         raise VesselError("phrase=: say what the masks show, such as phrase='blood vessel'")
-    out, source = options.target.resolve(), Path(options.source).expanduser().resolve()
+    out, source = options.target.resolve(), expanded(options.source).resolve()
     if source.is_dir() and options.source != SYNTHETIC and (out.is_relative_to(source) or source.is_relative_to(out)):
         raise VesselError(f"out={options.out} and source={options.source}: neither may be inside the other")
     if options.source != SYNTHETIC:
@@ -126,7 +127,7 @@ def _check(options: Options) -> None:
 @contextmanager
 def source_folder(options: Options) -> Iterator[Path]:
     """The folder to read: the one named, a downloaded hub data set, or a freshly painted one that is removed again."""
-    folder = Path(options.source).expanduser()
+    folder = expanded(options.source)
     if options.source == SYNTHETIC:
         from vessel.data.synthetic import write_source
 

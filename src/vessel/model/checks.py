@@ -14,6 +14,7 @@ from vessel.model.lora import Lora
 from vessel.model.sa2va import Sizes
 from vessel.model.weights.adapters import require_plain
 from vessel.model.weights.names import PublicNames
+from vessel.model.weights.report import LoadReport
 from vessel.model.weights.sources import (
     ADAPTER,
     EMBEDDING,
@@ -42,6 +43,11 @@ def check_order(sources: Sequence[Source]) -> None:
     """
     if sources and sources[0].kind.on_top:
         first = sources[0].entry.source
+        if sources[0].kind is RUN and not sources[0].configured("weights"):
+            raise VesselError(
+                f"{first}: a run that began with random weights is its own base; export it, and begin with the export: "
+                f"vessel.export ckpt={first} out=DIR layout=native dtype=fp32, then weights=[DIR]"
+            )
         raise VesselError(
             f"{first}: a {sources[0].kind.name} holds only what trained, so its base must come before it: "
             f"weights=[BASE,{first}]"
@@ -104,6 +110,26 @@ def check_adapters(source: Source, lora: Lora, new_tokens: range) -> None:
         raise VesselError(
             f"{source.entry.source}: its adapters were trained with alpha = {ratio:g} r, here it is "
             f"{lora.alpha_ratio:g} r; choose lora.alpha_ratio={ratio:g}"
+        )
+
+
+def require_same_base(then: Sequence[Mapping[str, Any]], now: Sequence[LoadReport]) -> None:
+    """Refuse a base that is not, tensor by tensor, the one that a run was trained on.
+
+    Args:
+        then: load reports of the run's manifest.
+        now: of the same sources today.
+
+    Raises:
+        VesselError: with both fingerprints.
+    """
+    trained_on = [str(report.get("fingerprint")) for report in then]
+    found = [report.fingerprint for report in now]
+    if trained_on != found:
+        raise VesselError(
+            f"base {', '.join(report.source for report in now) or 'none'}: its tensors (fingerprint "
+            f"{', '.join(found)}) are not those that the run was trained on ({', '.join(trained_on)}); "
+            "put the old ones back"
         )
 
 

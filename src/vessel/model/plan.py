@@ -12,7 +12,7 @@ from torch import nn
 from vessel.batch import TokenIds
 from vessel.errors import VesselError
 from vessel.model.architecture import public_names
-from vessel.model.checks import check_adapters, check_order, check_sizes, know_seg
+from vessel.model.checks import check_adapters, check_order, check_sizes, know_seg, require_same_base
 from vessel.model.groups import TRAINABLE, choose_trainable, group_of
 from vessel.model.lora import Lora, add_lora
 from vessel.model.partition import Ranks, gathered, resting
@@ -20,7 +20,7 @@ from vessel.model.sa2va import Sa2VA, Sizes, build_sa2va
 from vessel.model.weights.entry import Weights
 from vessel.model.weights.load import load
 from vessel.model.weights.report import LoadReport
-from vessel.model.weights.sources import Source, open_source
+from vessel.model.weights.sources import RUN, Source, open_source
 
 _TOKEN_TABLES = ("model.language_model.embed_tokens.weight", "lm_head.weight")  # peft copies them
 
@@ -83,6 +83,8 @@ class NetworkPlan:
         for source in sources:
             if source.kind.on_top:
                 check_adapters(source, self.lora, self.new_tokens)
+                if source.kind is RUN and not source.entry.partial:
+                    require_same_base(source.files.beside["vessel"]["weights"], self.reports)
                 self._load(network, source, ranks)
         choose_trainable(network, self.trainable)
         for parameter in network.parameters() if ranks is None else ():

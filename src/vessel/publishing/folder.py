@@ -17,6 +17,7 @@ from vessel.model.lora import adapter_config
 from vessel.model.weights.entry import Weights
 from vessel.model.weights.files import read_json
 from vessel.model.weights.sources import open_source
+from vessel.places import expanded
 from vessel.publishing.card import Facts, model_card
 from vessel.restore import EXPORT_MANIFEST, Restored
 from vessel.run import LOCAL, Manifest, without_places
@@ -121,7 +122,7 @@ def _public(base: Sequence[Weights]) -> list[Weights]:
 
 
 def _is_local(source: str) -> bool:
-    return without_places(source) == LOCAL or Path(source).expanduser().exists()
+    return without_places(source) == LOCAL or expanded(source).exists()
 
 
 def _without_place(source: Mapping[str, Any]) -> dict[str, Any]:

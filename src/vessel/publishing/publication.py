@@ -24,6 +24,7 @@ from vessel.model.architecture import public_names
 from vessel.model.hub import DTYPES, LAYOUTS, exported_size, write_pth
 from vessel.model.hub_config import REMOTE_CODE
 from vessel.model.weights.entry import Weights
+from vessel.places import expanded
 from vessel.publishing.card import HOW_TO_GET_CODE
 from vessel.publishing.folder import public_code_of, write_folder
 from vessel.publishing.gate import differs_from_base
@@ -66,7 +67,7 @@ class Options:
     @property
     def target(self) -> Path:
         """The folder to make, absolute."""
-        return Path(self.out).expanduser().absolute()
+        return expanded(self.out).absolute()
 
     @property
     def pth(self) -> Path | None:
@@ -136,12 +137,12 @@ def _check(options: Options) -> None:
     for place in (options.target, options.pth):
         if place is not None and place.exists():
             raise VesselError(f"{place} exists; an export is never written over anything, choose another out=")
-    if options.mapping is not None and not (Path(options.mapping).expanduser() / "mapping.json").is_file():
+    if options.mapping is not None and not (expanded(options.mapping) / "mapping.json").is_file():
         raise VesselError(f"mapping={options.mapping} holds no mapping.json; give the folder that prepare named")
     if options.remote_code is not None:
         if options.layout != "sa2va":
             raise VesselError(f"remote_code= goes with layout=sa2va; the public code cannot read {options.layout}")
-        if not (Path(options.remote_code).expanduser() / REMOTE_CODE).is_file():
+        if not (expanded(options.remote_code) / REMOTE_CODE).is_file():
             raise VesselError(f"remote_code={options.remote_code} holds no {REMOTE_CODE}; give a public Sa2VA folder")
     if options.push is not None:
         check_repository(options.push)
@@ -199,7 +200,7 @@ def _public_code(options: Options, restored: Restored) -> list[Path]:
     if options.layout != "sa2va":
         return []
     if options.remote_code is not None:
-        return public_code_of([Path(options.remote_code).expanduser()])
+        return public_code_of([expanded(options.remote_code)])
     return public_code_of([restored.source, *(entry.fetch()[0] for entry in restored.base)])
 
 
@@ -229,7 +230,7 @@ def _reading_of_the_export(restored: Restored, options: Options) -> Reading:
 def _refuse_raw_identifiers(folder: Path, restored: Restored, options: Options) -> str:
     """Search what is public text by the mapping given, else the one beside the data set; says what was searched."""
     root, given = (restored.manifest.config.get("data") or {}).get("root"), options.mapping
-    place = Path(given).expanduser() if given else mapping_folder(Path(root).absolute()) if root else None
+    place = expanded(given) if given else mapping_folder(Path(root).absolute()) if root else None
     mapping = place if place is not None and (place / "mapping.json").is_file() else None
     count = refuse_raw_identifiers(folder, RawIdentifiers(mapping), *([options.push] if options.push else []))
     if mapping is None:
