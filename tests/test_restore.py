@@ -145,6 +145,6 @@ def test_an_untuned_network_is_evaluated_as_a_baseline(public, oct_set, tmp_path
     report = evaluate(typed(config, Options, "vessel.evaluate"), tmp_path / "out")
     assert set(report["summary"]) == {"all", "lumen"}
     assert "did not train this network" in report["note"]
-    assert f"on its own it says [SEG] for {100 * report['seg_emission']:.0f} %" in report["note"]
-    assert "on its own it says [SEG]" in " ".join(capsys.readouterr().out.split())
+    assert f"[SEG] is its own choice in {100 * report['seg_emission']:.0f} %" in report["note"]
+    assert "[SEG] is its own choice" in " ".join(capsys.readouterr().out.split())
     assert report["n_ok"] > 0

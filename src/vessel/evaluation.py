@@ -218,7 +218,11 @@ def _notes(options: Options, restored: Restored, of_split: str, emitted: Sequenc
     if not restored.tuned:
         notes.append("vessel did not train this network; whether it has seen these images is not known.")
         if emitted:
-            notes.append(f"Answers were given to it; on its own it says [SEG] for {100 * np.mean(emitted):.0f} %.")
+            share = 100 * np.mean(emitted)
+            notes.append(
+                f"Answers were given to it; within those words [SEG] is its own choice in {share:.0f} %. What it says "
+                "by itself: vessel.predict decode=generate."
+            )
     elif options.other_data:
         notes.append("This is not the data set of the run; whether they share patients is not known.")
     elif options.split == "train":

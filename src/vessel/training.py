@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -100,9 +101,17 @@ def train(config: DictConfig) -> float | None:
         logger.log_hyperparams(without_places(manifest.as_dict()))
     trainer.fit(task, datamodule=data, ckpt_path=resumed, weights_only=True)
     best = trainer.checkpoint_callback
-    if isinstance(best, ModelCheckpoint) and best.best_model_score is not None:
-        return float(best.best_model_score)
-    return None
+    score = best.best_model_score if isinstance(best, ModelCheckpoint) else None
+    _say_what_is_next(run, None if score is None else float(score))
+    return None if score is None else float(score)
+
+
+@rank_zero_only
+def _say_what_is_next(run: Path, best: float | None) -> None:
+    told = "nothing was validated" if best is None else f"best on validation: {best:.3f}"
+    place = os.path.relpath(run)
+    line = f"\nrun: {place} ({told}); next: python -m vessel.evaluate ckpt={place}"
+    Console().print(line, soft_wrap=True, markup=False, highlight=False)
 
 
 def _network_plan(config: DictConfig, sizes: Sizes, prompt: Prompt) -> NetworkPlan:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
 from itertools import pairwise
 from typing import Any
 
@@ -42,7 +43,10 @@ _FAMILIES_OF_TRANSFORMERS: dict[str, Language] = {"qwen2": "qwen2", "llama": "in
 _TEMPLATES: dict[Language, str] = {"qwen2": "qwen_chat", "internlm2": "internlm2_chat"}
 _EMBEDDING = "mllm.model.language_model.embed_tokens.weight"
 _VIT_LAYER = "mllm.model.vision_tower.encoder.layer.0."
-_NAME_IT = "give its sizes by network.grounding={embed_dim: ..., stages: [...], ...}"
+_NAME_IT = (
+    "give its sizes by network.grounding={embed_dim: ..., stages: [...], ...}, of "
+    f"{', '.join(entry.name for entry in fields(GroundingSizes))}, where they are not those of SAM 2.0 large"
+)
 _TRUNK = "grounding.image_encoder.trunk."
 
 

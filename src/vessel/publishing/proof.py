@@ -171,12 +171,13 @@ def compare(expected: Account, found: Account, *, threshold: float, dtype: str) 
         VesselError: naming the sample that differs.
     """
     remedy = ": too much for bf16, export with dtype=fp32" if dtype != "fp32" else ""
-    differences, equal, same_words, answers = [], [], 0, 0
+    differences, equal, judged, same_words, answers = [], [], [], 0, 0
     for name, maps in expected.maps.items():
         same = (maps > threshold) == (found.maps[name] > threshold)
         decided = np.abs(maps - threshold) > UNDECIDED
         differences.append(float(np.abs(maps - found.maps[name]).max()))
         equal.append(float(same.mean()))
+        judged.append(float(same[decided].mean()) if decided.any() else 1.0)
         if differences[-1] > FP32_TOLERANCE if dtype == "fp32" else same[decided].sum() < AGREEMENT * decided.sum():
             raise VesselError(
                 f"sample {name}: the export's probabilities differ from the training network's by up to "
@@ -189,8 +190,9 @@ def compare(expected: Account, found: Account, *, threshold: float, dtype: str) 
         "" if same_words == answers else f" (the rest part where the best two tokens are within {LEAD[dtype]:g})"
     )
     return (
-        f"{len(expected.maps)} images in a fresh process: {min(equal):.3%} of mask pixels equal, probabilities differ "
-        f"by at most {max(differences):.2g}, {same_words} of {answers} answers equal{undecided}"
+        f"{len(expected.maps)} images in a fresh process: {min(equal):.3%} of mask pixels equal ({min(judged):.3%} of "
+        f"those that a rounding does not decide), probabilities differ by at most {max(differences):.2g}, "
+        f"{same_words} of {answers} answers equal{undecided}"
     )
 
 
