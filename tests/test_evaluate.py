@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from vessel.checkpoint import find_checkpoint
+from vessel.checkpoints.reading import find_checkpoint
 from vessel.cleanup import Cleanup
 from vessel.data.catalog import Catalog, Frame, fingerprint_of
 from vessel.data.masks import read_mask

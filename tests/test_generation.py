@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from tests.conftest import scripted
 
 from vessel.data.images import read_rgb
 from vessel.data.inputs import Target
@@ -64,19 +65,6 @@ def test_a_teacher_forced_seg_has_the_state_of_a_generated_one(speaking, prompt)
         said, states = generated_states(network, prompt, sample)
         assert said == answer == say(network, prompt, sample.input_ids, sample.tiles)
         assert torch.allclose(states, taught_states(network, prompt, sample, answer), rtol=1e-4, atol=1e-5)
-
-
-def scripted(network, ids):
-    """Make a network say these ids, whatever it sees; after them it speaks for itself."""
-    script = iter(ids)
-
-    def speak(_module, _inputs, logits):
-        if (token := next(script, None)) is not None:
-            logits = torch.zeros_like(logits)
-            logits[..., token] = 1
-        return logits
-
-    return network.mllm.lm_head.register_forward_hook(speak)
 
 
 def words_of(network, prompt, text, **options):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tests.conftest import scripted
 
 from vessel.batch import collate
 from vessel.data.dataset import make_sample
@@ -179,15 +180,7 @@ def test_the_same_words_give_the_same_masks_to_the_bit(speaking, scans):
 def ask_freely(restored, scans, question, answers, *, regions=None):
     """What comes of a question when the network answers these words, image by image."""
     ids = [token for answer in answers for token in restored.prompt.tokenizer(answer).input_ids]
-    script = iter(ids)
-
-    def speak(_module, _inputs, logits):
-        if (token := next(script, None)) is not None:
-            logits = torch.zeros_like(logits)
-            logits[..., token] = 1
-        return logits
-
-    hook = restored.network.mllm.lm_head.register_forward_hook(speak)
+    hook = scripted(restored.network, ids)
     targets = [target for target in find_images(str(scans)) if target.id != "scan 2"][: len(answers)]
     predictor = Predictor(restored, device="cpu", decode="generate")
     found = list(predictor.predict(targets, asking(targets, question, restored, regions=regions), batch_size=4))

@@ -16,7 +16,7 @@ LAYERS = (
     ("errors", "conf_path"),
     ("batch", "cleanup", "options", "figures", "film", "loggers", "places", "run", "sweep"),
     ("losses", "metrics", "data", "model"),
-    ("task", "callbacks", "checkpoint", "generation"),
+    ("task", "callbacks", "checkpoints", "generation"),
     ("restore",),
     ("inference", "training"),
     ("pullback", "publishing"),

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tests.model.layouts import write_sa2va
 
-from vessel.checkpoint import find_checkpoint, read_checkpoint
+from vessel.checkpoints.reading import find_checkpoint, read_checkpoint
 from vessel.errors import VesselError
 from vessel.restore import restore
 from vessel.run import Manifest, without_places

@@ -13,12 +13,13 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from vessel.batch import Views
-from vessel.checkpoint import find_checkpoint, read_checkpoint
+from vessel.checkpoints.reading import find_checkpoint, read_checkpoint
 from vessel.data.prompt import Prompt
 from vessel.errors import VesselError
 from vessel.model.architecture import public_names, read_sizes, read_template
 from vessel.model.checks import require_same_base
 from vessel.model.grounding import GroundingSizes
+from vessel.model.hub import DTYPES
 from vessel.model.lora import Lora
 from vessel.model.plan import NetworkPlan
 from vessel.model.sa2va import Sa2VA, Sizes
@@ -31,7 +32,6 @@ from vessel.places import expanded
 from vessel.run import LOCAL, MANIFEST, Manifest
 
 EXPORT_MANIFEST = "vessel.json"
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class Restored:
     manifest: Manifest
     source: Path
     reports: tuple[LoadReport, ...]
-    base: tuple[Weights, ...] = ()
+    base: tuple[Weights, ...]
 
     @property
     def views(self) -> Views:
@@ -141,8 +141,7 @@ def _from_checkpoint(path: Path, reading: Reading) -> Restored:
     beside = path.parent.parent / "tokenizer"
     manifest = Manifest.from_dict(checkpoint["vessel"])
     prompt = _prompt(manifest.config, str(beside) if beside.is_dir() else None)
-    base = tuple(reading.base) or tuple(Weights.listed(manifest.config["weights"]))
-    plan = _plan(manifest.config, prompt, reading, base)
+    plan = _plan(manifest.config, prompt, reading, reading.base or Weights.listed(manifest.config["weights"]))
     network = plan.build()
     require_same_base(manifest.weights, plan.reports)
     source = open_source(str(path))
@@ -153,14 +152,14 @@ def _from_checkpoint(path: Path, reading: Reading) -> Restored:
         raise VesselError(f"{path}: {len(absent)} tensors that only this run has are not there (first: {absent[0]})")
     sweep = checkpoint.get("callbacks", {}).get("ThresholdSweep", {})
     manifest = replace(manifest, threshold=sweep.get("threshold"), fingerprint=report.fingerprint)
-    return replace(_restored(network, prompt, plan, manifest, path, report), base=base)
+    return _restored(network, prompt, plan, manifest, path, report)
 
 
 def _from_export(source: Source, reading: Reading) -> Restored:
     manifest = Manifest.from_dict(read_json(source.path / EXPORT_MANIFEST))
     prompt = _prompt(manifest.config, str(source.path))
     if source.kind.on_top:
-        base = tuple(reading.base) or tuple(Weights.listed(manifest.config["weights"]))
+        base = reading.base or Weights.listed(manifest.config["weights"])
         if not base or any(entry.source == LOCAL for entry in base):
             raise VesselError(
                 f"{source.path}: an adapter whose base is not on the hub; name the weights that it was trained on: "
@@ -168,18 +167,17 @@ def _from_export(source: Source, reading: Reading) -> Restored:
             )
         plan = _plan(manifest.config, prompt, reading, [*base, source.entry])
     else:
-        base = ()
         plan = _plan({**manifest.config, "trainable": "nothing"}, prompt, reading, [source.entry], lora=Lora(r=0))
     network = plan.build()
     *before, own = plan.reports
-    if base:
+    if source.kind.on_top:
         require_same_base(manifest.weights, before)
     if own.fingerprint != manifest.fingerprint:
         raise VesselError(
             f"{source.path}: its tensors (fingerprint {own.fingerprint}) are not those that were exported "
             f"({manifest.fingerprint}); a file is missing or was changed, export again"
         )
-    return replace(_restored(network, prompt, plan, manifest, source.path), base=base)
+    return _restored(network, prompt, plan, manifest, source.path)
 
 
 def _from_public(source: Source, reading: Reading) -> Restored:
@@ -202,7 +200,7 @@ def _from_public(source: Source, reading: Reading) -> Restored:
     )  # fmt: skip
     _check_memory(plan)
     manifest = Manifest(
-        name=source.entry.source if not Path(source.entry.source).exists() else source.path.name,
+        name=source.path.name if source.revision is None else source.entry.source,
         config={"weights": [source.entry.source]}, data={}, phrases=(), prompt=prompt.name,
     )  # fmt: skip
     return _restored(plan.build(), prompt, plan, manifest, source.path)
@@ -213,7 +211,7 @@ def _restored(
 ) -> Restored:
     told = (*plan.reports, *reports)
     known = manifest if manifest.fingerprint else replace(manifest, fingerprint=told[-1].fingerprint)
-    return Restored(network.eval(), prompt, plan.sizes, known, source, told)
+    return Restored(network.eval(), prompt, plan.sizes, known, source, told, tuple(plan.weights)[: len(told) - 1])
 
 
 def _prompt(config: Mapping[str, Any], tokenizer: str | None) -> Prompt:
@@ -249,7 +247,11 @@ def _check_memory(plan: NetworkPlan) -> None:
     """Refuse to read what cannot fit, before reading it."""
     needed, free = plan.nbytes(), psutil.virtual_memory().available
     if needed > free:
-        smaller = "" if plan.frozen_dtype == torch.bfloat16 else "; dtype=bf16 needs half of it"
+        smaller = (
+            ""
+            if plan.frozen_dtype == torch.bfloat16
+            else "; dtype=bf16 needs half of it (network.dtype of predict and evaluate)"
+        )
         raise VesselError(
             f"the network needs {needed / 1e9:.1f} GB of memory as {str(plan.frozen_dtype).removeprefix('torch.')} and "
             f"{free / 1e9:.1f} GB are free{smaller}"

@@ -22,7 +22,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from vessel.checkpoint import find_checkpoint, read_checkpoint
+from vessel.checkpoints.reading import find_checkpoint, read_checkpoint
 from vessel.data.identity import RawIdentifiers, mapping_folder
 from vessel.data.module import VesselDataModule
 from vessel.data.prompt import Prompt
@@ -84,7 +84,7 @@ def train(config: DictConfig) -> float | None:
             require_same_base(parent.weights, plan.reports)
         _refuse_random_seg(network, plan)
         known = replace(manifest, weights=tuple(report.summary() for report in plan.reports))
-        tell(plan.reports)
+        _tell(plan.reports)
         known.write(run)
         task.manifest = known.as_dict()
         return network
@@ -161,7 +161,7 @@ def _sources(config: DictConfig) -> list[Weights]:
 
 
 @rank_zero_only
-def tell(reports: Sequence[LoadReport]) -> None:
+def _tell(reports: Sequence[LoadReport]) -> None:
     """Print what loads did."""
     for report in reports:
         Console().print(report.table())

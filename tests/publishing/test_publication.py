@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from tests.conftest import _configuration
 from tests.golden import GROUNDING, NETWORKS
 
-from vessel.checkpoint import find_checkpoint
+from vessel.checkpoints.reading import find_checkpoint
 from vessel.errors import VesselError
 from vessel.model.weights.entry import Weights
 from vessel.model.weights.sources import open_source

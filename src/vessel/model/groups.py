@@ -58,6 +58,17 @@ def module_of(name: str) -> str:
     return next((module for module, part in MODULES if part in name), "other")
 
 
+def trained_by(choice: str) -> set[str]:
+    """The groups that train.
+
+    Raises:
+        VesselError: unknown choice.
+    """
+    if choice not in TRAINABLE:
+        raise VesselError(f"trainable={choice}: use one of {', '.join(TRAINABLE)}")
+    return TRAINABLE[choice]
+
+
 def choose_trainable(network: nn.Module, choice: str) -> None:
     """Set `requires_grad` of every parameter.
 
@@ -67,9 +78,7 @@ def choose_trainable(network: nn.Module, choice: str) -> None:
     Raises:
         VesselError: unknown choice.
     """
-    if choice not in TRAINABLE:
-        raise VesselError(f"trainable={choice}: use one of {', '.join(TRAINABLE)}")
-    groups = TRAINABLE[choice]
+    groups = trained_by(choice)
     adapted = any(isinstance(m, BaseTunerLayer) for m in network.modules())
     for name, parameter in network.named_parameters():
         group = group_of(name)

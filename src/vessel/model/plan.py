@@ -13,7 +13,7 @@ from vessel.batch import TokenIds
 from vessel.errors import VesselError
 from vessel.model.architecture import public_names
 from vessel.model.checks import check_adapters, check_order, check_sizes, know_seg, require_same_base
-from vessel.model.groups import TRAINABLE, choose_trainable, group_of
+from vessel.model.groups import choose_trainable, group_of, trained_by
 from vessel.model.lora import Lora, add_lora
 from vessel.model.partition import Ranks, gathered, resting
 from vessel.model.sa2va import Sa2VA, Sizes, build_sa2va
@@ -62,8 +62,6 @@ class NetworkPlan:
                 f"model.language.vocabulary={self.sizes.language.vocabulary} but the tokenizer has "
                 f"{self.new_tokens.stop} entries: set it to at least that"
             )
-        if self.trainable not in TRAINABLE:
-            raise VesselError(f"trainable={self.trainable}: use one of {', '.join(TRAINABLE)}")
         sources = [open_source(entry) for entry in self.weights]
         check_order(sources)
         for source in sources:
@@ -127,7 +125,7 @@ class NetworkPlan:
 
     def _dtype(self, name: str, stored: torch.dtype) -> torch.dtype:
         """What trains keeps all its digits until it is adapted."""
-        return stored if group_of(name) in TRAINABLE[self.trainable] else self.frozen_dtype
+        return stored if group_of(name) in trained_by(self.trainable) else self.frozen_dtype
 
 
 def _begin_at_random(module: nn.Module) -> None:

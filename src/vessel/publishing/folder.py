@@ -40,9 +40,7 @@ class Written:
     fingerprint: str
 
 
-def write_folder(
-    folder: Path, restored: Restored, *, layout: str, dtype: str, base: Sequence[Weights], code: Sequence[Path]
-) -> Written:
+def write_folder(folder: Path, restored: Restored, *, layout: str, dtype: str, code: Sequence[Path]) -> Written:
     """Write every file of an export, and read the tensors again.
 
     Args:
@@ -50,16 +48,19 @@ def write_folder(
         restored: what is exported.
         layout: of the tensors.
         dtype: of the tensors.
-        base: what the training started from.
         code: files of the public code, to be copied.
 
     Raises:
         VesselError: a tensor on the disk is not the one in memory; names it.
     """
-    names, chosen, public = public_names(restored.sizes.language), DTYPES[dtype], _public(base)
+    names, chosen = public_names(restored.sizes.language), DTYPES[dtype]
+    # Of merged weights the base need not be at hand.
+    base = restored.base or Weights.listed(restored.manifest.config.get("weights"))
+    public = [entry for entry in base if not _is_local(entry.source)]
     if layout == "adapter":
-        first = next(iter(public), Weights(""))
-        adapter_config(restored.network, base=first.source, revision=first.revision).save_pretrained(str(folder))
+        first = public[0] if public else None
+        base_id, revision = (first.source, first.revision) if first else (None, None)
+        adapter_config(restored.network, base=base_id, revision=revision).save_pretrained(str(folder))
     else:
         config = public_config if layout == "sa2va" else native_config
         tokens, template = restored.prompt.token_ids, restored.prompt.name
@@ -116,11 +117,6 @@ def exported_manifest(manifest: Manifest, *, fingerprint: str) -> Manifest:
     )
 
 
-def _public(base: Sequence[Weights]) -> list[Weights]:
-    """Those that are on the hub."""
-    return [entry for entry in base if not _is_local(entry.source)]
-
-
 def _is_local(source: str) -> bool:
     return without_places(source) == LOCAL or expanded(source).exists()
 
@@ -131,8 +127,7 @@ def _without_place(source: Mapping[str, Any]) -> dict[str, Any]:
 
 def _evaluation(restored: Restored) -> Mapping[str, Any] | None:
     """The report on the test part, if it is about these very weights."""
-    file = restored.source.parent.parent / _EVALUATION
-    if not restored.source.is_file() or not file.is_file():
+    if restored.run is None or not (file := restored.run / _EVALUATION).is_file():
         return None
     report = read_json(file)
     return report if report.get("fingerprint") == restored.manifest.fingerprint else None

@@ -23,7 +23,6 @@ from vessel.errors import VesselError
 from vessel.model.architecture import public_names
 from vessel.model.hub import DTYPES, LAYOUTS, exported_size, write_pth
 from vessel.model.hub_config import REMOTE_CODE
-from vessel.model.weights.entry import Weights
 from vessel.places import expanded
 from vessel.publishing.card import HOW_TO_GET_CODE
 from vessel.publishing.folder import public_code_of, write_folder
@@ -87,10 +86,7 @@ def export(options: Options) -> Path:
     """
     console = Console()
     _check(options)
-    reading = options.network.reading()
-    restored = restore(options.ckpt, reading)
-    # Of merged weights the base need not be at hand.
-    base = list(restored.base) or Weights.listed(restored.manifest.config.get("weights"))
+    restored = restore(options.ckpt, options.network.reading())
     if options.layout == "adapter" and "lora" not in restored.network.trainable_groups():
         raise VesselError("layout=adapter: this network has no adapters that trained; choose layout=sa2va or native")
     code = _public_code(options, restored)
@@ -100,7 +96,7 @@ def export(options: Options) -> Path:
     with _made_in_secret(options) as making:
         folder, pth = making / "new", making / "new.pth"
         folder.mkdir()
-        fingerprint, told = _write(folder, pth, restored, options, base, code)
+        fingerprint, told = _write(folder, pth, restored, options, code)
         searched = _refuse_raw_identifiers(folder, restored, options)
         fresh = _reading_of_the_export(restored, options)
         threshold = restored.threshold
@@ -205,7 +201,7 @@ def _public_code(options: Options, restored: Restored) -> list[Path]:
 
 
 def _write(
-    folder: Path, pth: Path, restored: Restored, options: Options, base: Sequence[Weights], code: Sequence[Path]
+    folder: Path, pth: Path, restored: Restored, options: Options, code: Sequence[Path]
 ) -> tuple[str, list[str]]:
     """Write everything, and compare what lies on the disk with what is in memory and with the base.
 
@@ -213,7 +209,7 @@ def _write(
         fingerprint of the export, and what was found, in sentences.
     """
     dtype, names = DTYPES[options.dtype], public_names(restored.sizes.language)
-    written = write_folder(folder, restored, layout=options.layout, dtype=options.dtype, base=base, code=code)
+    written = write_folder(folder, restored, layout=options.layout, dtype=options.dtype, code=code)
     told = [f"{written.tensors} tensors read back equal the merged network", differs_from_base(restored, dtype)]
     if options.pth:
         count = write_pth(pth, restored.network, names, dtype)

@@ -20,7 +20,7 @@ from tests.model.layouts import (
     write_sam2,
 )
 
-from vessel.checkpoint import find_checkpoint
+from vessel.checkpoints.reading import find_checkpoint
 from vessel.errors import VesselError
 from vessel.model.plan import NetworkPlan
 from vessel.model.weights.entry import Weights

@@ -11,6 +11,7 @@ from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from vessel.errors import VesselError
+from vessel.places import expanded
 
 _FILES_OF_INTEREST = ("*.json", "*.safetensors", "*.model", "*.txt", "*.py", "*.jinja")
 
@@ -78,7 +79,7 @@ class Weights:
         Raises:
             VesselError: nothing of that name here, and the hub does not give it.
         """
-        if self.revision is None and (place := _here(self.source)):
+        if self.revision is None and (place := expanded(self.source)).exists():
             return place, None
         named, _, at = self.source.partition("@")
         owner, _, rest = named.partition("/")
@@ -95,12 +96,3 @@ class Weights:
                 f"({type(error).__name__}); check the spelling, or download it elsewhere and name the folder"
             ) from error
         return Path(folder), Path(folder).name
-
-
-def _here(source: str) -> Path | None:
-    """The file or folder of that name on this machine."""
-    try:
-        place = Path(source).expanduser()
-    except RuntimeError:  # of a user who is not known here
-        return None
-    return place if place.exists() else None

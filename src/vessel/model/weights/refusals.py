@@ -6,7 +6,7 @@ from vessel.errors import VesselError
 from vessel.model.groups import MODULES
 from vessel.model.weights.names import PublicNames
 from vessel.model.weights.report import LoadReport
-from vessel.model.weights.sources import EMBEDDING, HEAD, Source
+from vessel.model.weights.sources import EMBEDDING, HEAD, Source, covers
 
 # Tensors of SAM 2.1 that SAM 2.0 does not have.
 _SAM2_1 = ("grounding.no_obj_embed_spatial", "grounding.obj_ptr_tpos_proj")
@@ -66,7 +66,7 @@ def _require_adapters(report: LoadReport, source: Source, where: str) -> None:
 def _require_share(report: LoadReport, source: Source, where: str) -> None:
     wanted = {module.module: module.share for module in report.modules}
     for asked in source.entry.partial:
-        below = {m: share for m, share in wanted.items() if m == asked or m.startswith(f"{asked}.")}
+        below = {module: share for module, share in wanted.items() if covers([asked], module)}
         if not below:
             modules = ", ".join(dict.fromkeys(module for module, _ in MODULES))
             raise VesselError(f"{where}: partial={asked} is no module that it holds; modules are {modules}")

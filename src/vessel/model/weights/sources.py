@@ -94,15 +94,16 @@ class Source:
     @property
     def ties_its_head(self) -> bool:
         """Some place of its configuration says that its language model uses the embedding as head."""
-        parts = (self.config, *map(self.config.get, _LANGUAGE_PARTS))
-        return any(part.get("tie_word_embeddings") is True for part in parts if isinstance(part, Mapping))
+        return _ties(self.config) or self._language_ties
 
     @property
     def denies_its_head(self) -> bool:
         """Its language model's own configuration says so, and no entry says which of the two to take."""
-        parts = map(self.config.get, _LANGUAGE_PARTS)
-        tied = any(part.get("tie_word_embeddings") is True for part in parts if isinstance(part, Mapping))
-        return tied and not self.entry.untie and not self.entry.partial
+        return self._language_ties and not self.entry.untie and not self.entry.partial
+
+    @property
+    def _language_ties(self) -> bool:
+        return any(_ties(self.config.get(part)) for part in _LANGUAGE_PARTS)
 
     def configured(self, part: str) -> Mapping[str, Any]:
         """A part of the configuration of the run that wrote a checkpoint, such as `model`.
@@ -159,6 +160,10 @@ class Source:
                 yield name, tensor
             if self.entry.untie and name == EMBEDDING:
                 yield HEAD, tensor
+
+
+def _ties(config: Any) -> bool:
+    return isinstance(config, Mapping) and config.get("tie_word_embeddings") is True
 
 
 def covers(modules: Sequence[str], module: str) -> bool:
