@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NoReturn
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class VesselError(ValueError):
@@ -40,19 +43,26 @@ class BadItemsError(VesselError):
         super().__init__(f"{what}: {len(self.problems)} bad item(s), nothing was written\n{lines}")
 
 
+def message_for_the_user(error: BaseException) -> str | None:
+    """What a `VesselError` says, also one that other libraries wrapped, or that a disk is full; None for others."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, VesselError):
+        if isinstance(cause, OSError) and cause.errno in DISK_FULL:
+            return f"{cause.filename or 'a file of the run'}: not written, the disk or the quota is full; make room"
+        cause = cause.__cause__ or cause.__context__
+    # A loader's worker process sends its traceback as the message; the user's part comes last.
+    return None if cause is None else str(cause).rpartition("vessel.errors.VesselError: ")[2].rstrip()
+
+
 @contextmanager
 def told_to_the_user() -> Iterator[None]:
     """Print a `VesselError`, also one wrapped by Hydra's instantiate, as one message and exit with status 1."""
     try:
         yield
     except Exception as error:
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, VesselError):
-            cause = cause.__cause__ or cause.__context__
-        if cause is None:
+        message = message_for_the_user(error)
+        if message is None:
             raise
-        # A loader's worker process sends its traceback as the message; the user's part comes last.
-        message = str(cause).rpartition("vessel.errors.VesselError: ")[2].rstrip()
         print(f"error: {message}", file=sys.stderr)
         _end_the_job(message)
 

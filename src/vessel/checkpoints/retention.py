@@ -1,0 +1,62 @@
+"""Which checkpoints of a run may go, and how one goes without being taken for a good one on its way."""
+
+from __future__ import annotations
+
+import logging
+import re
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+
+from vessel.checkpoints.reading import checkpoints_in, is_leftover, part_of, read_checkpoint
+
+_OF_A_SAVER = re.compile(r"(best|last)-(\d+)(?:-v\d+)?\.ckpt")
+_KEPT = ("best_model_path", "last_model_path")  # in the state of a ModelCheckpoint
+
+
+def discard(path: Path) -> None:
+    """Remove a file or folder that nobody needs any more; where the disk refuses, say so and go on.
+
+    A folder gets the name of an unfinished save first, so that one of which half is gone is never taken for a
+    checkpoint, and the next save removes the rest.
+    """
+    try:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path if is_leftover(path) else path.rename(part_of(path)))
+        else:
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        logging.getLogger(__name__).warning("%s: could not be removed (%s)", path, error.strerror)
+
+
+def discard_superseded(run: Path, resumed: Path, callbacks: Iterable[Callback]) -> None:
+    """Remove what a run that goes on in its own folder no longer needs; one rank calls it, before training.
+
+    A saver never removes the checkpoint that was resumed from, nor one that it was about to remove when it was killed:
+    with every resume one more would stay. What is newer than the resumed one stays, and so does every file that no
+    saver of the run writes, or one that keeps more than its newest or best.
+
+    Args:
+        run: folder of the run.
+        resumed: the checkpoint in it that training goes on from.
+        callbacks: of the trainer, the savers among them.
+    """
+    keepers_of_one = [c for c in callbacks if isinstance(c, ModelCheckpoint) and c.save_top_k == 1]
+    kinds = {(saver.filename or "").partition("-")[0] for saver in keepers_of_one}
+    checkpoint = read_checkpoint(resumed)
+    needed = {resumed.name} | {Path(path).name for path in _paths(checkpoint.get("callbacks", {}))}
+    for path in checkpoints_in(run / "checkpoints"):
+        saved = _OF_A_SAVER.fullmatch(path.name)
+        if saved and saved[1] in kinds and path.name not in needed and int(saved[2]) < checkpoint["global_step"]:
+            discard(path)
+
+
+def _paths(callbacks: Mapping[str, Any]) -> list[str]:
+    """What the savers of a run held when a checkpoint was written."""
+    # Keys of savers, of subclasses too: `ModelCheckpoint{'monitor': ...}`.
+    states = [state for name, state in callbacks.items() if "Checkpoint{" in name]
+    kept = [path for state in states for path in state.get("best_k_models", {})]
+    return [*kept, *(state[key] for state in states for key in _KEPT if state.get(key))]

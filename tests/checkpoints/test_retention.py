@@ -1,0 +1,155 @@
+"""Old checkpoints go once newer ones are whole; what a run was given, and what a user put there, stays."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from tests.checkpoints.conftest import killed, write_folder
+from torch.utils.data import DataLoader
+
+from vessel.checkpoints.reading import fault, newest_good
+from vessel.checkpoints.retention import discard, discard_superseded
+from vessel.checkpoints.writing import WholeFiles
+
+
+class Line(LightningModule):
+    """A line that is fitted, whose score gets better for two steps and then worse."""
+
+    def __init__(self):
+        super().__init__()
+        self.line = torch.nn.Linear(1, 1)
+
+    def training_step(self, batch, batch_idx):
+        self.log("score", torch.tensor(-abs(2.0 - self.global_step)))
+        return self.line(batch).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters())
+
+    def on_save_checkpoint(self, checkpoint):
+        checkpoint["vessel"] = {"name": "line"}
+
+
+class Watched(WholeFiles):
+    """Sees at each removal that a good checkpoint of a higher step is there."""
+
+    def remove_checkpoint(self, path):
+        assert newest_good(Path(path).parents[1])[0] not in (None, Path(path))
+        super().remove_checkpoint(path)
+
+
+def fit(run: Path, steps: int, ckpt: Path | None = None, **kept: int) -> None:
+    trainer = Trainer(
+        max_steps=steps, accelerator="cpu", logger=False, callbacks=savers(run, **kept), plugins=[Watched()],
+        enable_progress_bar=False, enable_model_summary=False, default_root_dir=run,
+    )  # fmt: skip
+    trainer.fit(Line(), DataLoader(torch.ones(20, 1)), ckpt_path=ckpt, weights_only=True)
+
+
+def savers(run: Path, **kept: int) -> list[ModelCheckpoint]:
+    """The two that `conf/callbacks/default.yaml` has, after each step."""
+    often = {"dirpath": run / "checkpoints", "every_n_train_steps": 1, "auto_insert_metric_name": False}
+    return [
+        ModelCheckpoint(filename="best-{step:06d}", monitor="score", mode="max", **often),
+        ModelCheckpoint(filename="last-{step:06d}", **often, **kept),
+    ]
+
+
+def names(run: Path) -> list[str]:
+    return sorted(path.name for path in (run / "checkpoints").iterdir())
+
+
+def content_of(*files: Path) -> list[bytes]:
+    return [file.read_bytes() for file in files]
+
+
+@pytest.fixture
+def finished(tmp_path) -> Path:
+    """A run of four steps."""
+    fit(tmp_path / "first", 4)
+    return tmp_path / "first"
+
+
+def test_a_run_keeps_its_best_and_its_last(finished):
+    assert names(finished) == ["best-000003.ckpt", "last-000004.ckpt"]
+    assert newest_good(finished) == (finished / "checkpoints/last-000004.ckpt", [])
+
+
+def test_guard_W9_retention_never_touches_inputs(finished, tmp_path):
+    """The given checkpoint of another run, base weights and the user's own files beside stay byte by byte."""
+    given = finished / "checkpoints/last-000004.ckpt"
+    run = tmp_path / "second"
+    (run / "checkpoints").mkdir(parents=True)
+    beside = [run / "checkpoints" / name for name in ("base.pt", "last-mine.ckpt", "best.ckpt", ".hidden.ckpt")]
+    for number, file in enumerate(beside):
+        file.write_bytes(bytes([number]))
+    inputs = [given, finished / "checkpoints/best-000003.ckpt", *beside]
+    were = content_of(*inputs)
+    fit(run, 7, given)
+    discard_superseded(run, run / "checkpoints/last-000007.ckpt", savers(run))
+    assert content_of(*inputs) == were
+    assert {"last-000007.ckpt"} | {file.name for file in beside} <= set(names(run))
+
+
+def test_guard_W9_the_checkpoint_a_run_goes_on_from_in_its_folder_stays(finished):
+    given = finished / "checkpoints/last-000004.ckpt"
+    were = content_of(given)
+    fit(finished, 7, given)
+    assert content_of(given) == were
+    assert newest_good(finished)[0] == finished / "checkpoints/last-000007.ckpt"
+
+
+def test_a_run_that_is_resumed_often_does_not_fill_the_disk(finished):
+    """A saver keeps what was resumed from for ever; best and last, and the one resumed from, are all that stay."""
+    for steps in (6, 8, 10):
+        good, _ = newest_good(finished)
+        discard_superseded(finished, good, savers(finished))
+        fit(finished, steps, good)
+        assert len(names(finished)) <= 3
+    assert names(finished) == ["best-000003.ckpt", "last-000008.ckpt", "last-000010.ckpt"]
+    assert [fault(finished / "checkpoints" / name) for name in names(finished)] == [None] * 3
+
+
+def test_checkpoints_that_are_all_to_be_kept_stay(tmp_path):
+    """A saver without a metric does not note which ones it keeps."""
+    fit(tmp_path, 4, save_top_k=-1)
+    were = names(tmp_path)
+    good, _ = newest_good(tmp_path)
+    discard_superseded(tmp_path, good, savers(tmp_path, save_top_k=-1))
+    assert names(tmp_path) == were
+    assert len(were) == 5
+
+
+def test_what_is_newer_than_the_resumed_one_stays(finished):
+    """Such as one that could not be read, of which a user may want to know why."""
+    damaged = finished / "checkpoints/last-000009.ckpt"
+    damaged.write_bytes(b"")
+    good, _ = newest_good(finished)
+    discard_superseded(finished, good, savers(finished))
+    assert names(finished) == ["best-000003.ckpt", "last-000004.ckpt", "last-000009.ckpt"]
+
+
+def test_guard_W9_a_folder_half_removed_is_no_checkpoint(tmp_path):
+    dies, calls = True, 0
+    while dies:
+        calls += 1
+        run = tmp_path / str(calls)
+        new = write_folder(run / "checkpoints/last-000002.ckpt", 2, ranks=1)
+        old = write_folder(run / "checkpoints/last-000001.ckpt", 1, ranks=1)
+        dies = killed(lambda old=old: discard(old), calls)
+        assert newest_good(run) == (new, [])
+        assert not old.exists() or fault(old) is None
+    assert calls > 5
+
+
+def test_what_cannot_be_removed_is_told_and_no_reason_to_stop(tmp_path, monkeypatch, caplog):
+    def refuse(*_args, **_kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    old = write_folder(tmp_path / "last-000001.ckpt", 1)
+    monkeypatch.setattr(shutil, "rmtree", refuse)
+    discard(old)
+    assert "last-000001.ckpt: could not be removed (Permission denied)" in caplog.text
