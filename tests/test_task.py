@@ -5,7 +5,7 @@ import torch
 from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader
 
-from vessel.callbacks.first_step_check import check_gradients
+from vessel.callbacks.first_step_check import check_gradients, signs
 from vessel.errors import VesselError
 from vessel.losses import NativeObjective, lm_loss
 from vessel.model.groups import choose_trainable
@@ -53,6 +53,17 @@ def test_vectors_do_not_decay_and_frozen_tensors_are_not_optimised(make_task, ma
     assert all(p.ndim <= 1 for p in vectors["params"])
     optimised = {id(p) for group in (matrices, vectors) for p in group["params"]}
     assert optimised == {id(p) for p in task.network.parameters() if p.requires_grad}
+
+
+def test_what_decays_under_zero3_is_told_by_the_whole_shape(make_task, make_batch, fit):
+    """DeepSpeed leaves of every parameter an empty vector, and its shape beside."""
+    task = make_task(trainable="decoder_only")
+    groups = fit(task, make_batch([["lumen"]])).optimizers[0].param_groups
+    expected = [[id(parameter) for parameter in group["params"]] for group in groups]
+    for parameter in task.network.parameters():
+        parameter.ds_shape, parameter.data = parameter.shape, torch.empty(0)
+    found = [group["params"] for group in task.configure_optimizers()["optimizer"].param_groups]
+    assert [[id(parameter) for parameter in params] for params in found] == expected
 
 
 def test_training_changes_what_trains_and_nothing_else(make_task, make_batch, fit):
@@ -121,8 +132,10 @@ def test_guard_T12_checkpointing_that_cuts_the_graph_is_caught_at_the_first_step
     network.train()
     output = network(make_batch([["lumen"]]))
     (output.mask_logits.mean() + output.lm_logits.mean()).backward()
+    groups = network.trainable_groups()
+    arrived = {name for members in groups.values() for name, parameter in members if parameter.grad is not None}
     with pytest.raises(VesselError, match=r"lora: .*got no gradient"):
-        check_gradients(network.trainable_groups())
+        check_gradients(groups, signs(groups, arrived))
 
 
 def test_adapters_learn_under_checkpointing_that_keeps_the_graph(make_task, make_batch):

@@ -9,15 +9,18 @@ from typing import Any, Protocol
 
 import torch
 from lightning import LightningModule
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from vessel.batch import Batch, Output, StepOutput
+from vessel.data.module import VesselDataModule
 from vessel.errors import VesselError
+from vessel.loops import go_on_at
 from vessel.losses import lm_loss
 from vessel.metrics.overlap import OverlapSweep
+from vessel.model.partition import whole_shape
 from vessel.model.sa2va import Sa2VA
 
 
@@ -84,6 +87,7 @@ class VesselTask(LightningModule):
         self.keep_frozen, self.manifest = keep_frozen, dict(manifest)
         self.strict_loading = False  # `on_load_checkpoint` checks by name what has to be there
         self.network: Sa2VA | None = None
+        self._validated: tuple[int, int] | None = None
         self.val_overlap = OverlapSweep()
         self.test_overlap = OverlapSweep()
 
@@ -104,6 +108,11 @@ class VesselTask(LightningModule):
         """Loss and probabilities of a batch."""
         return self._scored(batch, "test")
 
+    def on_train_batch_end(self, outputs: STEP_OUTPUT, batch: Batch, batch_idx: int) -> None:
+        """Leave out a validation that was done before the run went back to the start of an accumulation."""
+        if self._validated == (self.trainer.current_epoch, batch_idx + 1):
+            self.trainer.fit_loop.epoch_loop._skip_next_val = True  # early stopping would count it twice
+
     def on_validation_epoch_end(self) -> None:
         """Log Dice, IoU, precision and recall per image, patient and phrase."""
         self._log_overlap("val")
@@ -117,8 +126,8 @@ class VesselTask(LightningModule):
         settings = self.optimizer_settings
         trainable = [p for p in self.parameters() if p.requires_grad]
         groups = [
-            {"params": [p for p in trainable if p.ndim > 1], "weight_decay": settings.weight_decay},
-            {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
+            {"params": [p for p in trainable if len(whole_shape(p)) > 1], "weight_decay": settings.weight_decay},
+            {"params": [p for p in trainable if len(whole_shape(p)) <= 1], "weight_decay": 0.0},
         ]
         optimizer: Optimizer = AdamW([g for g in groups if g["params"]], lr=settings.lr, betas=settings.betas)
         steps = int(self.trainer.estimated_stepping_batches)
@@ -134,15 +143,21 @@ class VesselTask(LightningModule):
         checkpoint["vessel"] = self.manifest
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint that lacks a tensor this run trains."""
+        """Refuse a checkpoint that lacks a tensor this run trains; have Lightning count on from its place."""
         state = checkpoint["state_dict"]
         own = {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
-        wrong = [n for n, p in own.items() if n not in state or state[n].shape != p.shape]
+        wrong = [n for n, p in own.items() if n not in state or tuple(state[n].shape) != whole_shape(p)]
         if wrong:
             raise VesselError(
                 f"ckpt: {len(wrong)} of {len(own)} trained tensors are missing or misshapen (first: {wrong[0]}); "
                 "resume with the configuration of the run that wrote it"
             )
+        data = getattr(self.trainer, "datamodule", None)
+        if isinstance(data, VesselDataModule) and data.__class__.__qualname__ in checkpoint:
+            place = data.place(checkpoint[data.__class__.__qualname__])
+            batches, by_steps = data.training_sampler().batches, self.trainer.max_steps != -1
+            go_on_at(checkpoint["loops"]["fit_loop"], place, batches_in_epoch=batches, by_steps=by_steps)
+            self._validated = (place.epoch, place.batches + place.validated) if place.validated else None
 
     def _step(self, batch: Batch, stage: str) -> tuple[Tensor, Output]:
         assert self.network is not None

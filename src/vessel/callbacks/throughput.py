@@ -30,6 +30,10 @@ class Throughput(Callback):
         self._announced = False
 
     @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._last = perf_counter()  # a run that goes on within an epoch does not start it
+
+    @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._last = perf_counter()
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import atexit
+import logging
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import torch
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader
 
@@ -14,9 +18,31 @@ from vessel.data.annotations import normal_phrase
 from vessel.data.catalog import Catalog
 from vessel.data.dataset import VesselDataset
 from vessel.data.prompt import Prompt
-from vessel.data.sampler import EpochSampler
+from vessel.data.sampler import Cut, EpochSampler
 from vessel.data.transforms import Augmentation
 from vessel.errors import VesselError
+from vessel.loops import Place, place_of
+from vessel.ranks import end_workers, outlive_signals
+
+log = logging.getLogger(__name__)
+
+
+class EpochLoader(DataLoader[Batch]):
+    """Begins to load at the first batch that is asked for.
+
+    Lightning takes an iterator before it has loaded a checkpoint (DeepSpeed) and before it has told the sampler which
+    epoch it is (a run that goes on); workers would have read the wrong samples by then.
+    """
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]  # an iterator is all that Lightning needs
+        yield from super().__iter__()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: the data module keeps the place, for any number of ranks. Lightning warns of loaders without it."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Nothing to do, see `state_dict`."""
 
 
 class VesselDataModule(LightningDataModule):
@@ -54,6 +80,7 @@ class VesselDataModule(LightningDataModule):
         self.prompt, self.views, self.fold = prompt, views, fold
         self.batch_size, self.workers, self.repeats = batch_size, workers, repeats
         self.augmentation, self.seed = augmentation, seed
+        self._training: EpochSampler | None = None
 
     def dataset(self, part: str) -> VesselDataset:
         """The samples of `train`, `val` or `test`; only `train` is augmented and worded at random."""
@@ -83,25 +110,75 @@ class VesselDataModule(LightningDataModule):
 
     def loader(self, part: str) -> DataLoader[Batch]:
         """Batches of a part, cut over the trainer's ranks."""
-        dataset, in_training = self.dataset(part), part == "train"
-        sampler = EpochSampler(
-            len(dataset),
-            repeats=self.repeats if in_training else 1,
-            shuffle=in_training,
-            seed=self.seed,
-            rank=self.trainer.global_rank if self.trainer else 0,
-            ranks=self.trainer.world_size if self.trainer else 1,
-        )
-        return DataLoader(
+        dataset = self.dataset(part)
+        if self.workers:
+            atexit.unregister(end_workers)
+            atexit.register(end_workers)
+        sampler = self.training_sampler() if part == "train" else EpochSampler(len(dataset), self._cut(1))
+        return EpochLoader(
             dataset,  # type: ignore[arg-type]  # collate makes batches of its samples
             batch_size=self.batch_size,
             sampler=sampler,
             num_workers=self.workers,
             collate_fn=partial(collate, pad_id=self.prompt.token_ids.pad),
             worker_init_fn=_single_threaded,
+            generator=torch.Generator().manual_seed(self.seed),  # else each epoch would draw from the global one
             persistent_workers=self.workers > 0,
             pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
         )
+
+    def training_sampler(self) -> EpochSampler:
+        """The one order of training samples, cut over the trainer's ranks and steps."""
+        if self._training is None:
+            cut = self._cut(self.trainer.accumulate_grad_batches if self.trainer else 1)
+            size = len(self.dataset("train"))
+            self._training = EpochSampler(size, cut, repeats=self.repeats, shuffle=True, seed=self.seed)
+        return self._training
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where training stands after its last optimizer step, in numbers that hold for any number of ranks.
+
+        Returns:
+            `epoch`; `served`, samples of it over all ranks; `validation_due`, whether a validation comes first;
+            `validated`, samples of the next step after which one was done already; `global_batch`, samples of a step.
+        """
+        assert self.trainer is not None
+        place, sampler = place_of(self.trainer), self.training_sampler()
+        return {
+            "epoch": place.epoch,
+            "served": sampler.served(place.epoch, place.batches),
+            "validation_due": place.validation_due,
+            "validated": place.validated * sampler.cut.together,
+            "global_batch": sampler.cut.step,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Begin training where `state_dict` was taken, also in a loader that is there already."""
+        sampler = self.training_sampler()
+        sampler.begin(state_dict["epoch"], state_dict["served"])
+        if sampler.cut.step != state_dict["global_batch"]:
+            log.info(
+                "global batch: %d samples, %d in the run before; it goes on with the samples that one left",
+                sampler.cut.step,
+                state_dict["global_batch"],
+            )
+
+    def place(self, state_dict: dict[str, Any]) -> Place:
+        """What `state_dict` says, in batches of this run."""
+        sampler, epoch = self.training_sampler(), state_dict["epoch"]
+        sampler.begin(epoch, state_dict["served"])
+        validated, rest = divmod(state_dict["validated"], sampler.cut.together)
+        return Place(
+            epoch,
+            sampler.first_batch(epoch),
+            state_dict["validation_due"],
+            validated=0 if rest or validated >= sampler.cut.accumulated else validated,
+        )
+
+    def _cut(self, accumulated: int) -> Cut:
+        if self.trainer is None:
+            return Cut(batch=self.batch_size, accumulated=accumulated)
+        return Cut(self.trainer.global_rank, self.trainer.world_size, self.batch_size, accumulated)
 
     def _known(self, phrases: Sequence[str] | str | None) -> tuple[str, ...]:
         if phrases is None:
@@ -118,7 +195,8 @@ class VesselDataModule(LightningDataModule):
 
 
 def _single_threaded(worker: int) -> None:
-    """OpenCV would start a thread for every core in every worker."""
+    """OpenCV would start a thread for every core in every worker. A stop is for the main process to answer."""
     import cv2
 
     cv2.setNumThreads(0)
+    outlive_signals()
