@@ -7,7 +7,7 @@ T tiles of one image, L tokens, P supervised tokens, S side of the SAM2 frame, H
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -122,9 +122,8 @@ class Batch:
         return self._map(Tensor.pin_memory)
 
 
-@dataclass(frozen=True)
-class Output:
-    """What the network computes for a batch.
+class Output(NamedTuple):
+    """What the network computes for a batch; a tuple, as DeepSpeed looks for tensors in nothing else.
 
     Attributes:
         mask_logits: float32 [N, h, w], the mask decoder's resolution (a quarter of the SAM2 frame).
@@ -139,9 +138,8 @@ class Output:
     lm_targets: Tensor
 
 
-@dataclass(frozen=True)
-class StepOutput:
-    """What `validation_step` and `test_step` of the task hand to callbacks.
+class StepOutput(NamedTuple):
+    """What `validation_step` and `test_step` of the task hand to callbacks; a tuple as `Output`.
 
     Attributes:
         loss: scalar.

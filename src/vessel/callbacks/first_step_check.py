@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from functools import partial
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from vessel.batch import Batch
+from vessel.callbacks.updates import is_update
 from vessel.errors import VesselError
+from vessel.model.shares import gradient, values
 
 Groups = Mapping[str, Sequence[tuple[str, nn.Parameter]]]
 Fingerprint = dict[str, tuple[float, float]]
@@ -25,25 +29,33 @@ CAUSES = (
 class FirstStepCheck(Callback):
     """At the first optimizer step of a fresh run, see gradients in every trainable group, then see each group change.
 
-    A learning rate that starts at 0 is allowed for: the change is then looked for after the second step.
+    A learning rate that starts at 0 is allowed for: the change is then looked for after the second step. Under ZeRO
+    each rank looks at what it holds, nothing is gathered; all ranks come to the same verdict.
     """
 
     def __init__(self) -> None:
         self._done = False
         self._moving = False
         self._before: Fingerprint | None = None
+        self._arrived: set[str] = set()
+        self._handles: list[RemovableHandle] = []
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._done = trainer.global_step > 0
+        if not self._done:
+            # DeepSpeed takes `.grad` away as soon as it is there.
+            for name, parameter in _members(pl_module.network.trainable_groups()):  # type: ignore[union-attr, operator]
+                self._handles.append(parameter.register_post_accumulate_grad_hook(partial(self._note, name)))
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        if self._done:
+        if self._done or not is_update(trainer):
             return
         groups = pl_module.network.trainable_groups()  # type: ignore[union-attr, operator]
         if self._before is None:
-            check_gradients(groups)
+            check_gradients(groups, _of_all_ranks(trainer, signs(groups, self._arrived)))
+            self._forget()
         self._before = fingerprint(groups)
         self._moving = any(group["lr"] > 0 for group in optimizer.param_groups)
 
@@ -53,12 +65,48 @@ class FirstStepCheck(Callback):
     ) -> None:
         if self._done or self._before is None or (trainer.global_step < 2 and not self._moving):
             return
-        check_change(pl_module.network.trainable_groups(), self._before)  # type: ignore[union-attr, operator]
+        groups = pl_module.network.trainable_groups()  # type: ignore[union-attr, operator]
+        check_change(groups, _of_all_ranks(trainer, changes(groups, self._before)))
         self._done = True
 
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._forget()
 
-def check_gradients(groups: Groups) -> None:
+    def _note(self, name: str, parameter: Tensor) -> None:
+        self._arrived.add(name)
+
+    def _forget(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+
+def signs(groups: Groups, arrived: Collection[str]) -> Tensor:
+    """What this rank can tell of gradients.
+
+    Args:
+        groups: all of them.
+        arrived: names of parameters that got a gradient.
+
+    Returns:
+        int64 [P, 3] in the order of the groups; 1 says that a parameter got a gradient, that it holds a number that is
+        not finite, and that it holds one that is not 0.
+    """
+    rows = []
+    for name, parameter in _members(groups):
+        part = gradient(parameter)
+        broken = part is not None and not torch.isfinite(part).all()
+        rows.append((name in arrived, bool(broken), part is not None and bool(part.any())))
+    return torch.tensor(rows, dtype=torch.int64).view(-1, 3)
+
+
+def check_gradients(groups: Groups, signs: Tensor) -> None:
     """See that every parameter has a finite gradient and that no group's gradients are all zero.
+
+    Args:
+        groups: all of them.
+        signs: int64 [P, 3], see `signs`; the maximum over the ranks.
 
     Raises:
         VesselError: names every group and parameter at fault.
@@ -68,30 +116,41 @@ def check_gradients(groups: Groups) -> None:
         raise VesselError(
             f"first step: nothing to train in {empty or 'the network'}; choose another set of trainable groups"
         )
+    told = dict(zip((name for name, _ in _members(groups)), signs.tolist(), strict=True))
     faults = []
     for group, members in groups.items():
-        gradients = {name: parameter.grad for name, parameter in members}
-        if missing := [name for name, value in gradients.items() if value is None]:
+        names = [name for name, _ in members]
+        present = [name for name in names if told[name][0]]
+        if missing := [name for name in names if name not in present]:
             faults.append(f"{group}: {_some(missing)} got no gradient: it takes no part in the loss; freeze it")
-        present = {name: value for name, value in gradients.items() if value is not None}
-        if broken := [name for name, value in present.items() if not torch.isfinite(value).all()]:
+        if broken := [name for name in present if told[name][1]]:
             faults.append(
                 f"{group}: {_some(broken)} got a gradient that is not finite; lower the rate or use bf16/fp32"
             )
-        if present and not any(value.any() for value in present.values()):
+        if present and not any(told[name][1] or told[name][2] for name in present):
             faults.append(f"{group}: the gradients of all {len(present)} tensors are zero; {CAUSES}")
     if faults:
         raise VesselError("first step: these would not learn\n" + "\n".join(f"  {fault}" for fault in faults))
 
 
-def check_change(groups: Groups, before: Fingerprint) -> None:
-    """See that each group differs from its fingerprint before the step.
+def changes(groups: Groups, before: Fingerprint) -> Tensor:
+    """Which parameters differ from their fingerprint: int64 [P] of 0 and 1, as far as this rank holds them."""
+    after = fingerprint(groups)
+    return torch.tensor([after[name] != before[name] for name, _ in _members(groups)], dtype=torch.int64)
+
+
+def check_change(groups: Groups, changed: Tensor) -> None:
+    """See that each group changed.
+
+    Args:
+        groups: all of them.
+        changed: int64 [P], see `changes`; the maximum over the ranks.
 
     Raises:
         VesselError: names the groups that are as they were.
     """
-    after = fingerprint(groups)
-    same = [group for group, members in groups.items() if all(after[name] == before[name] for name, _ in members)]
+    per_group = changed.split([len(members) for members in groups.values()])
+    same = [group for group, rows in zip(groups, per_group, strict=True) if not rows.any()]
     if same:
         raise VesselError(
             f"first step: the optimizer changed nothing in {', '.join(same)}; likely causes: the parameters are not in "
@@ -101,14 +160,26 @@ def check_change(groups: Groups, before: Fingerprint) -> None:
 
 @torch.no_grad()
 def fingerprint(groups: Groups) -> Fingerprint:
-    """Sum and sum of squares of each parameter, in float64."""
-    return {name: _moments(parameter) for members in groups.values() for name, parameter in members}
+    """Sum and sum of squares of what this rank's optimizer holds of each parameter, in float64."""
+    return {name: _moments(values(parameter)) for name, parameter in _members(groups)}
+
+
+def _members(groups: Groups) -> Iterator[tuple[str, nn.Parameter]]:
+    for members in groups.values():
+        yield from members
+
+
+def _of_all_ranks(trainer: Trainer, facts: Tensor) -> Tensor:
+    """The maximum over the ranks, each of which calls this."""
+    reduced = trainer.strategy.reduce(facts.to(trainer.strategy.root_device), reduce_op="max")
+    assert isinstance(reduced, Tensor)
+    return reduced.cpu()
 
 
 def _moments(parameter: Tensor) -> tuple[float, float]:
     total = squares = 0.0
     # In pieces: a float64 copy of an 8B model's embedding would take 4 GB beside the training state.
-    for piece in parameter.flatten().split(1 << 24):
+    for piece in parameter.split(1 << 24):
         piece = piece.double()
         total += float(piece.sum())
         squares += float(piece.square().sum())

@@ -10,7 +10,9 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from vessel.batch import Batch
+from vessel.callbacks.updates import is_update
 from vessel.errors import VesselError
+from vessel.model.shares import gradient
 
 
 class NonFiniteStop(Callback):
@@ -33,17 +35,28 @@ class NonFiniteStop(Callback):
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Look at the gradients: a finite loss can have ones that are not."""
-        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        if not is_update(trainer):
+            return
+        norm = torch.zeros((), device=trainer.strategy.root_device)
+        for parameter in pl_module.parameters():
+            # One at a time: where the optimizer is on the host, each is brought here to be looked at.
+            if parameter.requires_grad and (part := gradient(parameter)) is not None:
+                norm = torch.hypot(norm, torch.linalg.vector_norm(part.float()).to(norm.device))
         self._stop_unless(trainer, bool(torch.isfinite(norm)), f"the gradient norm is {norm.item()}")
 
     def _stop_unless(self, trainer: Trainer, finite: bool, what: str) -> None:
         if trainer.strategy.reduce_boolean_decision(finite, all=True):
             return
-        if finite:
-            what = "another rank met a loss or gradient that is not finite"
+        reports: list[tuple[bool, str, list[str]]] = [(finite, what, self._ids)] * trainer.world_size
+        if trainer.world_size > 1:
+            torch.distributed.all_gather_object(reports, (finite, what, self._ids))
+        at_fault = [rank for rank, report in enumerate(reports) if not report[0]]
+        where = "" if trainer.world_size == 1 else f" on rank {', '.join(map(str, at_fault))}"
+        # The gradient is everybody's by now: whose images made it so is not known.
+        of_ranks = at_fault if "loss" in what else range(len(reports))
+        ids = ", ".join(image for rank in of_ranks for image in reports[rank][2])
         raise VesselError(
-            f"step {trainer.global_step}: {what}; images of the step on this rank: {', '.join(self._ids)}; "
+            f"step {trainer.global_step}: {reports[at_fault[0]][1]}{where}; images of the step: {ids}; "
             f"last good checkpoint: {_last_checkpoint(trainer) or 'none yet'}. Look at these images and masks, then "
             "resume from it with a lower learning rate, clipping or longer warm-up"
         )

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from hydra.core.global_hydra import GlobalHydra
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 @contextmanager
@@ -82,10 +84,16 @@ class Grounding(SAM2Base):
 
     def encode(self, frames: Tensor) -> FrameFeatures:
         """Features of normalised frames [B, 3, S, S]; no graph is kept through a frozen image encoder."""
-        with torch.set_grad_enabled(torch.is_grad_enabled() and _trains(self.image_encoder)):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and trains(self.image_encoder)):
             # the pyramid's upsampling returns float32 whatever it is given
             s0, s1, top = (level.to(frames.dtype) for level in self.image_encoder(frames)["backbone_fpn"])
         return FrameFeatures(top, (self.sam_mask_decoder.conv_s0(s0), self.sam_mask_decoder.conv_s1(s1)))
+
+    def checkpoint_blocks(self) -> None:
+        """Where gradients are wanted, keep only what enters each block of the image encoder."""
+        for block in self.image_encoder.trunk.blocks:
+            # the method alone: a wrapping module would change the names of tensors
+            block.forward = partial(_recomputed, block.forward)
 
     def decode(self, features: FrameFeatures, prompts: Tensor) -> tuple[Tensor, Tensor]:
         """Masks for N prompts.
@@ -145,8 +153,16 @@ class Grounding(SAM2Base):
         return torch.cat([angles.sin(), angles.cos()], dim=-1).permute(2, 0, 1)[None]
 
 
-def _trains(module: nn.Module) -> bool:
+def trains(module: nn.Module) -> bool:
+    """Whether any parameter of it gets a gradient."""
     return any(p.requires_grad for p in module.parameters())
+
+
+def _recomputed(forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    if not torch.is_grad_enabled():
+        return forward(x)
+    output: Tensor = checkpoint(forward, x, use_reentrant=False)
+    return output
 
 
 def best_candidate(masks: Tensor, ious: Tensor) -> Tensor:

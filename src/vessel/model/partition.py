@@ -45,24 +45,43 @@ class Ranks:
     def __init__(self, context: Any) -> None:
         self._context = context
 
+    @property
+    def is_first(self) -> bool:
+        """Whether this is rank 0, whose content every other one gets."""
+        from deepspeed import comm
+
+        return bool(comm.get_rank(group=self._context.ds_process_group) == 0)
+
     def partition(self, parameters: Iterable[nn.Parameter]) -> None:
         """Keep this rank's part of each, in the dtype that DeepSpeed is set to; what is partitioned already stays.
 
         Every rank calls this for the same parameters and gets what rank 0 holds.
         """
         for parameter in parameters:
-            if not _is_partitioned(parameter):
+            if not is_partitioned(parameter):
                 parameter.data = parameter.data.to(self._context.dtype)
                 self._context._convert_to_zero_parameters([parameter])
 
     def share(self, network: nn.Module) -> None:
-        """Partition all parameters, and give every rank the buffers of rank 0; those stay whole."""
+        """Partition all parameters, and give every rank the buffers of rank 0; those stay whole.
+
+        On ranks other than 0 both may be without content (meta device).
+        """
         from deepspeed import comm
 
-        self.partition(network.parameters())
-        for buffer in network.buffers():
-            buffer.data = buffer.data.to(self._context.local_device)
-            comm.broadcast(buffer.data, 0, group=self._context.ds_process_group)
+        for module in network.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                own = parameter
+                if parameter.is_meta:
+                    own = nn.Parameter(torch.empty_like(parameter, device="cpu"), requires_grad=parameter.requires_grad)
+                    setattr(module, name, own)
+                self.partition([own])
+            for name, buffer in module.named_buffers(recurse=False):
+                here = torch.empty_like(buffer, device=self._context.local_device)
+                if not buffer.is_meta:
+                    here.copy_(buffer)
+                comm.broadcast(here, 0, group=self._context.ds_process_group)
+                setattr(module, name, here)
 
 
 def put(network: nn.Module, name: str, tensor: Tensor, dtype: torch.dtype) -> nn.Parameter | None:
@@ -102,7 +121,7 @@ def gathered(tensors: Sequence[Tensor], *, change: bool = False) -> AbstractCont
         tensors: all partitioned or none.
         change: what rank 0 makes of them is kept.
     """
-    if not any(_is_partitioned(tensor) for tensor in tensors):
+    if not any(is_partitioned(tensor) for tensor in tensors):
         return nullcontext()
     from deepspeed.runtime.zero import GatheredParameters
 
@@ -114,10 +133,11 @@ def whole_shape(tensor: Tensor) -> tuple[int, ...]:
     return tuple(getattr(tensor, "ds_shape", tensor.shape))
 
 
+def is_partitioned(tensor: Tensor) -> bool:
+    """Whether this rank holds a part of it only, as under ZeRO-3."""
+    return hasattr(tensor, "ds_id")
+
+
 def _copy(tensor: Tensor, own: Tensor) -> None:
     rows = own.data[: len(tensor)] if own.ndim else own.data
     rows.copy_(tensor)
-
-
-def _is_partitioned(parameter: Tensor) -> bool:
-    return hasattr(parameter, "ds_id")

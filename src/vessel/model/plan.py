@@ -37,6 +37,7 @@ class NetworkPlan:
         trainable: `lora`, `decoder_only` or `all`.
         weights: sources in the order of loading, a later one on top of those before; empty for random weights.
         frozen_dtype: dtype of parameters that do not train; under ZeRO-3 all have the one that DeepSpeed is set to.
+        checkpointing: keep only what enters each layer that gradients pass, and compute the layer again for them.
         seg_is_trained: whether a source gave rows of `[SEG]` that it trained; known when the network is made.
     """
 
@@ -47,6 +48,7 @@ class NetworkPlan:
     trainable: str = "lora"
     weights: Sequence[Weights] = ()
     frozen_dtype: torch.dtype = torch.float32
+    checkpointing: bool = False
     reports: list[LoadReport] = field(default_factory=list)
     seg_is_trained: bool = False
 
@@ -85,6 +87,8 @@ class NetworkPlan:
                     require_same_base(source.files.beside["vessel"]["weights"], self.reports)
                 self._load(network, source, ranks)
         choose_trainable(network, self.trainable)
+        if self.checkpointing:
+            network.checkpoint_layers()
         for parameter in network.parameters() if ranks is None else ():
             dtype = torch.float32 if parameter.requires_grad else self.frozen_dtype
             if parameter.dtype != dtype:
@@ -103,10 +107,13 @@ class NetworkPlan:
 
     def _base(self, sources: Sequence[Source], ranks: Ranks | None) -> Sa2VA:
         """The network without adapters; with sources it is never held twice, nor in more than the dtypes it needs."""
-        if not sources:
+        # What is drawn at random is drawn as without ranks, and so whole; the others get their parts from the first.
+        if not sources and (ranks is None or ranks.is_first):
             return build_sa2va(self.sizes, self.tokens)
         with init_empty_weights(include_buffers=False):
             network = build_sa2va(self.sizes, self.tokens)
+        if not sources:
+            return network
         for source in sources:
             self._load(network, source, ranks)
         _begin_at_random(network.text_hidden_fcs)

@@ -14,7 +14,7 @@ from transformers import InternVLForConditionalGeneration
 
 from vessel.batch import Batch, Output, TokenIds, Views, upsample
 from vessel.errors import VesselError
-from vessel.model.grounding import Grounding, GroundingSizes, best_candidate, build_grounding
+from vessel.model.grounding import Grounding, GroundingSizes, best_candidate, build_grounding, trains
 from vessel.model.groups import trainable_groups
 from vessel.model.mllm import LanguageSizes, VisionSizes, build_mllm
 
@@ -146,6 +146,23 @@ class Sa2VA(nn.Module):
     def trainable_groups(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
         """Trainable parameters by group, in the network's order."""
         return trainable_groups(self)
+
+    def checkpoint_layers(self) -> None:
+        """In training keep only what enters each layer and compute the layer again in the backward pass.
+
+        For the language model, and for the encoders where they train: in a frozen one nothing is kept anyway. Names of
+        tensors, validation and results stay as they are.
+        """
+        own = self.mllm.model
+        language = own.language_model
+        # Non-reentrant recomputation follows the graph that was recorded, so the gradients of adapters are right even
+        # where no input of a layer requires one; nothing has to pretend that the embeddings train.
+        language.activation_checkpointing_enable({"use_reentrant": False})
+        language.disable_input_require_grads()
+        if trains(own.vision_tower):
+            own.vision_tower.activation_checkpointing_enable({"use_reentrant": False})
+        if trains(self.grounding.image_encoder):
+            self.grounding.checkpoint_blocks()
 
     def _check(self, batch: Batch) -> None:
         side = self.grounding.image_size

@@ -1,7 +1,6 @@
 """ZeRO-3: what DeepSpeed writes is read exactly, and a network is built and loaded in parts; ranks are processes."""
 
 import os
-import shutil
 import subprocess
 import sys
 from collections import OrderedDict
@@ -25,7 +24,7 @@ from vessel.errors import VesselError
 from vessel.model.plan import NetworkPlan
 from vessel.model.weights.entry import Weights
 from vessel.model.weights.sources import open_source
-from vessel.model.weights.zero import open_zero
+from vessel.model.weights.zero import open_saved, open_zero
 from vessel.restore import restore
 
 ROOT = Path(__file__).parents[3]
@@ -44,6 +43,34 @@ def parts(tensor: torch.Tensor, ranks: int) -> list[torch.Tensor]:
     return list(torch.cat([tensor.flatten(), torch.zeros(size * ranks - tensor.numel())]).split(size))
 
 
+MOMENTS = {"exp_avg": 2.0, "exp_avg_sq": 3.0}  # times the values
+
+
+def write_zero2(folder: Path, *, ranks: int = 2) -> Path:
+    """The same under stage 2: `a` and `c` end to end in one group, of which only the numbers that count are saved."""
+    inner = folder / "checkpoint"
+    inner.mkdir(parents=True)
+    (folder / "latest").write_text("checkpoint")
+    model = {
+        "module": {name: tensor.bfloat16() for name, tensor in WHOLE.items()} | {"network.buffer": torch.ones(2)},
+        "buffer_names": ["network.buffer"], "shared_params": {}, "dp_world_size": ranks, "global_steps": 4,
+        "param_shapes": [OrderedDict({name: WHOLE[name].shape for name in ("network.a", "network.c")})],
+        "frozen_param_shapes": OrderedDict({"network.b": WHOLE["network.b"].shape}),
+        "frozen_param_fragments": {"network.b": WHOLE["network.b"]}, "vessel": {"name": "by hand"},
+    }  # fmt: skip
+    torch.save(model, inner / "mp_rank_00_model_states.pt")
+    end_to_end = torch.cat([WHOLE["network.a"], WHOLE["network.c"].flatten()])
+    for rank, part in enumerate(parts(end_to_end, ranks)):
+        state = {name: part * factor for name, factor in MOMENTS.items()} | {"step": torch.tensor(4.0)}
+        counts = end_to_end[rank * len(part) : (rank + 1) * len(part)]
+        optimizer = {
+            "single_partition_of_fp32_groups": [counts],
+            "base_optimizer_state": {"state": {0: state}, "param_groups": [{"lr": 0.1}]},
+        }
+        torch.save({"optimizer_state_dict": optimizer}, inner / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
+    return folder
+
+
 def write_zero(folder: Path, *, ranks: int = 2) -> Path:
     """A folder in the layout of DeepSpeed: `b` frozen, `a` and `c` trained in a flat group of their own each."""
     inner = folder / "checkpoint"
@@ -59,7 +86,8 @@ def write_zero(folder: Path, *, ranks: int = 2) -> Path:
             "dp_world_size": ranks, "global_steps": 4, "vessel": {"name": "by hand"},
         }  # fmt: skip
         flat = [parts(WHOLE[name], ranks)[rank] for name in ("network.a", "network.c")]
-        optimizer = {"fp32_flat_groups": flat, "optimizer_state_dict": {"state": {0: {"step": torch.tensor(4.0)}}}}
+        state = {"state": {0: {"step": torch.tensor(4.0)}}, "param_groups": [{"lr": 0.1}, {"lr": 0.1}]}
+        optimizer = {"fp32_flat_groups": flat, "optimizer_state_dict": state}
         torch.save(model, inner / f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt")
         torch.save({"optimizer_state_dict": optimizer}, inner / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
     return folder
@@ -77,6 +105,27 @@ def test_parts_of_all_ranks_make_the_whole(tmp_path, ranks):
     source = open_source(str(tmp_path / "last.ckpt"))
     assert source.kind.name == "checkpoint of a run"
     assert source.outline().keys() == {"a", "b", "c", "buffer"}
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 11])
+def test_parts_of_stage_2_make_the_whole_with_its_moments(tmp_path, ranks):
+    folder = write_zero2(tmp_path / "last.ckpt", ranks=ranks)
+    read = dict(open_zero(folder).read())
+    assert all(torch.equal(read[name], WHOLE[name]) for name in WHOLE)
+    saved = open_saved(folder)
+    assert (saved.steps, saved.groups[0]["lr"]) == (4, 0.1)
+    for name in ("network.a", "network.c"):
+        for moment, factor in MOMENTS.items():
+            assert torch.equal(saved.trained[name].moments[moment].whole(), WHOLE[name] * factor)
+    assert torch.equal(saved.trained["network.a"].values.piece(1, 3), WHOLE["network.a"][1:])
+    change(folder / "checkpoint/zero_pp_rank_0_mp_rank_00_optim_states.pt", lengthen)
+    with pytest.raises(VesselError, match="numbers of a group for 4; copy it again"):
+        open_zero(folder)
+
+
+def lengthen(content) -> None:
+    groups = content["optimizer_state_dict"]["single_partition_of_fp32_groups"]
+    groups[0] = torch.cat([groups[0], torch.ones(1)])
 
 
 @pytest.mark.parametrize("kind", ["model", "optim"])
@@ -190,56 +239,6 @@ def plan_of(compose, *overrides: str, weights=()) -> NetworkPlan:
         config.model, prompt.token_ids, prompt.new_tokens, lora=config.lora, trainable=config.trainable,
         weights=Weights.listed(list(weights)),
     )  # fmt: skip
-
-
-@pytest.mark.slow
-def test_a_checkpoint_of_two_ranks_is_restored_exactly(compose, tmp_path):
-    """Adapters in float32 on a public folder, frozen parameters not saved."""
-    torch.manual_seed(3)
-    base = write_sa2va(tmp_path / "base", plan_of(compose).build())
-    lora = ("lora=r8", "trainable=lora", f"weights=[{base}]", "trainer.precision=32-true")
-    launch(2, tmp_path, "train", *TINY, *lora)
-    held = torch.load(tmp_path / "gathered.pt")
-    restored = restore(str(tmp_path))
-    state = restored.network.state_dict()
-    assert state.keys() == held["state"].keys()
-    assert [name for name in state if not torch.equal(state[name], held["state"][name])] == []
-    trained = set(restored.reports[-1].all("loaded"))
-    assert trained >= set(held["trained"])
-    assert not any("base_layer" in name for name in trained)
-    assert restored.source.is_dir()
-    assert restored.threshold == 0.35
-    assert restored.manifest.fingerprint
-    changed = [name for name in held["trained"] if name.startswith("text_hidden_fcs")]
-    begun = restored_base(compose, base)
-    assert changed
-    assert not any(torch.equal(state[name], begun[name]) for name in changed)
-
-
-def restored_base(compose, base: Path) -> dict[str, torch.Tensor]:
-    return plan_of(compose, weights=[str(base)]).build().state_dict()
-
-
-@pytest.mark.slow
-def test_what_was_never_a_source_is_in_the_checkpoint_or_refused(compose, tmp_path):
-    """From random weights in bf16: frozen parameters are saved as they are, trained ones in float32."""
-    launch(1, tmp_path, "train", *TINY, "trainable=all", "trainer.precision=bf16-true")
-    held = torch.load(tmp_path / "gathered.pt")
-    folder = tmp_path / "checkpoints/best.ckpt"
-    read = {name.removeprefix("network."): tensor for name, tensor in open_zero(folder).read()}
-    state = restore(str(folder)).network.state_dict()
-    assert read.keys() == state.keys() == held["state"].keys()
-    assert all(read[name].dtype == torch.float32 for name in held["trained"])
-    rounded = {name: state[name].to(held["state"][name].dtype) for name in state}
-    assert [name for name in state if not torch.equal(rounded[name], held["state"][name])] == []
-    lost = shutil.copytree(folder, tmp_path / "lost.ckpt")
-
-    def leave_out_the_frozen(content):
-        content["frozen_param_shapes"] = content["frozen_param_fragments"] = None
-
-    change(lost / "checkpoint/zero_pp_rank_0_mp_rank_00_model_states.pt", leave_out_the_frozen)
-    with pytest.raises(VesselError, match="tensors that only this run has are not there"):
-        restore(str(lost))
 
 
 @pytest.mark.slow
