@@ -1,0 +1,163 @@
+"""How a trainer spreads training over devices, and what each of them holds for good."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vessel.memory.step import GRADIENTS, How, step_of_optimizer
+
+PARAMETERS, OPTIMIZER, UPDATE = "parameters", "moments of the optimizer", "temporaries of the optimizer step"
+BUCKETS = "buckets of communication"
+MASTERS = "parameters of the optimizer, float32"
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What of a trainer decides about memory; the sizes are elements, the defaults Lightning's and DeepSpeed's.
+
+    Attributes:
+        precision: as the trainer has it.
+        ranks: processes, one a GPU.
+        stage: of ZeRO; 0 for the whole network, its gradients and its optimizer on every rank.
+        offload_optimizer, offload_parameters: kept on the host.
+        accumulate: batches an update.
+        bucket: gradients that are reduced at a time.
+        prefetch, live, reuse: of gathered parameters: fetched ahead; fetched ahead at most in all; kept when used again
+            within so many.
+        persistent: largest parameter that every rank keeps whole.
+    """
+
+    precision: str = "32-true"
+    ranks: int = 1
+    stage: int = 0
+    offload_optimizer: bool = False
+    offload_parameters: bool = False
+    accumulate: int = 1
+    bucket: int = 200_000_000
+    prefetch: int = 50_000_000
+    live: int = 1_000_000_000
+    reuse: int = 1_000_000_000
+    persistent: int = 100_000
+
+    @classmethod
+    def of(cls, trainer: Mapping[str, Any]) -> Engine:
+        """The engine of a trainer's configuration."""
+        engine = cls(
+            precision=str(trainer["precision"]),
+            ranks=_devices(trainer["devices"], str(trainer["accelerator"])) * int(trainer.get("num_nodes", 1)),
+            accumulate=int(trainer.get("accumulate_grad_batches", 1)),
+        )
+        strategy = trainer.get("strategy", "auto")
+        if not isinstance(strategy, Mapping):
+            return replace(engine, **_named(str(strategy)))
+        zero = dict(strategy.get("zero") or {})
+        names = {
+            "bucket": "reduce_bucket_size",
+            "prefetch": "stage3_prefetch_bucket_size",
+            "live": "stage3_max_live_parameters",
+            "reuse": "stage3_max_reuse_distance",
+            "persistent": "stage3_param_persistence_threshold",
+        }
+        changes: dict[str, Any] = {own: int(zero[name]) for own, name in names.items() if name in zero}
+        changes |= {key: strategy[key] for key in ("offload_optimizer", "offload_parameters") if key in strategy}
+        return replace(engine, stage=int(strategy.get("stage", 0)), **changes)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of what does not train; under ZeRO, and where the precision is a `true` one, of everything."""
+        return next((d for bits, d in _DTYPES.items() if self.precision.startswith(bits)), torch.float32)
+
+    @property
+    def how(self) -> How:
+        """How it runs a step."""
+        mixed = self.precision.endswith("mixed") and self.stage == 0
+        return How(
+            autocast=self.dtype if mixed else None,
+            zero3=self.stage == 3,
+            cut_gradients=self.stage > 1,
+            bucket=self.bucket,
+            accumulating=self.accumulate > 1,
+        )
+
+    def prepare(self, network: nn.Module) -> None:
+        """Give parameters the dtypes that they train in."""
+        mixed = self.precision.endswith("mixed") and self.stage == 0
+        for parameter in network.parameters():
+            parameter.data = parameter.data.to(torch.float32 if mixed and parameter.requires_grad else self.dtype)
+
+    def states(self, network: nn.Module) -> States:
+        """What a rank holds of a prepared network between two steps, and what an update takes beside it."""
+        everything = list(network.parameters())
+        trained = [p for p in everything if p.requires_grad]
+        buffers = sum(buffer.nbytes for buffer in network.buffers())
+        if self.stage == 0:
+            gradients = sum(p.nbytes for p in trained)
+            state, update = step_of_optimizer(trained)
+            held = {PARAMETERS: sum(p.nbytes for p in everything) + buffers, OPTIMIZER: state}
+            if self.ranks > 1:
+                held[BUCKETS] = gradients
+            return States(held, {}, {GRADIENTS: gradients, UPDATE: update}, 0)
+        return self._cut(everything, trained, buffers)
+
+    def _cut(self, everything: Sequence[Tensor], trained: Sequence[Tensor], buffers: int) -> States:
+        own = sum(math.ceil(p.numel() / self.ranks) for p in trained)
+        state, update = step_of_optimizer([torch.empty(own, device="meta")])
+        size, halved = self.dtype.itemsize, (self.stage == 3)
+        parts = sum(math.ceil(p.numel() / self.ranks) if halved else p.numel() for p in everything) * size
+        whole = sum(p.numel() for p in everything if halved and p.numel() <= self.persistent) * size
+        on_host = parts * self.offload_parameters
+        held = {
+            PARAMETERS: parts - on_host + (whole if self.ranks > 1 or self.offload_parameters else 0) + buffers,
+            # a buffer that gradients are moved into, and the copy that is cut
+            BUCKETS: 2 * min(self.bucket, sum(p.numel() for p in trained)) * size,
+        }
+        accumulated = 4 * own  # vessel.sharding adds gradients up in float32
+        if self.offload_optimizer:
+            return States(held, {}, {}, on_host + state + 4 * own + accumulated)
+        held |= {MASTERS: 4 * own, OPTIMIZER: state}
+        # the flat copy of the gradients that the optimizer is given, and what it takes itself
+        return States(held, {GRADIENTS: accumulated}, {GRADIENTS: accumulated, UPDATE: update + 4 * own}, on_host)
+
+
+@dataclass(frozen=True)
+class States:
+    """Bytes by kind.
+
+    Attributes:
+        held: at all times.
+        in_step: while a batch is computed, beside what the step itself makes.
+        in_update: while the optimizer steps.
+        host: on the host, of what is offloaded.
+    """
+
+    held: Mapping[str, int]
+    in_step: Mapping[str, int]
+    in_update: Mapping[str, int]
+    host: int
+
+
+_DTYPES = {"bf16": torch.bfloat16, "16": torch.float16, "64": torch.float64}
+
+
+def _devices(devices: Any, accelerator: str) -> int:
+    if isinstance(devices, int) and devices >= 0:
+        return devices
+    if isinstance(devices, str) and re.fullmatch(r"\d+", devices):
+        return int(devices)
+    if isinstance(devices, Sequence) and devices != "auto" and not (isinstance(devices, str) and devices == "-1"):
+        return len(devices.split(",") if isinstance(devices, str) else devices)
+    return 1 if accelerator == "cpu" else max(1, torch.cuda.device_count())
+
+
+def _named(strategy: str) -> dict[str, Any]:
+    """Of Lightning's names, such as `deepspeed_stage_3_offload`."""
+    found = re.search(r"deepspeed_stage_(\d)", strategy)
+    stage, offload = int(found[1]) if found else 0, "offload" in strategy
+    return {"stage": stage, "offload_optimizer": offload, "offload_parameters": offload and stage == 3}

@@ -1,0 +1,84 @@
+"""The memory plan of a configuration: shown on demand, and a reason to refuse a run."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+
+from vessel.data.catalog import Catalog
+from vessel.memory.advice import advice, gpu_size, require_room
+from vessel.memory.engine import Engine
+from vessel.memory.plan import Images, MemoryPlan, Setup, memory_plan
+from vessel.places import expanded
+
+_USUAL_GB = 24.0  # of the GPU that is meant where none is there and none is named
+
+
+def show(config: DictConfig) -> None:
+    """Print the plan of a training configuration and its verdict; neither data, weights nor a GPU have to be there."""
+    plan, size = memory_plan(setup_of(config)), _size(config)
+    known = _USUAL_GB if size is None else size
+    console = Console()
+    console.print(plan.table())
+    console.print(plan.verdict(known), markup=False, highlight=False)
+    if not plan.fits(known):
+        console.print(advice(plan, known), soft_wrap=True, markup=False, highlight=False)
+
+
+def require_memory(config: DictConfig) -> MemoryPlan | None:
+    """Refuse a training configuration that the GPU cannot hold.
+
+    Returns:
+        the plan; None where there is nothing to judge by: on the CPU without `gpu_gb`, or with `force`.
+
+    Raises:
+        VesselError: it does not fit; the message says what would help.
+    """
+    size = _size(config)
+    if size is None or config.force:
+        return None
+    plan = memory_plan(setup_of(config))
+    require_room(plan, size)
+    return plan
+
+
+def setup_of(config: DictConfig) -> Setup:
+    """What of a training configuration decides about memory; of the data what is known."""
+    sizes = instantiate(config.model)
+    setup = Setup(
+        sizes=sizes,
+        lora=instantiate(config.lora),
+        trainable=config.trainable,
+        objective=instantiate(config.objective),
+        engine=Engine.of(OmegaConf.to_container(config.trainer, resolve=True)),  # type: ignore[arg-type]  # a mapping
+        checkpointing=config.checkpointing,
+        batch_size=config.data.batch_size,
+    )
+    return _with_images(setup, config.data)
+
+
+def _with_images(setup: Setup, data: DictConfig) -> Setup:
+    """With the phrases that are asked for, and of a data set that is there the image of most tiles, then pixels."""
+    asked = None if data.phrases is None else 1 if isinstance(data.phrases, str) else len(data.phrases)
+    root = None if OmegaConf.is_missing(data, "root") else expanded(data.root)
+    if root is None or not (root / "manifest.json").is_file():
+        return replace(setup, images=replace(setup.images, phrases=asked or setup.images.phrases))
+    catalog = Catalog.open(root)
+    phrases = len(catalog.phrases) if asked is None else asked
+    found = [
+        replace(setup, images=Images((height, width), phrases))
+        for height, width in {(frame.height, frame.width) for frame in catalog.frames.values()}
+    ]
+    return max(found, key=lambda one: (one.tiles, one.images.size[0] * one.images.size[1]))
+
+
+def _size(config: DictConfig) -> float | None:
+    if config.gpu_gb is not None:
+        return float(config.gpu_gb)
+    if config.trainer.accelerator == "cpu":
+        return None
+    devices = config.trainer.devices
+    return gpu_size(devices if isinstance(devices, int) and devices > 0 else None)

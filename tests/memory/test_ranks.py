@@ -1,0 +1,55 @@
+"""What two real ranks of DeepSpeed hold, against the plan of their configuration."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tests.conftest import _configuration
+from tests.test_sharding import options
+
+from vessel.memory.engine import MASTERS, OPTIMIZER, PARAMETERS
+from vessel.memory.plan import memory_plan
+from vessel.memory.request import setup_of
+from vessel.memory.step import GRADIENTS
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trainer", ["zero3", "zero2"])
+def test_two_ranks_hold_what_is_planned(oct_set, tmp_path, trainer):
+    overrides = [
+        *options(tmp_path, oct_set, 2), "~callbacks.recorder", f"trainer={trainer}", "trainer.max_steps=2",
+        "callbacks.checkpoint=null", "callbacks.last_checkpoint=null", "lora=r8", "trainable=lora",
+        "+callbacks.holds._target_=tests.memory.holds.Holds", f"+callbacks.holds.out={tmp_path}",
+    ]  # fmt: skip
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    process = subprocess.Popen(
+        [*command, str(ROOT / "tests/zero_ranks.py"), str(tmp_path), "train", *overrides],
+        cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+    )  # fmt: skip
+    try:
+        printed, _ = process.communicate(timeout=240)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    assert process.returncode == 0, printed[-4000:]
+    setup = setup_of(_configuration("train", [*overrides]))
+    engine, network = setup.engine, memory_plan(setup).work.network
+    assert (engine.ranks, engine.stage) == (2, int(trainer[-1]))
+    states = engine.states(network)
+    for rank in range(2):
+        facts = json.loads((tmp_path / f"rank{rank}.json").read_text())
+        # Stage 2 cuts each group of the optimizer at a multiple of its alignment.
+        exact = pytest.approx if trainer == "zero3" else lambda n: pytest.approx(n, rel=0.01)
+        assert facts["parameters"] == pytest.approx(states.held[PARAMETERS], rel=0.01)
+        assert facts["masters"] == exact(states.held[MASTERS])
+        assert facts["optimizer"] == exact(states.held[OPTIMIZER])
+        if trainer == "zero3":
+            assert facts["gradients"] == states.in_step[GRADIENTS]
+        assert facts["limits"] == {name: getattr(engine, name) for name in facts["limits"]}
