@@ -6,10 +6,10 @@ export SAM2_BUILD_CUDA := 0
 export NO_ALBUMENTATIONS_UPDATE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup format check test demo bench clean
+.PHONY: help setup format check test test-faults demo bench clean
 
 help: ## list these goals
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(INSTALLED) ## make .venv with everything, at the versions of constraints.txt
 
@@ -33,6 +33,9 @@ check: setup ## lint, form, types and the direction of imports
 
 test: setup ## all tests, unit and end to end; make test only=tests/test_sweep.py for some
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 $(only)
+
+test-faults: setup ## kill training fifty times at random moments and see it go on, about 20 minutes
+	$(BIN)/python -m tests.faults
 
 demo: setup ## prepare, train, evaluate, export and predict on synthetic pullbacks
 	$(BIN)/python -m vessel.demo

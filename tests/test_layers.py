@@ -14,12 +14,12 @@ FILES = sorted(SRC.rglob("*.py"))
 # From the ground up. A part imports from the rows above it and from itself, never from its own row.
 LAYERS = (
     ("errors", "conf_path"),
-    ("batch", "cleanup", "options", "figures", "film", "loggers", "places", "run", "sweep"),
+    ("batch", "cleanup", "options", "figures", "film", "loggers", "loops", "places", "ranks", "record", "run", "sweep"),
     ("losses", "metrics", "data", "model"),
     ("task", "callbacks", "checkpoints", "generation"),
-    ("restore",),
+    ("command_line", "memory", "restore", "settings", "sharding"),
     ("inference", "training"),
-    ("pullback", "publishing"),
+    ("launch", "pullback", "publishing"),
     ("evaluation", "prediction"),
     ("prepare", "train", "evaluate", "predict", "export", "demo"),
 )

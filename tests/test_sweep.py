@@ -152,6 +152,35 @@ def test_a_search_whose_first_trial_fails_stops(app, tmp_path):
     assert len(read_jobs(sweeps(tmp_path)[0])) == 1
 
 
+def test_jobs_of_submitit_are_summed_up_like_others(app, tmp_path):
+    """In processes of their own, as on a cluster."""
+    done = app("optimizer.lr=10,0.001", "hydra/launcher=submitit_local")
+    assert done.returncode == 1, done.stderr
+    first, second = read_jobs(sweeps(tmp_path)[0])
+    assert (first.error, second.dice) == ("optimizer.lr: too large; take less", 1.0)
+    assert "best: job 1, val/dice_best 1.0000" in done.stdout
+
+
+def test_slurm_is_asked_for_what_the_configuration_says():
+    from hydra import compose, initialize_config_dir
+    from submitit.slurm.slurm import _make_sbatch_string
+
+    with initialize_config_dir(str(SWEEP.parent), version_base="1.3"):
+        config = compose("train", ["experiment=tiny", "sweep=slurm"], return_hydra_config=True)
+    assert config.resume == "auto", "a job that was requeued goes on"
+    launcher = dict(config.hydra.launcher)
+    assert launcher.pop("_target_").endswith("SlurmLauncher")
+    times = launcher.pop("max_num_timeout")
+    launcher["time"] = launcher.pop("timeout_min")
+    launcher["job_name"], launcher["mem"] = launcher.pop("name"), launcher.pop("mem_gb")
+    launcher["ntasks_per_node"] = launcher.pop("tasks_per_node")
+    launcher.pop("submitit_folder")
+    script = _make_sbatch_string(command="train", folder="jobs", **launcher)
+    for line in ("--nodes=1", "--ntasks-per-node=1", "--gpus-per-node=4", "--time=1440", "--signal=USR2@300"):
+        assert f"#SBATCH {line}\n" in script
+    assert times > 0, "else submitit does not requeue what ran out of time"
+
+
 @pytest.mark.slow
 def test_training_sweep_has_a_wandb_run_per_job_in_one_group(tmp_path):
     def vessel(verb, *options):

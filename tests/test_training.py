@@ -176,15 +176,15 @@ def test_a_run_that_goes_on_keeps_the_commit_of_its_weights(monkeypatch):
     from omegaconf import OmegaConf
 
     from vessel.model.weights.entry import Weights
-    from vessel.training import _settled
+    from vessel.settings import settled
 
     monkeypatch.setattr(Weights, "fetch", lambda self: (Path("somewhere"), self.revision or "of today"))
     config = OmegaConf.create(
         {"weights": ["org/base"], "data": {"root": None}, "prompt": {"tokenizer": None, "template": "qwen_chat"}}
     )
     parent = SimpleNamespace(config={"weights": [{"source": "org/base", "revision": "of the run"}]})
-    assert _settled(config, None).weights[0].revision == "of today"
-    assert _settled(config, parent).weights[0].revision == "of the run"
+    assert settled(config, None).weights[0].revision == "of today"
+    assert settled(config, parent).weights[0].revision == "of the run"
 
 
 def test_prompt_and_template_come_from_the_weights(train_tiny, tiny_run, tmp_path):
@@ -237,3 +237,37 @@ def test_bad_input_is_refused(train_tiny, tmp_path):
             cause = cause.__cause__ or cause.__context__
         assert cause is not None, f"{override}: {caught.value!r}"
         assert re.search(message, str(cause)), f"{override}: {cause}"
+
+
+def test_the_steps_after_the_last_validation_are_kept(train_tiny, tmp_path):
+    train_tiny(tmp_path, "trainer.max_steps=5", "trainer.val_check_interval=3")
+    assert "last-000005.ckpt" in {path.name for path in (tmp_path / "checkpoints").iterdir()}
+
+
+def test_a_run_that_has_ended_is_not_made_longer_unasked(train_tiny, tmp_path, capsys):
+    """An early stop would otherwise be undone by every resume, and a job that is requeued would never end."""
+    best = train_tiny(tmp_path)
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    assert train_tiny(tmp_path, "resume=auto") == best
+    assert "has come to its end; trainer.max_steps" in capsys.readouterr().out
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+    with pytest.raises(VesselError, match=r"trained with other settings: optimizer\.lr=1e-05 \(there 0\.0006\)"):
+        train_tiny(tmp_path, "resume=auto", "trainer.max_steps=6", "optimizer.lr=1e-5")
+    train_tiny(tmp_path, "resume=auto", "trainer.max_steps=6")
+    assert max(values(tmp_path, "train/loss")) == 5
+
+
+def test_a_run_is_not_resumed_from_nothing(train_tiny, tmp_path, capsys):
+    run = tmp_path / "run"
+    with pytest.raises(VesselError, match="no good checkpoint to go on from; it has none"):
+        train_tiny(run, f"resume={run}")
+    train_tiny(run, "trainer.max_steps=2")
+    for checkpoint in (run / "checkpoints").iterdir():
+        checkpoint.write_bytes(checkpoint.read_bytes()[:-50])
+    with pytest.raises(VesselError, match=r"(?s)to go on from;\n.*last-000002\.ckpt: cut short"):
+        train_tiny(run, f"resume={run}", "trainer.max_steps=4")
+    train_tiny(run, "resume=auto", "trainer.max_steps=4")
+    told = capsys.readouterr().out
+    assert "passed over last-000002.ckpt: cut short" in told
+    assert "training begins anew" in told
+    assert sorted(values(run, "train/loss")) == [0, 1, 2, 3]

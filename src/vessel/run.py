@@ -15,6 +15,7 @@ from typing import Any
 from vessel.errors import VesselError
 
 MANIFEST = "manifest.json"
+RESULT = "result.json"
 LOCAL = "(a local folder)"  # what stands for a place of this machine in whatever leaves it
 
 
@@ -75,6 +76,19 @@ class Manifest:
     def write(self, folder: Path) -> None:
         """Write `manifest.json`."""
         (folder / MANIFEST).write_text(json.dumps(self.as_dict(), indent=1, ensure_ascii=False) + "\n")
+
+
+def read_result(run: Path) -> dict[str, Any] | None:
+    """What a run left that came to its end; None for one that did not."""
+    file = run / RESULT
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+
+def write_result(run: Path, result: Mapping[str, Any]) -> None:
+    """Note that a run came to its end: `best`, its best monitored value, and `limits`, where that end was set."""
+    part = run / f".{RESULT}.part"
+    part.write_text(json.dumps(result) + "\n", encoding="utf-8")
+    part.replace(run / RESULT)
 
 
 def without_places(value: Any) -> Any:

@@ -7,7 +7,7 @@ import logging
 import os
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,35 +17,35 @@ from hydra.utils import instantiate
 from lightning import Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from vessel.checkpoints.reading import find_checkpoint, read_checkpoint
+from vessel.checkpoints.reading import find_checkpoint, newest_good, read_checkpoint
+from vessel.checkpoints.retention import discard_superseded
+from vessel.checkpoints.space import checkpoint_bytes, planned, require_space, size_on_disk
+from vessel.checkpoints.writing import WholeFiles
 from vessel.data.identity import RawIdentifiers, mapping_folder
 from vessel.data.module import VesselDataModule
 from vessel.data.prompt import Prompt
 from vessel.errors import VesselError
 from vessel.loggers import JsonLines
-from vessel.model.architecture import read_template
+from vessel.memory.request import require_memory, show
 from vessel.model.checks import require_same_base
 from vessel.model.plan import NetworkPlan
 from vessel.model.sa2va import Sa2VA, Sizes
 from vessel.model.weights.digests import fingerprint
-from vessel.model.weights.entry import Weights
 from vessel.model.weights.report import LoadReport
 from vessel.model.weights.sources import open_source
+from vessel.model.weights.zero import is_zero
 from vessel.places import expanded
+from vessel.record import differing
 from vessel.restore import EXPORT_MANIFEST
-from vessel.run import Manifest, without_places
+from vessel.run import Manifest, read_result, without_places, write_result
+from vessel.settings import check, settled, sources
 from vessel.task import VesselTask
-
-WEIGHTS = "weights"  # of prompt.tokenizer and prompt.template: those of the weights
-ROOT_KEYS = (
-    *("model", "prompt", "lora", "objective", "optimizer", "data", "trainer", "callbacks", "logger"),
-    *("name", "seed", "ckpt", "weights", "trainable", "run"),
-)
 
 
 def train(config: DictConfig) -> float | None:
@@ -57,14 +57,35 @@ def train(config: DictConfig) -> float | None:
     Raises:
         VesselError: a key that nothing reads, a mandatory value not given, or bad input further in.
     """
-    _check(config)
-    _quieten_lightning()
+    check(config)
+    if config.plan:
+        show(config)
+        return None
+    require_memory(config)
+    _quieten_libraries()
     run = Path(config.run)
     run.mkdir(parents=True, exist_ok=True)
+    if config.resume is not None and (ended := read_result(run)) is not None and ended["limits"] == _limits(config):
+        rank_zero_only(print)(f"{os.path.relpath(run)} has come to its end; trainer.max_steps=... makes it longer")
+        return ended["best"]
     seed_everything(config.seed, workers=True, verbose=False)
-    resumed = _resumed(config.ckpt)
+    best = _fit(config, run)
+    rank_zero_only(write_result)(run, {"best": best, "limits": _limits(config)})
+    _say_what_is_next(run, best)
+    return best
+
+
+def _limits(config: DictConfig) -> dict[str, str]:
+    """When training ends by itself."""
+    keys = ("max_epochs", "max_steps", "max_time")
+    return {key: str(config.trainer.get(key)) for key in keys}
+
+
+def _fit(config: DictConfig, run: Path) -> float | None:
+    """Put the parts together and train them; the best value of the monitored metric."""
+    resumed = _beginning(config, run)
     parent = None if resumed is None else Manifest.from_dict(read_checkpoint(resumed)["vessel"])
-    config = _settled(config, parent)
+    config = settled(config, parent)
     prompt = instantiate(config.prompt)
     sizes = instantiate(config.model)
     # Partial, as Hydra would turn dataclasses that it is given into its own configurations.
@@ -74,18 +95,19 @@ def train(config: DictConfig) -> float | None:
     plan = _network_plan(config, sizes, prompt)
     manifest = _manifest(config, data)
     if resumed is not None and parent is not None:
-        manifest = _going_on(manifest, parent, resumed)
-    manifest.write(run)
-    prompt.save(run / "tokenizer")
+        manifest = _going_on(manifest, parent, resumed, run)
+    rank_zero_only(manifest.write)(run)
+    rank_zero_only(prompt.save)(run / "tokenizer")
 
     def build() -> Sa2VA:
         network = plan.build()
         if parent is not None:
             require_same_base(parent.weights, plan.reports)
         _refuse_random_seg(network, plan)
+        _require_room(network, trainer, run, keep_frozen=task.keep_frozen)
         known = replace(manifest, weights=tuple(report.summary() for report in plan.reports))
         _tell(plan.reports)
-        known.write(run)
+        rank_zero_only(known.write)(run)
         task.manifest = known.as_dict()
         return network
 
@@ -97,13 +119,15 @@ def train(config: DictConfig) -> float | None:
         manifest=manifest.as_dict(),
     )
     trainer = _trainer(config, run)
+    _require_same_engine(resumed, trainer)
+    if resumed is not None and resumed.is_relative_to(run):
+        rank_zero_only(discard_superseded)(run, resumed, trainer.callbacks)  # type: ignore[attr-defined]
     for logger in trainer.loggers:
         logger.log_hyperparams(without_places(manifest.as_dict()))
     trainer.fit(task, datamodule=data, ckpt_path=resumed, weights_only=True)
-    best = trainer.checkpoint_callback
-    score = best.best_model_score if isinstance(best, ModelCheckpoint) else None
-    _say_what_is_next(run, None if score is None else float(score))
-    return None if score is None else float(score)
+    saver = trainer.checkpoint_callback
+    best = saver.best_model_score if isinstance(saver, ModelCheckpoint) else None
+    return None if best is None else float(best)
 
 
 @rank_zero_only
@@ -121,43 +145,10 @@ def _network_plan(config: DictConfig, sizes: Sizes, prompt: Prompt) -> NetworkPl
         new_tokens=prompt.new_tokens,
         lora=instantiate(config.lora),
         trainable=config.trainable,
-        weights=_sources(config),
+        weights=sources(config),
+        checkpointing=config.checkpointing,
         frozen_dtype=torch.bfloat16 if str(config.trainer.precision).startswith("bf16") else torch.float32,
     )
-
-
-def _settled(config: DictConfig, parent: Manifest | None) -> DictConfig:
-    """The configuration as it can be repeated from anywhere: whole paths, hub ids with their commits, prompts named.
-
-    A run that goes on has the commits of the one before.
-    """
-    entries = _sources(config)
-    if parent is not None:
-        commits = {entry.source: entry.revision for entry in Weights.listed(parent.config["weights"])}
-        entries = [replace(e, revision=e.revision or commits.get(e.source)) for e in entries]
-    entries = [entry.pinned() for entry in entries]
-    settled = OmegaConf.merge(config, {"weights": [asdict(entry) for entry in entries]})
-    assert isinstance(settled, DictConfig)
-    for section, key in (("data", "root"), ("prompt", "tokenizer")):
-        place = config[section].get(key)
-        if place is not None and expanded(place).exists():
-            settled[section][key] = str(expanded(place).absolute())
-    if WEIGHTS in (config.prompt.tokenizer, config.prompt.template):
-        folders = [source for source in map(open_source, entries) if source.config]
-        if not folders:
-            raise VesselError(
-                "prompt=sa2va takes tokenizer and template from the folder that training starts from, and "
-                "weights=[...] names none; name one, or choose prompt=small"
-            )
-        for key, found in {"tokenizer": str(folders[0].path), "template": read_template(folders[0].config)}.items():
-            if settled.prompt[key] == WEIGHTS:
-                settled.prompt[key] = found
-    return settled
-
-
-def _sources(config: DictConfig) -> list[Weights]:
-    plain: Any = OmegaConf.to_container(config, resolve=True)
-    return Weights.listed(plain["weights"])
 
 
 @rank_zero_only
@@ -167,20 +158,19 @@ def _tell(reports: Sequence[LoadReport]) -> None:
         Console().print(report.table())
 
 
-def _quieten_lightning() -> None:
-    """Its hints and device lists would come twice, by its own handler and by Hydra's; real warnings stay."""
+def _quieten_libraries() -> None:
+    """Lightning's hints and device lists would come twice, by its handlers and by Hydra's; real warnings stay."""
     warnings.filterwarnings("ignore", message=".*treespec, LeafSpec", category=FutureWarning)
-    logging.getLogger("lightning.pytorch").handlers.clear()
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
-
-
-def _check(config: DictConfig) -> None:
-    if unknown := sorted(set(map(str, config)).difference(ROOT_KEYS)):
-        raise VesselError(f"unknown configuration key(s) {unknown}; the known ones are {sorted(ROOT_KEYS)}")
-    if missing := sorted(OmegaConf.missing_keys(config)):
-        raise VesselError(
-            f"no value for {', '.join(missing)}: give it on the command line, for example {missing[0]}=..."
-        )
+    # Metrics are reduced by torchmetrics already, and a run that goes on has files in its folder.
+    for known in (".*sync_dist=True", ".*exists and is not empty"):
+        warnings.filterwarnings("ignore", message=known, module="lightning")
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view")  # of tensors of a few numbers
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).handlers.clear()
+        logging.getLogger(f"{name}.utilities.rank_zero").setLevel(logging.WARNING)
+    # Which rank each process is, which `global batch` tells; and how DeepSpeed tries gcc.
+    for name in ("lightning.fabric.utilities.distributed", "lightning.pytorch.strategies.deepspeed", "compilers"):
+        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def _manifest(config: DictConfig, data: VesselDataModule) -> Manifest:
@@ -206,15 +196,20 @@ def _manifest(config: DictConfig, data: VesselDataModule) -> Manifest:
     return manifest
 
 
-def _going_on(manifest: Manifest, parent: Manifest, resumed: Path) -> Manifest:
-    """A run that goes on must have the data, split and phrases of the one before."""
+def _going_on(manifest: Manifest, parent: Manifest, resumed: Path, run: Path) -> Manifest:
+    """A run that goes on must have the data, split and phrases of the one before; it may be that very run."""
     same = ("fingerprint", "split_hash", "fold")
-    differing = [key for key in same if parent.data.get(key) != manifest.data.get(key)]
-    if differing or parent.phrases != manifest.phrases:
+    parted = [key for key in same if parent.data.get(key) != manifest.data.get(key)]
+    if parted or parent.phrases != manifest.phrases:
         raise VesselError(
-            f"ckpt={resumed}: {', '.join(differing) or 'phrases'} of that run differ from this one's: patients it was "
+            f"ckpt={resumed}: {', '.join(parted) or 'phrases'} of that run differ from this one's: patients it was "
             "trained on could be validated on; go on with its own data set, split and phrases"
         )
+    if resumed.is_relative_to(run):
+        if manifest.config["resume"] == "auto" and (others := differing(parent.config, manifest.config)):
+            told = ", ".join(others)
+            raise VesselError(f"{run}: trained with other settings: {told}; resume={run} goes on with these")
+        return replace(manifest, created=parent.created, parent=parent.parent)
     return replace(
         manifest, parent={"name": parent.name, "fingerprint": fingerprint(open_source(str(resumed)).tensors())}
     )
@@ -233,6 +228,18 @@ def _refuse_random_seg(network: Sa2VA, plan: NetworkPlan) -> None:
         )
 
 
+def _require_room(network: Sa2VA, trainer: Trainer, run: Path, *, keep_frozen: bool) -> None:
+    """Refuse a run whose checkpoints the disk would not hold in the end."""
+    stage = 0
+    if isinstance(trainer.strategy, DeepSpeedStrategy):
+        assert isinstance(trainer.strategy.config, dict)
+        stage = trainer.strategy.config["zero_optimization"]["stage"]
+    number = planned(trainer.callbacks)  # type: ignore[attr-defined]
+    each = checkpoint_bytes(network.parameters(), keep_frozen=keep_frozen, stage=stage)
+    there = size_on_disk(run / "checkpoints")  # of a run that goes on, and replaces them
+    require_space(run, max(number * each - there, each if number else 0), f"{number} checkpoints")
+
+
 def _trainer(config: DictConfig, run: Path) -> Trainer:
     callbacks: list[Callback] = [instantiate(node) for node in (config.callbacks or {}).values() if node is not None]
     loggers: list[Logger] = [instantiate(node) for node in (config.logger or {}).values() if node is not None]
@@ -245,13 +252,42 @@ def _trainer(config: DictConfig, run: Path) -> Trainer:
         if isinstance(error.__cause__, MisconfigurationException | ValueError | ModuleNotFoundError):
             raise VesselError(f"trainer: {error.__cause__}; trainer=auto takes what is there") from error
         raise
+    trainer.strategy.checkpoint_io = WholeFiles()
     return trainer
 
 
-def _resumed(ckpt: str | None) -> Path | None:
-    if ckpt is None:
+def _beginning(config: DictConfig, run: Path) -> Path | None:
+    """The checkpoint to go on from: of this very folder where the run is resumed, else the one that is named."""
+    if config.resume is not None:
+        found, skipped = newest_good(run)
+        if found is not None or config.resume == "auto":
+            _tell_skipped(run, found, skipped)
+            if found is not None:
+                return found
+        else:
+            reasons = "".join(f"\n  {reason}" for reason in skipped) or " it has none"
+            raise VesselError(f"resume={config.resume}: no good checkpoint to go on from;{reasons}")
+    if config.ckpt is None:
         return None
-    path = expanded(ckpt)
+    path = expanded(config.ckpt)
     if (path / EXPORT_MANIFEST).is_file():
-        raise VesselError(f"ckpt={ckpt}: an export has no optimizer to go on with; start from it with weights=[{ckpt}]")
+        raise VesselError(
+            f"ckpt={config.ckpt}: an export has no optimizer to go on with; start from it with weights=[{config.ckpt}]"
+        )
     return find_checkpoint(path, ("last", "best")) if path.is_dir() else path
+
+
+@rank_zero_only
+def _tell_skipped(run: Path, found: Path | None, skipped: Sequence[str]) -> None:
+    for reason in skipped:
+        print(f"passed over {reason}")
+    if skipped and found is None:
+        print(f"no good checkpoint in {os.path.relpath(run)}: training begins anew")
+
+
+def _require_same_engine(resumed: Path | None, trainer: Trainer) -> None:
+    if resumed is not None and is_zero(resumed) and not isinstance(trainer.strategy, DeepSpeedStrategy):
+        raise VesselError(
+            f"{resumed}: written under ZeRO, whose optimizer only ZeRO takes over: go on with trainer=zero3, on one "
+            f"device with trainer.devices=1 too; or begin with its weights, weights=[...,{resumed}]"
+        )
