@@ -93,7 +93,7 @@ class Engine:
         """Train undisturbed, then under that many kills."""
         undisturbed = self._finish(f"{self.name}_undisturbed")
         assert sorted(undisturbed) == list(range(STEPS)), f"the undisturbed run made the steps {sorted(undisturbed)}"
-        while self.tally.kills < kills or self.tally.runs == 0:
+        while self.tally.kills < kills or self._after_kill or self.tally.runs == 0:
             name = f"{self.name}_{self.tally.runs}"
             if self.tally.kills < kills and self._killed(name):
                 continue
