@@ -53,6 +53,11 @@ def run(*command: str, cwd: Path, env: Mapping[str, str] | None = None) -> tuple
     return process.returncode, output
 
 
+def on_ranks(ranks: int, *command: str, cwd: Path) -> tuple[int, str]:
+    """The same of a Python program that torchrun starts as often; they find each other by a port of their own."""
+    return run("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *command, cwd=cwd)
+
+
 def of_folder(cwd: Path) -> list[int]:
     """Processes that work in a folder, those that have ended but were not yet asked for their status excepted."""
     found = []

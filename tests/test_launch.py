@@ -22,8 +22,8 @@ from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from vessel import ranks
 from vessel.errors import VesselError
-from vessel.launch import _alone_in, _devices, _requeue, _tell, _torchrun
-from vessel.ranks import STOP_CODES, Rank, this_rank
+from vessel.launch import _alone_in, _requeue, _tell, _torchrun
+from vessel.ranks import STOP_CODES, Rank, device_count, this_rank
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +41,7 @@ def test_devices_are_counted_as_lightning_counts_them(devices, count):
     from lightning import Trainer
 
     trainer = OmegaConf.create(f"{{accelerator: cpu, devices: {devices}}}")
-    assert _devices(trainer) == count
+    assert device_count(trainer.devices, trainer.accelerator) == count
     if devices in ("1", "4", "auto"):  # the others are for GPUs
         plain = OmegaConf.to_container(trainer)
         assert Trainer(**plain, logger=False, enable_checkpointing=False, barebones=True).num_devices == count
@@ -355,7 +355,10 @@ def test_two_nodes_of_torchrun_share_one_run_folder(oct_set, tmp_path):
     assert (first, second) == (0, 0), output + quiet
     assert len(list((tmp_path / "outputs/nodes").iterdir())) == 1
     assert output.count("\nrun: outputs/nodes/") == 1
-    assert quiet == "", "rank 1 prints into its file"
+    # torchrun of the second node may complain that the store of the first, which ended before it, is gone.
+    assert "global batch" in output
+    assert "global batch" not in quiet
+    assert "run: " not in quiet
 
 
 @pytest.mark.slow

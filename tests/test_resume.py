@@ -1,16 +1,13 @@
 """A run that was stopped and goes on computes, to the last bit, what the run without a stop computes."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
 from itertools import dropwhile
 from pathlib import Path
 
 import pytest
 from tests.conftest import TINY_NETWORK
 from tests.model.layouts import write_sa2va
+from tests.processes import on_ranks
 
 from vessel.restore import restore
 
@@ -178,38 +175,34 @@ def test_a_run_that_ended_is_made_longer(train_tiny, whole, resume, tmp_path):
 SINGLES = ("data.batch_size=1", "data.workers=1", "trainer.max_steps=6", "trainer.val_check_interval=12")
 
 
-def on_two_ranks(data, folder, *overrides):
-    """Train on two processes with DDP, as `torchrun` starts them; four images a step."""
+def on_two_ranks(data, folder, *overrides, engine="ddp"):
+    """Train on two processes, as `torchrun` starts them; four images a step."""
     settings = [
-        "experiment=tiny", "trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.precision=32-true",
+        "experiment=tiny", f"trainer={engine}", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.precision=32-true",
         f"run={folder}", f"hydra.run.dir={folder}", f"data.root={data}", "data.phrases=[lumen,side branch]",
         "trainer.log_every_n_steps=1", "+trainer.enable_progress_bar=false", "~callbacks.progress",
         *TINY_NETWORK, *STEPS, *SINGLES, *watched(folder), *overrides,
     ]  # fmt: skip
-    root = Path(__file__).parents[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    process = subprocess.Popen(
-        [*command, str(root / "tests/resume_ranks.py"), *settings], start_new_session=True, text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)},
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
-    try:
-        told, _ = process.communicate(timeout=180)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == 0, told[-4000:]
+    folder.mkdir(exist_ok=True)
+    status, told = on_ranks(2, str(Path(__file__).with_name("resume_ranks.py")), *settings, cwd=folder)
+    assert status == 0, told[-4000:]
     assert "resumable" not in told
     return folder
 
 
+@pytest.fixture(scope="module", params=["ddp", "zero3"])
+def engine(request):
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def two_ranks(oct_set, tmp_path_factory):
-    return on_two_ranks(oct_set, tmp_path_factory.mktemp("two"), *DRAWN, "+callbacks.save.train_batch=[4]")
+def two_ranks(engine, oct_set, tmp_path_factory):
+    save = "+callbacks.save.train_batch=[4]"
+    return on_two_ranks(oct_set, tmp_path_factory.mktemp(engine), *DRAWN, save, engine=engine)
 
 
-def test_two_ranks_go_on_bit_identically(two_ranks, oct_set, tmp_path):
-    on_two_ranks(oct_set, tmp_path, *DRAWN, f"ckpt={two_ranks}/saves/train_batch-4.ckpt")
+def test_two_ranks_go_on_bit_identically(two_ranks, engine, oct_set, tmp_path):
+    on_two_ranks(oct_set, tmp_path, *DRAWN, f"ckpt={two_ranks}/saves/train_batch-4.ckpt", engine=engine)
     for rank in range(2):
         assert records(tmp_path, rank) == after(records(two_ranks, rank), 4)
     assert logged(tmp_path).items() <= logged(two_ranks).items()

@@ -1,9 +1,7 @@
 """Training under ZeRO with the real DeepSpeed on CPU ranks: as without it, and every failure told on every rank."""
 
 import json
-import os
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +11,7 @@ import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from tests.conftest import TINY_NETWORK
 from tests.model.layouts import write_sa2va
+from tests.processes import ROOT, on_ranks
 
 from vessel.checkpoints.reading import find_checkpoint
 from vessel.errors import VesselError
@@ -21,7 +20,6 @@ from vessel.restore import restore
 from vessel.sharding import Sharded
 from vessel.task import VesselTask
 
-ROOT = Path(__file__).parents[1]
 # Every parameter is cut and gathered, however small, and a group of the optimizer falls into several pieces.
 CUT = (
     "+trainer.strategy.zero={stage3_param_persistence_threshold: 0, sub_group_size: 20000}",
@@ -51,19 +49,9 @@ def ranks_run(oct_set, tmp_path_factory):
 
     def run(ranks: int, *overrides: str, job: str = "train", fails: bool = False) -> Path:
         out = tmp_path_factory.mktemp(job)
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-        arguments = [str(ROOT / "tests/zero_ranks.py"), str(out), job, *options(out, oct_set, ranks), *overrides]
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        process = subprocess.Popen(
-            [*command, *arguments], cwd=out, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            text=True, start_new_session=True,
-        )  # fmt: skip
-        try:
-            printed, _ = process.communicate(timeout=300)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            pytest.fail(f"hangs: {process.communicate()[0][-4000:]}")
-        assert (process.returncode != 0) == fails, printed[-4000:]
+        arguments = [str(out), job, *options(out, oct_set, ranks), *overrides]
+        status, printed = on_ranks(ranks, str(ROOT / "tests/zero_ranks.py"), *arguments, cwd=out)
+        assert (status != 0) == fails, printed[-4000:]
         return out
 
     return run

@@ -25,7 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from vessel.errors import VesselError
 from vessel.places import quoted
-from vessel.ranks import PARENT, RANKS, REQUEUE, STOP_CODES, Rank, this_rank, told_by_rank
+from vessel.ranks import PARENT, RANKS, REQUEUE, STOP_CODES, Rank, device_count, this_rank, told_by_rank
 from vessel.record import noted
 from vessel.run import read_result
 
@@ -48,7 +48,7 @@ def launched(config: DictConfig) -> float | None:
     rank = this_rank()
     requeuing = [signal.getsignal(signum) for signum, code in STOP_CODES.items() if code == REQUEUE]
     try:
-        wanted = 1 if config.plan else _devices(config.trainer)
+        wanted = 1 if config.plan else device_count(config.trainer.devices, config.trainer.accelerator)
         nodes = 1 if config.plan else int(config.trainer.num_nodes)
         if rank.of > 1 and rank.of != wanted * nodes:
             raise VesselError(
@@ -84,22 +84,6 @@ def _alone_in(run: Path) -> Iterator[None]:
                 ) from None
             print(f"warning: {run}: this file system has no locks ({error.strerror}); start no second process there")
         yield
-
-
-def _devices(trainer: DictConfig) -> int:
-    """Devices of this node that the trainer will use."""
-    devices = OmegaConf.to_container(trainer, resolve=True)["devices"]  # type: ignore[call-overload, index]
-    if isinstance(devices, list):
-        return len(devices)
-    if "," in str(devices):
-        return len([part for part in str(devices).split(",") if part.strip()])
-    if str(devices) in ("auto", "-1"):
-        if trainer.accelerator not in ("auto", "gpu", "cuda"):
-            return 1
-        import torch
-
-        return max(1, torch.cuda.device_count())
-    return int(devices)
 
 
 def _in_this_process(config: DictConfig, rank: Rank) -> float | None:

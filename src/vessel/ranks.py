@@ -10,11 +10,12 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from vessel.errors import message_for_the_user
 
@@ -54,6 +55,26 @@ def this_rank() -> Rank:
     if tasks > 1 and env.get("SLURM_JOB_NAME") not in ("bash", "interactive"):  # those have tasks, but no srun
         return Rank(int(env["SLURM_PROCID"]), tasks, "srun")
     return Rank()
+
+
+def device_count(devices: Any, accelerator: str) -> int:
+    """How many devices of this node a trainer takes, as Lightning counts them.
+
+    Args:
+        devices: `trainer.devices`: a number, a list, such a list as text, `auto` or -1.
+        accelerator: `trainer.accelerator`.
+    """
+    if isinstance(devices, str) and "," in devices:
+        devices = [part for part in devices.split(",") if part.strip()]
+    if isinstance(devices, Sequence) and not isinstance(devices, str):
+        return len(devices)
+    if str(devices) not in ("auto", "-1"):
+        return int(devices)
+    if accelerator not in ("auto", "gpu", "cuda"):
+        return 1
+    import torch
+
+    return max(1, torch.cuda.device_count())
 
 
 def leave_on_signals() -> None:

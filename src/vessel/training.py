@@ -260,13 +260,12 @@ def _beginning(config: DictConfig, run: Path) -> Path | None:
     """The checkpoint to go on from: of this very folder where the run is resumed, else the one that is named."""
     if config.resume is not None:
         found, skipped = newest_good(run)
-        if found is not None or config.resume == "auto":
-            _tell_skipped(run, found, skipped)
-            if found is not None:
-                return found
-        else:
+        if found is None and config.resume != "auto":
             reasons = "".join(f"\n  {reason}" for reason in skipped) or " it has none"
             raise VesselError(f"resume={config.resume}: no good checkpoint to go on from;{reasons}")
+        _tell_skipped(run, found, skipped)
+        if found is not None:
+            return found
     if config.ckpt is None:
         return None
     path = expanded(config.ckpt)

@@ -1,22 +1,16 @@
 """What two real ranks of DeepSpeed hold, against the plan of their configuration."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from tests.conftest import _configuration
+from tests.processes import ROOT, on_ranks
 from tests.test_sharding import options
 
 from vessel.memory.engine import MASTERS, OPTIMIZER, PARAMETERS
 from vessel.memory.plan import memory_plan
 from vessel.memory.request import setup_of
 from vessel.memory.step import GRADIENTS
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
@@ -27,18 +21,8 @@ def test_two_ranks_hold_what_is_planned(oct_set, tmp_path, trainer):
         "callbacks.checkpoint=null", "callbacks.last_checkpoint=null", "lora=r8", "trainable=lora",
         "+callbacks.holds._target_=tests.memory.holds.Holds", f"+callbacks.holds.out={tmp_path}",
     ]  # fmt: skip
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    process = subprocess.Popen(
-        [*command, str(ROOT / "tests/zero_ranks.py"), str(tmp_path), "train", *overrides],
-        cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
-    )  # fmt: skip
-    try:
-        printed, _ = process.communicate(timeout=240)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        raise
-    assert process.returncode == 0, printed[-4000:]
+    status, printed = on_ranks(2, str(ROOT / "tests/zero_ranks.py"), str(tmp_path), "train", *overrides, cwd=tmp_path)
+    assert status == 0, printed[-4000:]
     setup = setup_of(_configuration("train", [*overrides]))
     engine, network = setup.engine, memory_plan(setup).work.network
     assert (engine.ranks, engine.stage) == (2, int(trainer[-1]))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vessel.memory.step import GRADIENTS, How, step_of_optimizer
+from vessel.ranks import device_count
 
 PARAMETERS, OPTIMIZER, UPDATE = "parameters", "moments of the optimizer", "temporaries of the optimizer step"
 BUCKETS = "buckets of communication"
@@ -51,7 +52,7 @@ class Engine:
         """The engine of a trainer's configuration."""
         engine = cls(
             precision=str(trainer["precision"]),
-            ranks=_devices(trainer["devices"], str(trainer["accelerator"])) * int(trainer.get("num_nodes", 1)),
+            ranks=device_count(trainer["devices"], str(trainer["accelerator"])) * int(trainer.get("num_nodes", 1)),
             accumulate=int(trainer.get("accumulate_grad_batches", 1)),
         )
         strategy = trainer.get("strategy", "auto")
@@ -144,16 +145,6 @@ class States:
 
 
 _DTYPES = {"bf16": torch.bfloat16, "16": torch.float16, "64": torch.float64}
-
-
-def _devices(devices: Any, accelerator: str) -> int:
-    if isinstance(devices, int) and devices >= 0:
-        return devices
-    if isinstance(devices, str) and re.fullmatch(r"\d+", devices):
-        return int(devices)
-    if isinstance(devices, Sequence) and devices != "auto" and not (isinstance(devices, str) and devices == "-1"):
-        return len(devices.split(",") if isinstance(devices, str) else devices)
-    return 1 if accelerator == "cpu" else max(1, torch.cuda.device_count())
 
 
 def _named(strategy: str) -> dict[str, Any]:

@@ -108,11 +108,6 @@ class MemoryPlan:
         return sum(self.rows.values())
 
     @property
-    def tensors(self) -> int:
-        """Bytes of tensors, what `torch.cuda.max_memory_allocated` tells after some steps."""
-        return self.total - self.rows[CONTEXT] - self.rows[GAPS]
-
-    @property
     def gigabytes(self) -> float:
         """`total` in GB of 2^30 bytes."""
         return self.total / GB

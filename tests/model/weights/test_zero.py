@@ -1,8 +1,6 @@
 """ZeRO-3: what DeepSpeed writes is read exactly, and a network is built and loaded in parts; ranks are processes."""
 
 import os
-import subprocess
-import sys
 from collections import OrderedDict
 from pathlib import Path
 
@@ -18,6 +16,7 @@ from tests.model.layouts import (
     write_sa2va,
     write_sam2,
 )
+from tests.processes import ROOT, on_ranks
 
 from vessel.checkpoints.reading import find_checkpoint
 from vessel.errors import VesselError
@@ -27,7 +26,6 @@ from vessel.model.weights.sources import open_source
 from vessel.model.weights.zero import open_saved, open_zero
 from vessel.restore import restore
 
-ROOT = Path(__file__).parents[3]
 TINY = ("experiment=tiny", "run=.", "data.root=none", *TINY_NETWORK)
 
 
@@ -219,17 +217,9 @@ def test_the_newest_folder_or_file_is_found(tmp_path):
 
 
 def launch(ranks: int, out: Path, *arguments: str) -> None:
-    """Run `tests/zero_ranks.py` in processes that find each other by a port of their own."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    environment = os.environ | {
-        "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TORCH_EXTENSIONS_DIR": str(out / "extensions"),
-        "TRITON_CACHE_DIR": str(out / "triton"),
-    }  # fmt: skip
-    done = subprocess.run(
-        [*command, str(ROOT / "tests/zero_ranks.py"), str(out), *arguments],
-        cwd=out, env=environment, capture_output=True, text=True, timeout=600, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-4000:]
+    """Run `tests/zero_ranks.py` on some ranks."""
+    status, printed = on_ranks(ranks, str(ROOT / "tests/zero_ranks.py"), str(out), *arguments, cwd=out)
+    assert status == 0, printed[-4000:]
 
 
 def plan_of(compose, *overrides: str, weights=()) -> NetworkPlan:
