@@ -178,10 +178,10 @@ SINGLES = ("data.batch_size=1", "data.workers=1", "trainer.max_steps=6", "traine
 def on_two_ranks(data, folder, *overrides, engine="ddp"):
     """Train on two processes, as `torchrun` starts them; four images a step."""
     settings = [
-        "experiment=tiny", f"trainer={engine}", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.precision=32-true",
-        f"run={folder}", f"hydra.run.dir={folder}", f"data.root={data}", "data.phrases=[lumen,side branch]",
-        "trainer.log_every_n_steps=1", "+trainer.enable_progress_bar=false", "~callbacks.progress",
-        *TINY_NETWORK, *STEPS, *SINGLES, *watched(folder), *overrides,
+        "experiment=tiny", f"trainer={engine}", "trainer.accelerator=cpu", "trainer.devices=2",
+        "trainer.precision=32-true", f"run={folder}", f"hydra.run.dir={folder}", f"data.root={data}",
+        "data.phrases=[lumen,side branch]", "trainer.log_every_n_steps=1", "+trainer.enable_progress_bar=false",
+        "~callbacks.progress", *TINY_NETWORK, *STEPS, *SINGLES, *watched(folder), *overrides,
     ]  # fmt: skip
     folder.mkdir(exist_ok=True)
     status, told = on_ranks(2, str(Path(__file__).with_name("resume_ranks.py")), *settings, cwd=folder)
