@@ -11,14 +11,28 @@ import pytest
 pytestmark = pytest.mark.slow
 
 
-def test_the_bench_writes_what_it_measured(tmp_path):
-    root = Path(__file__).parents[1]
-    environment = os.environ | {"PYTHONPATH": str(root)}
-    done = subprocess.run(
-        [sys.executable, "-m", "bench"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
-    )
+def run(folder, *arguments):
+    """`python -m ...` in a folder, with the bench of this repository."""
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    command = [sys.executable, "-m", *arguments]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+    return done
+
+
+def test_the_bench_writes_what_it_measured(tmp_path):
+    done = run(tmp_path, "bench")
     found = json.loads((tmp_path / "outputs/bench/bench.json").read_text())
     assert found["seconds"].keys() == found["raw"].keys()
     assert all(seconds > 0 for seconds in found["seconds"].values())
     assert "predict a batch" in done.stdout
+
+
+def test_the_bench_of_the_metrics_writes_what_it_measured(tmp_path):
+    done = run(tmp_path, "bench.metrics", "3")
+    found = json.loads((tmp_path / "outputs/bench/metrics.json").read_text())
+    assert f"3 masks in 2 processes: {found['seconds']:.1f} s" in done.stdout
+    assert found["milliseconds"].keys() == {"oct", "tree"}
+    for parts in found["milliseconds"].values():
+        assert all(0 < milliseconds < 10_000 for milliseconds in parts.values())
+        assert all(f"│ {name} " in done.stdout for name in parts)

@@ -20,7 +20,6 @@ from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 from vessel.errors import VesselError
-from vessel.metrics.summary import ImageScore
 
 
 @dataclass(frozen=True)
@@ -110,7 +109,6 @@ class OverlapSweep(Metric):
         ids: Sequence[str],
         patients: Sequence[str],
         phrases: Sequence[Sequence[str]],
-        videos: Sequence[str] | None = None,
     ) -> None:
         """Add the images of a batch.
 
@@ -120,19 +118,18 @@ class OverlapSweep(Metric):
             ids: one an image, unique in the data set.
             patients: one an image.
             phrases: K an image.
-            videos: one an image; only `image_scores` reports them.
 
         Raises:
             VesselError: when a probability is not finite; names the image.
         """
-        owners = zip(ids, patients, videos or [""] * len(ids), strict=True)
-        for owner, image_phrases, probability, mask in zip(owners, phrases, probabilities, masks, strict=True):
+        images = zip(ids, patients, phrases, probabilities, masks, strict=True)
+        for image, patient, image_phrases, probability, mask in images:
             try:
                 thresholds = torch.tensor(self.thresholds, dtype=torch.float32, device=probability.device)
                 counts = count(probability, mask, thresholds)
             except VesselError as error:
-                raise VesselError(f"image {owner[0]}: {error}") from error
-            lines = "".join(json.dumps([*owner, phrase]) + "\n" for phrase in image_phrases).encode()
+                raise VesselError(f"image {image}: {error}") from error
+            lines = "".join(json.dumps([image, patient, phrase]) + "\n" for phrase in image_phrases).encode()
             stacked = torch.stack([counts.tp, counts.fp, counts.fn]).permute(2, 0, 1)  # [K, 3, T]
             self.counts.append(stacked.flatten().to(self.device))
             self.names.append(torch.tensor(list(lines), dtype=torch.uint8, device=self.device))
@@ -152,32 +149,21 @@ class OverlapSweep(Metric):
         images, of_images = _group_means(scores, [row[0] for row in rows])
         patient_of = {row[0]: row[1] for row in rows}
         _, of_patients = _group_means(of_images, [patient_of[image] for image in images])
-        phrases, of_phrases = _group_means(scores, [row[3] for row in rows])
+        phrases, of_phrases = _group_means(scores, [row[2] for row in rows])
         means = {"": of_images.mean(0), "_patient": of_patients.mean(0)}
         means |= {f"/{phrase}": mean for phrase, mean in zip(phrases, of_phrases, strict=True)}
         return {
             f"{m}{suffix}": mean[i].to(self.device) for i, m in enumerate(METRICS) for suffix, mean in means.items()
         }
 
-    def image_scores(self, index: int = 0) -> list[ImageScore]:
-        """One score per image and phrase at `thresholds[index]`, of all ranks; every rank has to call it."""
-        with self.sync_context():
-            rows, counts = self._rows()
-        present = (counts.tp + counts.fn)[:, index] > 0
-        threshold = self.thresholds[index]
-        return [
-            ImageScore(*row, present=there, **dict(zip(METRICS, values, strict=True)), threshold=threshold)
-            for row, there, values in zip(rows, present.tolist(), _scores(counts)[..., index].tolist(), strict=True)
-        ]
-
-    def _rows(self) -> tuple[list[tuple[str, str, str, str]], Counts]:
-        """(id, patient, video, phrase) per row, repeats dropped, and the counts, each [R, T]."""
+    def _rows(self) -> tuple[list[tuple[str, str, str]], Counts]:
+        """(id, patient, phrase) per row, repeats dropped, and the counts, each [R, T]."""
         if not len(self.counts):
             return [], Counts(*torch.empty(3, 0, len(self.thresholds), dtype=torch.int64))
         lines = bytes(dim_zero_cat(self.names).tolist()).decode().splitlines()
-        rows: list[tuple[str, str, str, str]] = [tuple(json.loads(line)) for line in lines]
+        rows: list[tuple[str, str, str]] = [tuple(json.loads(line)) for line in lines]
         first: dict[tuple[str, str], int] = {}
-        for i, (image, _, _, phrase) in enumerate(rows):
+        for i, (image, _, phrase) in enumerate(rows):
             first.setdefault((image, phrase), i)
         keep = list(first.values())
         counts = dim_zero_cat(self.counts).cpu().view(-1, 3, len(self.thresholds))[keep]
