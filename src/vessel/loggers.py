@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,11 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
 from typing_extensions import override
+
+from vessel.privacy import Scanner, text_of
+
+# What W&B takes from the environment, and shows.
+_SHOWN = tuple(f"WANDB_{what}" for what in ("NAME", "NOTES", "TAGS", "RUN_GROUP", "PROJECT", "JOB_TYPE", "RUN_ID"))
 
 
 class JsonLines(Logger):
@@ -64,6 +70,77 @@ class JsonLines(Logger):
             file.write(line.encode() + b"\n")
 
 
+def wandb_environment() -> list[tuple[str, str]]:
+    """What variables of the environment make W&B show: the name of each, and its value."""
+    return [(f"the environment variable {name}", os.environ[name]) for name in _SHOWN if name in os.environ]
+
+
+class PrivateWandb(WandbLogger):
+    """W&B that refuses raw identifiers before it sends anything, and tells nothing about this machine.
+
+    By itself W&B sends the command line, folders, the host's name and what is printed; of these nothing goes.
+
+    Attributes:
+        scanner: knows what must not leave; patterns only until training gives it the names of its data set.
+    """
+
+    def __init__(
+        self,
+        *,
+        save_dir: str | Path,
+        project: str = "vessel",
+        offline: bool = True,
+        name: str | None = None,
+        tags: Sequence[str] = (),
+        notes: str | None = None,
+    ) -> None:
+        """Arguments are those of `wandb.init`; its group and entity come from WANDB_RUN_GROUP and WANDB_ENTITY."""
+        from wandb import Settings
+
+        self.scanner = Scanner()
+        self._names: set[str] = set()
+        self._check(("options", "\n".join([project, name or "", notes or "", *tags])), *wandb_environment())
+        quiet = Settings(
+            console="off", x_disable_meta=True, x_save_requirements=False, disable_git=True, disable_code=True, host=""
+        )
+        super().__init__(
+            name, save_dir, offline=offline, project=project, tags=list(tags) or None, notes=notes, settings=quiet
+        )
+
+    @override
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        self._check(("hyperparameters", json.dumps(params, default=str, ensure_ascii=False)))
+        super().log_hyperparams(params, *args, **kwargs)
+
+    @override
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        if fresh := metrics.keys() - self._names:  # a search at every step would take longer than the step's numbers
+            self._check(("names of metrics", "\n".join(fresh)))
+            self._names |= fresh
+        super().log_metrics(metrics, step)
+
+    @override
+    def log_image(self, key: str, images: list[Any], step: int | None = None, **kwargs: Any) -> None:
+        self._check(("the name of a figure", key))
+        super().log_image(key, images, step, **kwargs)
+
+    @override
+    def log_table(self, key: str, columns: list[str], data: list[list[Any]], **kwargs: Any) -> None:  # type: ignore[override]
+        cells = [cell for row in (columns, *data) for cell in row if isinstance(cell, str)]
+        self._check((f"the table {key}", "\n".join([key, *cells])))
+        super().log_table(key, columns, data, **kwargs)
+
+    def log_page(self, key: str, page: Path) -> None:
+        """Show an HTML file that needs no other."""
+        from wandb import Html
+
+        self._check((f"the page {page.name}", f"{key}\n{text_of(page)}"))
+        self.experiment.log({key: Html(page.read_text(encoding="utf-8"), inject=False)})
+
+    def _check(self, *texts: tuple[str, str]) -> None:
+        self.scanner.require_clean(((f"W&B: {where}", text) for where, text in texts), doing="sending it")
+
+
 @rank_zero_only
 def log_figure(loggers: Iterable[Logger], name: str, png: Path, step: int) -> None:
     """Show a PNG in W&B and TensorBoard; the other loggers live in the run folder, where the file is already."""
@@ -84,6 +161,14 @@ def log_table(
     for logger in loggers:
         if isinstance(logger, WandbLogger):
             logger.log_table(name, columns=list(columns), data=data, step=step)
+
+
+@rank_zero_only
+def log_page(loggers: Iterable[Logger], name: str, page: Path) -> None:
+    """Show a report in W&B; the other loggers have no pages."""
+    for logger in loggers:
+        if isinstance(logger, PrivateWandb):
+            logger.log_page(name, page)
 
 
 def _finite(value: float) -> float | None:

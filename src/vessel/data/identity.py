@@ -12,9 +12,9 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from vessel.errors import BadItemsError, Problem, VesselError
+from vessel.privacy import MAPPING_FILE, normal_name, read_mapping
 
 # The grammars that are recognised without being asked for; `frame` counts within `video`.
 GRAMMARS = (
@@ -22,10 +22,6 @@ GRAMMARS = (
     re.compile(r"(?P<video>(?P<patient>[^_]+)_\d+)_(?P<frame>\d+)"),
 )
 HOSPITAL_ID = re.compile(r"(?<!\d)\d{10}(?!\d)")
-# In free text a run of ten digits inside a number, a hash or a time stamp with decimals is no hospital id.
-_ID_IN_TEXT = re.compile(r"(?<![0-9A-Za-z.])\d{10}(?![0-9A-Za-z]|\.\d)")
-_CARET_NAME = re.compile(r"[^\W\d_]{2,}(?: [^\W\d_]+)*\^[^\W\d_]{2,}")
-_SHORTEST_STEM = 6
 
 
 @dataclass(frozen=True)
@@ -89,11 +85,6 @@ def parse(stem: str, grammar: Iterable[re.Pattern[str]]) -> RawIdentity | None:
             number = int(frame) if frame.isdecimal() else None
             return RawIdentity(found["patient"], groups.get("video") or found["patient"], number)
     return None
-
-
-def normal_name(text: str) -> str:
-    """A name without case, spaces, underscores, carets and brackets: equal for every spelling of one patient."""
-    return re.sub(r"[\W_]+", "", unicodedata.normalize("NFKC", text).casefold())
 
 
 def patient_keys(texts: Iterable[str]) -> tuple[dict[str, str], list[Problem]]:
@@ -204,7 +195,7 @@ class MappingFolder:
     def check(self) -> None:
         """Raise VesselError where other files are, or a file: raw names must not get among them."""
         kept = sorted(each.name for each in self.path.iterdir()) if self.path.is_dir() else []
-        if self.path.is_file() or (kept and not {"salt", "mapping.json"} & set(kept)):
+        if self.path.is_file() or (kept and not {"salt", MAPPING_FILE} & set(kept)):
             what = f"holds {kept[0]} and no mapping of ours" if kept else "is a file"
             raise VesselError(f"mapping: {self.path} {what}; choose an empty or a new folder with mapping=DIR")
 
@@ -223,7 +214,7 @@ class MappingFolder:
         self.check()
         if not self.path.exists():  # a folder that the user made keeps its mode; our files are 0600 in any
             self.path.mkdir(mode=0o700, parents=True)
-        before = self.read()
+        before = read_mapping(self.path)
         files = {stem: identity.id for stem, identity in zip(stems, pseudonyms.identities, strict=True)}
         content = {
             "patients": {**before["patients"], **pseudonyms.patients},
@@ -231,17 +222,7 @@ class MappingFolder:
             "names": sorted({*before["names"], *pseudonyms.names}),
         }
         self._write("salt", salt.hex() + "\n")
-        self._write("mapping.json", json.dumps(content, indent=1, ensure_ascii=False, sort_keys=True) + "\n")
-
-    def read(self) -> dict[str, Any]:
-        """`patients`: pseudonym by key, `files`: frame id by raw stem, `names`: raw spellings; all may be empty."""
-        kept = self.path / "mapping.json"
-        if not kept.is_file():
-            return {"patients": {}, "files": {}, "names": []}
-        try:
-            return json.loads(kept.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise VesselError(f"{kept} is damaged; restore it from a copy, or delete it and prepare again") from error
+        self._write(MAPPING_FILE, json.dumps(content, indent=1, ensure_ascii=False, sort_keys=True) + "\n")
 
     def _write(self, name: str, text: str) -> None:
         temporary = self.path / f".{name}.{os.getpid()}"
@@ -249,48 +230,3 @@ class MappingFolder:
         with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
             stream.write(text)
         temporary.replace(self.path / name)
-
-
-def mapping_folder(out: Path) -> Path:
-    """Where the mapping of the data set `out` is unless the user chose another place."""
-    return out.with_name(out.name + ".identity")
-
-
-class RawIdentifiers:
-    """Finds names and hospital ids in text that is about to leave the machine.
-
-    Patterns find ten-digit ids and names with a DICOM caret. A mapping folder adds every patient and file that it
-    knows; one without a mapping adds nothing.
-    """
-
-    def __init__(self, mapping: Path | None = None) -> None:
-        self._patterns = [_ID_IN_TEXT, _CARET_NAME]
-        self._stems: list[str] = []
-        if mapping is None:
-            return
-        kept = MappingFolder(mapping).read()
-        # Numbers of a study such as 001 would be found in every table; whole file stems still are.
-        self._patterns += [_bounded(key) for key in kept["patients"] if key.isdigit() and len(key) >= _SHORTEST_STEM]
-        self._patterns += [pattern for name in kept["names"] if (pattern := _name_pattern(name))]
-        stems = {unicodedata.normalize("NFC", stem).casefold() for stem in kept["files"]}
-        self._stems = sorted(stem for stem in stems if len(stem) >= _SHORTEST_STEM)
-
-    def find(self, text: str) -> list[str]:
-        """Every raw identifier in `text`, as it stands there, sorted; empty when it may leave."""
-        text = unicodedata.normalize("NFC", text)
-        found = {match[0] for pattern in self._patterns for match in pattern.finditer(text)}
-        lowered = text.casefold()
-        return sorted(found | {stem for stem in self._stems if stem in lowered})
-
-
-def _bounded(pattern: str) -> re.Pattern[str]:
-    return re.compile(rf"(?<![^\W_]){pattern}(?![^\W_])", re.IGNORECASE)
-
-
-def _name_pattern(name: str) -> re.Pattern[str] | None:
-    """Matches a name however its parts are joined; initials only when something joins them, short words not at all."""
-    parts = [re.escape(part) for part in re.split(r"[\W_]+", name) if part]
-    length = len(normal_name(name))
-    if not re.search(r"[^\W\d_]", name) or (len(parts) == 1 and length < 4):
-        return None
-    return _bounded((r"[\W_]*" if length > 4 else r"[\W_]").join(parts))

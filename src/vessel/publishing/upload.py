@@ -1,9 +1,7 @@
-"""What leaves the machine: searched for raw identifiers, shown, and put on the Hugging Face hub."""
+"""What leaves the machine: shown, and put on the Hugging Face hub."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
 from pathlib import Path
 
 from huggingface_hub import HfApi
@@ -11,55 +9,7 @@ from huggingface_hub.errors import HFValidationError, HTTPError
 from huggingface_hub.utils import validate_repo_id
 from rich.console import Console
 
-from vessel.data.identity import RawIdentifiers
 from vessel.errors import VesselError
-
-# The vocabulary of a tokenizer: words of everybody's text, many of which are names.
-_VOCABULARY = ("vocab.json", "merges.txt")
-
-
-def refuse_raw_identifiers(folder: Path, scanner: RawIdentifiers, *names: str) -> int:
-    """Search every text of a folder: file names, configurations, tokenizer, card, code.
-
-    A tokenizer's own vocabulary is left out, its added tokens are not.
-
-    Args:
-        folder: what is to leave.
-        scanner: knows what must not.
-        names: other texts that will be seen, such as that of a repository.
-
-    Returns:
-        number of files searched.
-
-    Raises:
-        VesselError: naming the file.
-    """
-    texts = list(_texts(folder))
-    for where, text in [*texts, *((f"the name {name}", name) for name in names)]:
-        if found := scanner.find(text):
-            raise VesselError(
-                f"{where} would hold what looks like a patient's name or id ({', '.join(found[:3])}); take it out of "
-                "the run's name, phrases or options. Nothing was exported"
-            )
-    return len(texts)
-
-
-def _texts(folder: Path) -> Iterator[tuple[str, str]]:
-    for file in _files(folder):
-        name = file.relative_to(folder).as_posix()
-        if file.suffix == ".safetensors" or file.name in _VOCABULARY:
-            yield name, name
-            continue
-        try:
-            text = file.read_text(encoding="utf-8")
-        except UnicodeDecodeError:  # such as a SentencePiece model
-            yield name, name
-            continue
-        if file.name == "tokenizer.json":
-            content = json.loads(text)
-            content.get("model", {}).clear()
-            text = json.dumps(content, ensure_ascii=False)
-        yield name, f"{name}\n{text}"
 
 
 def _files(folder: Path) -> list[Path]:
