@@ -2,6 +2,8 @@
 
 import numpy as np
 import pytest
+from scipy.ndimage import gaussian_filter
+from skimage.morphology import isotropic_closing, isotropic_opening
 
 from vessel.cleanup import Cleanup
 from vessel.errors import VesselError
@@ -51,6 +53,25 @@ def test_closing_bridges_a_gap():
     closed = Cleanup(closing=2)(mask)
     assert closed[9:11, 9:11].all()
     assert not closed[0].any()
+
+
+@pytest.mark.parametrize("radius", [0.5, 1, 1.5, 2, 3, 5.5])
+def test_opening_and_closing_are_those_of_scikit_image(radius):
+    smooth = gaussian_filter(np.random.default_rng(0).random((61, 90)), 4)
+    for mask in (smooth > np.median(smooth), smooth > np.quantile(smooth, 0.8)):
+        assert np.array_equal(Cleanup(opening=radius)(mask), isotropic_opening(mask, radius))
+        assert np.array_equal(Cleanup(closing=radius)(mask), isotropic_closing(mask, radius))
+
+
+@pytest.mark.parametrize("cleanup", [Cleanup(opening=3), Cleanup(closing=3)], ids=str)
+def test_empty_and_full_masks_stay(cleanup):
+    """scikit-image's distances are undefined there: its opening leaves a corner of what is wholly removed."""
+    assert not cleanup(np.zeros((20, 30), dtype=bool)).any()
+    assert cleanup(np.ones((20, 30), dtype=bool)).all()
+
+
+def test_an_opening_that_nothing_outlasts_leaves_nothing(ring):
+    assert not Cleanup(opening=5)(ring).any()
 
 
 def test_the_mask_given_is_not_changed(ring):

@@ -15,8 +15,9 @@ from vessel.data.masks import write_mask
 from vessel.data.prompt import ANSWERS
 from vessel.data.questions import question_sample
 from vessel.errors import VesselError
-from vessel.inference import Failure, Prediction, Predictor, asking, choose_device, without_truth
+from vessel.inference import Failure, Prediction, Predictor, choose_device
 from vessel.losses import lm_loss
+from vessel.queries import asking, without_truth
 from vessel.restore import restore
 
 pytestmark = pytest.mark.slow  # the run that is restored takes seconds
@@ -250,3 +251,57 @@ def test_an_unknown_decoder_and_an_empty_batch_are_refused(restored, scans):
         Predictor(restored, max_new_tokens=0)
     with pytest.raises(VesselError, match="batch_size=0"):
         ask(restored, scans, batch_size=0)
+
+
+VIEWS_OF_ALL_KINDS = ("flip_lr", "turn_90", "scale_0.8", "scale_1.25")
+
+
+def test_views_are_made_before_the_cut_and_averaged_on_the_pixels_of_the_image(restored, scans):
+    """Against each view written to a file and asked for alone."""
+    [own] = ask(restored, scans / "scan 0.png")
+    image = np.asarray(Image.open(scans / "scan 0.png"))
+    total, count = own.probabilities[0].double().numpy().copy(), np.ones((40, 50))
+    alone = {
+        "flip_lr": (image[:, ::-1], lambda p: p[:, ::-1]),
+        "turn_90": (np.rot90(image), lambda p: np.rot90(p, -1)),
+        "scale_0.8": (np.pad(image, ((5, 5), (6, 6), (0, 0)), mode="symmetric"), lambda p: p[5:-5, 6:-6]),
+    }
+    for name, (pixels, back) in alone.items():
+        file = scans / f"{name}.png"
+        Image.fromarray(np.ascontiguousarray(pixels)).save(file)
+        total += back(ask(restored, file)[0].probabilities[0].numpy())
+        count += 1
+    Image.fromarray(image[4:36, 5:45]).save(scans / "inner.png")
+    total[4:36, 5:45] += ask(restored, scans / "inner.png")[0].probabilities[0].numpy()
+    count[4:36, 5:45] += 1
+    for batch_size in (1, 3, 8):
+        [mean] = ask(restored, scans / "scan 0.png", batch_size=batch_size, views=VIEWS_OF_ALL_KINDS)
+        assert np.allclose(mean.probabilities[0].numpy(), total / count, atol=1e-5)
+        assert (mean.emitted, mean.sample.size) == (own.emitted, (40, 50))
+    assert not np.allclose(own.probabilities[0].numpy(), total / count, atol=1e-5)
+
+
+def test_views_never_make_a_pass_larger_than_the_batch(restored, scans):
+    sizes = []
+    restored.network.register_forward_pre_hook(lambda _, arguments: sizes.append(len(arguments[0])))
+    ask(restored, scans, batch_size=2, views=VIEWS_OF_ALL_KINDS)
+    assert sizes == [2, 2, 1] * 4
+
+
+def test_guard_I1_with_views_failures_stay_failures(restored, scans):
+    def no_memory(_, arguments):
+        if (50, 40) in arguments[0].sizes:  # the turned view of the first image
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    restored.network.register_forward_pre_hook(no_memory)
+    answers = ask(restored, scans, workers=1, views=("flip_lr", "turn_90"))
+    assert [type(answer) for answer in answers] == [Failure, Prediction, Failure, Prediction, Prediction]
+    assert answers[0].reason.startswith("out of memory")
+    assert "cannot be read as an image" in answers[2].reason
+
+
+def test_views_need_a_given_answer(restored):
+    with pytest.raises(VesselError, match="views= with decode=generate"):
+        Predictor(restored, device="cpu", decode="generate", views=("flip_lr",))
+    with pytest.raises(VesselError, match="turn_45 is none"):
+        Predictor(restored, device="cpu", views=("turn_45",))

@@ -1,6 +1,7 @@
 """`vessel.predict`, through its function and once as a user runs it."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -10,8 +11,14 @@ import torch
 from PIL import Image
 
 from vessel.cleanup import Cleanup
+from vessel.data.images import read_rgb
+from vessel.data.inputs import find_images
+from vessel.decision import DECISION_FILE, CleanupOptions, Decision, Stored
 from vessel.errors import VesselError
+from vessel.inference import Predictor
 from vessel.prediction import Options, predict
+from vessel.publishing.proof import account_of
+from vessel.queries import without_truth
 from vessel.restore import NetworkOptions, restore
 
 pytestmark = pytest.mark.slow
@@ -35,8 +42,9 @@ def options(tiny_run, scans, tmp_path):
         defaults = {
             "ckpt": str(tiny_run), "images": str(scans), "out": str(tmp_path / "out"), "phrases": None, "split": None,
             "question": None, "mask_prompts": None, "video": False, "decode": "forced", "max_new_tokens": 24,
-            "threshold": "auto", "cleanup": Cleanup(), "overwrite": False, "batch_size": 2, "workers": 0,
-            "device": "cpu", "network": NetworkOptions("auto", None, None, None),
+            "decision": None, "threshold": "auto", "low": "auto", "cleanup": CleanupOptions(), "views": "auto",
+            "overwrite": False, "batch_size": 2, "workers": 0, "device": "cpu",
+            "network": NetworkOptions("auto", None, None, None),
         }  # fmt: skip
         return Options(**defaults | changes)
 
@@ -88,9 +96,8 @@ def test_guard_I5_masks_follow_the_threshold_because_probabilities_are_kept(opti
 def test_clean_up_changes_masks_only(options):
     before = predict(options(threshold=0.5))["images"][0]["phrases"]["lumen"]
     kept = (options().target / before["probability"]).read_bytes()
-    after = predict(options(threshold=0.5, cleanup=Cleanup(min_size=10**6), overwrite=True))["images"][0]["phrases"][
-        "lumen"
-    ]
+    none = CleanupOptions(min_size=10**6)
+    after = predict(options(threshold=0.5, cleanup=none, overwrite=True))["images"][0]["phrases"]["lumen"]
     assert after["area"] == 0
     assert (options().target / after["probability"]).read_bytes() == kept
 
@@ -188,6 +195,54 @@ def test_questions_that_make_no_sense(options, changes, message, tmp_path):
     with pytest.raises(VesselError, match=message):
         predict(options(**changes))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def searched(options, tiny_run, scans, tmp_path):
+    """As if `vessel.evaluate search=true` had chosen, for the weights of a copy of the run; draws part of a scan."""
+    run = tmp_path / "searched"
+    shutil.copytree(tiny_run, run)
+    manifest = restore(str(run)).manifest
+    values = account_of(restore(str(run)), {"x 1": read_rgb(scans / "a/x 1.png")}).maps["x 1"][0]
+    low, high = (float(value) for value in np.quantile(values, [0.3, 0.6]))
+    decision = Decision(high, low, Cleanup(opening=1, min_size=30), ("flip_lr",))
+    data = manifest.data["fingerprint"], manifest.data["split_hash"]
+    Stored(manifest.fingerprint, decision, *data).write(run / DECISION_FILE)
+    return decision, lambda **changes: predict(options(ckpt=str(run), overwrite=True, **changes))
+
+
+def test_guard_I6_what_validation_chose_is_applied(searched, tiny_run, tmp_path):
+    decision, run_it = searched
+    results = run_it()
+    assert Decision.from_json(results["decision"]) == decision
+    assert results["decision_source"] == "searched on validation"
+    targets, restored = find_images(str(tmp_path / "scans"))[:1], restore(str(tiny_run))
+    load = without_truth(targets, restored.manifest.phrases, restored)
+    [mean] = Predictor(restored, device="cpu", views=("flip_lr",)).predict(targets, load)
+    probability, entry = mean.probabilities[0].numpy(), results["images"][0]["phrases"]["lumen"]
+    mask = np.asarray(Image.open(tmp_path / "out" / entry["mask"]))
+    assert np.allclose(np.asarray(Image.open(tmp_path / "out" / entry["probability"])) / 65535, probability, atol=1e-4)
+    assert np.array_equal(mask, decision(probability))
+    assert not np.array_equal(mask, probability > decision.threshold)
+    assert 0 < mask.sum() < mask.size
+
+
+def test_the_user_overrules_validation_and_results_say_so(searched):
+    decision, run_it = searched
+    results = run_it(threshold=0.3, views=[], cleanup=CleanupOptions(min_size=0))
+    assert Decision.from_json(results["decision"]) == Decision(0.3, cleanup=Cleanup(opening=1))
+    assert results["decision_source"] == f"the user's; validation: {decision}, searched on validation"
+
+
+def test_views_that_validation_chose_are_left_away_where_the_network_speaks(searched):
+    _, run_it = searched
+    results = run_it(decode="generate")
+    assert results["decision"]["views"] == []
+    assert "decode=generate uses the image alone" in results["decision_source"]
+    with pytest.raises(VesselError, match="views= with decode=generate"):
+        run_it(decode="generate", views=["flip_lr"])
+    with pytest.raises(VesselError, match="views= with video=true"):
+        run_it(video=True, views=["flip_lr"])
 
 
 def test_a_new_phrase_is_asked_with_a_warning(options, capsys):

@@ -6,42 +6,27 @@ Nothing here invents a result: what fails is handed on as a `Failure` with its r
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
-from functools import partial
-from pathlib import Path
+from itertools import chain, islice
 
 import torch
 from lightning.pytorch.utilities.memory import is_oom_error
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
-from vessel.batch import Sample, Views, collate
-from vessel.data.dataset import make_sample
-from vessel.data.images import read_rgb
+from vessel.augmented_views import averaged, check_views
+from vessel.batch import Sample, collate
 from vessel.data.inputs import Target
-from vessel.data.prompt import ANSWERS, QUESTIONS, Prompt
-from vessel.data.questions import question_sample, read_regions
+from vessel.data.prompt import ANSWERS, QUESTIONS
 from vessel.errors import VesselError
 from vessel.generation import MAX_NEW_TOKENS, say
 from vessel.model.placement import place
+from vessel.model.sa2va import Sa2VA
+from vessel.queries import Cutter, Failure, Guarded
 from vessel.restore import Restored
 
 DECODERS = ("forced", "generate")
-
-
-@dataclass(frozen=True)
-class Failure:
-    """An image without a result.
-
-    Attributes:
-        id: of the image.
-        file: its relative name.
-        reason: why there is none.
-    """
-
-    id: str
-    file: str
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -53,9 +38,9 @@ class Prediction:
         sample: what the network was shown, with truth where the data set has it; after a free question its phrases
             are `seg_1`, `seg_2`, …, one a `[SEG]` of the answer.
         answers: a text a phrase that was asked for, or one to a free question. Imposed with `forced`; the network's own
-            with `generate`, special tokens kept as the public code keeps them.
+            with `generate`, special tokens kept as the public code keeps them; none of a network without words.
         probabilities: K float32 [H, W] in [0, 1], on the CPU; None where the answer holds no `[SEG]`.
-        emitted: K times, whether the network itself chose `[SEG]`.
+        emitted: K times, whether the network itself chose `[SEG]`; empty of a network without words.
     """
 
     target: Target
@@ -78,25 +63,6 @@ def choose_device(device: str) -> torch.device:
     return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def without_truth(targets: Sequence[Target], phrases: Sequence[str], restored: Restored) -> Callable[[int], Sample]:
-    """What loads the sample of a target by its index."""
-    return partial(_read_sample, targets, phrases, restored.prompt, restored.views)
-
-
-def asking(
-    targets: Sequence[Target], question: str, restored: Restored, *, regions: Path | None = None
-) -> Callable[[int], Sample]:
-    """What loads the sample of a target, with a free question, by its index; it has no phrases yet.
-
-    Args:
-        targets: the images.
-        question: what the user says.
-        restored: whose prompt and views these samples are for.
-        regions: folder of masks that the question points at, as `read_regions` describes it.
-    """
-    return partial(_read_question, targets, question, restored.prompt, restored.views, regions)
-
-
 class Predictor:
     """A trained network that is asked for masks.
 
@@ -107,6 +73,7 @@ class Predictor:
         decode: `forced` teaches the answer and takes one pass a batch; `generate` lets the network speak, phrase by
             phrase in one conversation, and reads the masks of what it said. A free question needs `generate`.
         max_new_tokens: where `generate` cuts an answer that does not end.
+        views: names of views whose probabilities are averaged with those of the image itself, with `forced` only.
     """
 
     def __init__(
@@ -117,16 +84,24 @@ class Predictor:
         device_map: str | Mapping[str, str | int] | None = None,
         decode: str = "forced",
         max_new_tokens: int = MAX_NEW_TOKENS,
+        views: Sequence[str] = (),
     ) -> None:
         if decode not in DECODERS:
             raise VesselError(f"decode={decode}: choose one of {', '.join(DECODERS)}")
         if max_new_tokens < 1:
             raise VesselError(f"max_new_tokens={max_new_tokens}: an answer takes one token at least")
+        self.augmented = _checked(views, decode)
         self.device = device if isinstance(device, torch.device) else choose_device(device)
         self.decode, self.max_new_tokens = decode, max_new_tokens
         self.prompt, self.views = restored.prompt, restored.views
         network = restored.network.eval()
         self.network = network.to(self.device) if device_map is None else place(network, device_map)
+
+    def with_views(self, views: Sequence[str]) -> Predictor:
+        """The same network, asked with other views."""
+        other = copy(self)
+        other.augmented = _checked(views, self.decode)
+        return other
 
     def predict(
         self, targets: Sequence[Target], load: Callable[[int], Sample], *, batch_size: int = 4, workers: int = 0
@@ -141,12 +116,25 @@ class Predictor:
         """
         if batch_size < 1 or workers < 0:
             raise VesselError(f"batch_size={batch_size} workers={workers}: at least 1 image and 0 workers")
-        loader = DataLoader(_Guarded(targets, load), batch_size=batch_size, num_workers=workers, collate_fn=list)
-        for loaded in loader:
-            good = [item for item in loaded if isinstance(item, tuple)]
-            results = iter(self._answer(good)) if good else iter(())
+        shown = Guarded(targets, load, Cutter(self.augmented, self.prompt, self.views))
+        # An image with its views has passes of its own, so that memory does not grow with the number of views.
+        together = 1 if self.augmented else batch_size
+        for loaded in DataLoader(shown, batch_size=together, num_workers=workers, collate_fn=list):
+            asked = [(item[0], sample) for item in loaded if isinstance(item, tuple) for sample in item[1]]
+            passes = (asked[i : i + batch_size] for i in range(0, len(asked), batch_size))
+            results = chain.from_iterable(map(self._answer, passes))
             for item in loaded:
-                yield next(results) if isinstance(item, tuple) else item
+                yield self._mean(list(islice(results, len(item[1])))) if isinstance(item, tuple) else item
+
+    def _mean(self, results: list[Prediction | Failure]) -> Prediction | Failure:
+        """The result of an image from its own and those of its views; where one failed, the image has."""
+        good = [result for result in results if isinstance(result, Prediction)]
+        if len(good) < len(results):
+            return next(result for result in results if isinstance(result, Failure))
+        if not self.augmented:
+            return good[0]
+        own, *others = (torch.stack([one for one in result.probabilities if one is not None]) for result in good)
+        return replace(good[0], probabilities=tuple(averaged(own, zip(self.augmented, others, strict=True))))
 
     def _answer(self, asked: list[tuple[Target, Sample]]) -> list[Prediction | Failure]:
         """One result for each; a batch too large for the memory is asked again image by image."""
@@ -173,13 +161,18 @@ class Predictor:
             for (target, sample), said in zip(asked, spoken, strict=True)
         ]
 
-    def _draw(self, samples: list[Sample]) -> list[tuple[Tensor, Tensor]]:
-        """For each conversation with its N `[SEG]`: probabilities float32 [N, H, W], and `emitted` bool [N]."""
+    def _draw(self, samples: list[Sample]) -> list[tuple[Tensor, Tensor | None]]:
+        """For each conversation with its N `[SEG]`: probabilities float32 [N, H, W], and `emitted` bool [N].
+
+        A network without a language model has emitted None.
+        """
         if not samples:
             return []
         batch = collate(samples, self.prompt.token_ids.pad).to(self.device)
         output = self.network(batch)
-        emitted = self.network.emitted(output).cpu().split([len(sample.phrases) for sample in samples])
+        emitted: Sequence[Tensor | None] = [None] * len(samples)
+        if self.network.phrases is None:
+            emitted = self.network.emitted(output).cpu().split([len(sample.phrases) for sample in samples])
         maps = [probabilities.cpu() for probabilities in self.network.probabilities(output, batch)]
         return list(zip(maps, emitted, strict=True))
 
@@ -192,7 +185,8 @@ class Predictor:
         """
         if self.decode == "forced":
             n = len(sample.phrases)
-            return Spoken(replace(sample, masks=None), sample.phrases, (ANSWERS[0],) * n, tuple(range(n)))
+            taught = (ANSWERS[0],) * n if self.network.phrases is None else ()
+            return Spoken(replace(sample, masks=None), sample.phrases, taught, tuple(range(n)))
         if not sample.phrases:
             return self._speak_freely(sample)
         image_tokens = len(sample.tiles) // frames * self.views.tokens_per_tile
@@ -222,9 +216,15 @@ class Predictor:
         )
         return Spoken(shown, names, (self._text(answer),), tuple(range(count)))
 
+    @property
+    def sa2va(self) -> Sa2VA:
+        """The network, of which only that kind speaks and follows pullbacks."""
+        assert isinstance(self.network, Sa2VA)
+        return self.network
+
     def _say(self, asked: Tensor, sample: Sample) -> list[int]:
         return say(
-            self.network,
+            self.sa2va,
             self.prompt,
             asked,
             sample.tiles,
@@ -253,47 +253,22 @@ class Spoken:
     at: tuple[int | None, ...]
 
 
+def _checked(views: Sequence[str], decode: str) -> tuple[str, ...]:
+    if views and decode != "forced":
+        raise VesselError(f"views= with decode={decode}: several views make no one answer; use decode=forced")
+    return check_views(views)
+
+
 def _result(
-    target: Target, sample: Sample, said: Spoken, probabilities: Tensor, emitted: Tensor
+    target: Target, sample: Sample, said: Spoken, probabilities: Tensor, emitted: Tensor | None
 ) -> Prediction | Failure:
     if not torch.isfinite(probabilities).all():
         return Failure(target.id, target.name, "the network gave values that are not finite")
+    chosen = () if emitted is None else tuple(at is not None and bool(emitted[at]) for at in said.at)
     return Prediction(
         target=target,
         sample=replace(sample, phrases=said.phrases),
         answers=said.answers,
         probabilities=tuple(None if at is None else probabilities[at] for at in said.at),
-        emitted=tuple(at is not None and bool(emitted[at]) for at in said.at),
+        emitted=chosen,
     )
-
-
-def _read_sample(targets: Sequence[Target], phrases: Sequence[str], prompt: Prompt, views: Views, index: int) -> Sample:
-    return make_sample(read_rgb(targets[index].file), phrases, prompt, views)
-
-
-def _read_question(
-    targets: Sequence[Target], question: str, prompt: Prompt, views: Views, folder: Path | None, index: int
-) -> Sample:
-    image, name = read_rgb(targets[index].file), targets[index].name
-    regions = None if folder is None else read_regions(folder, name, image.shape[:2], views)
-    return question_sample(image, question, prompt, views, regions=regions)
-
-
-class _Guarded(Dataset["tuple[Target, Sample] | Failure"]):
-    """Samples with their targets; what cannot be read becomes a failure, so that the others go on."""
-
-    def __init__(self, targets: Sequence[Target], load: Callable[[int], Sample]) -> None:
-        self.targets, self.load = targets, load
-
-    def __len__(self) -> int:
-        return len(self.targets)
-
-    def __getitem__(self, index: int) -> tuple[Target, Sample] | Failure:
-        target = self.targets[index]
-        try:
-            return target, self.load(index)
-        except (VesselError, OSError, MemoryError) as error:
-            # Folders of this machine are no business of a report.
-            folder = str(target.file).removesuffix(target.name)
-            reason = str(error) or type(error).__name__
-            return Failure(target.id, target.name, reason.replace(folder, "") if folder else reason)
