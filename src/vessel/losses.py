@@ -21,8 +21,8 @@ _COUNT_EPS = 1e-4 + torch.finfo(torch.float32).eps
 
 
 def lm_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy over supervised positions; logits [P, V], targets int64 [P]."""
-    return F.cross_entropy(logits.float(), targets)
+    """Mean cross-entropy over supervised positions, 0 where there are none; logits [P, V], targets int64 [P]."""
+    return F.cross_entropy(logits.float(), targets) if len(targets) else logits.new_zeros(())
 
 
 def mask_bce(logits: Tensor, targets: Tensor) -> Tensor:

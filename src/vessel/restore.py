@@ -15,19 +15,22 @@ from omegaconf import OmegaConf
 from vessel.batch import Views
 from vessel.checkpoints.reading import find_checkpoint, read_checkpoint
 from vessel.data.prompt import Prompt
+from vessel.decision import Decision, decision_for
 from vessel.errors import VesselError
-from vessel.model.architecture import public_names, read_sizes, read_template
+from vessel.model.architecture import read_sizes, read_template
 from vessel.model.checks import require_same_base
 from vessel.model.grounding import GroundingSizes
 from vessel.model.hub import DTYPES
 from vessel.model.lora import Lora
+from vessel.model.network import Network, NetworkSizes
 from vessel.model.plan import NetworkPlan
 from vessel.model.sa2va import Sa2VA, Sizes
 from vessel.model.weights.entry import Weights
 from vessel.model.weights.files import read_json
+from vessel.model.weights.kinds import INTERNVL
 from vessel.model.weights.load import load
 from vessel.model.weights.report import LoadReport
-from vessel.model.weights.sources import ADAPTER_CONFIG, INTERNVL, Source, open_source
+from vessel.model.weights.sources import ADAPTER_CONFIG, Source, open_source
 from vessel.places import expanded
 from vessel.run import LOCAL, MANIFEST, Manifest
 
@@ -89,9 +92,9 @@ class Restored:
         base: sources of the loads before that one.
     """
 
-    network: Sa2VA
+    network: Network
     prompt: Prompt
-    sizes: Sizes
+    sizes: NetworkSizes
     manifest: Manifest
     source: Path
     reports: tuple[LoadReport, ...]
@@ -109,6 +112,30 @@ class Restored:
         return run if self.source.suffix == ".ckpt" and (run / MANIFEST).is_file() else None
 
     @property
+    def sa2va(self) -> Sa2VA:
+        """The network, where `require_language` has let pass."""
+        assert isinstance(self.network, Sa2VA)
+        return self.network
+
+    @property
+    def sa2va_sizes(self) -> Sizes:
+        """Its shape, where `require_language` has let pass."""
+        assert isinstance(self.sizes, Sizes)
+        return self.sizes
+
+    def require_language(self, doing: str) -> None:
+        """Refuse what only a network with a language model can do.
+
+        Raises:
+            VesselError: this one is a baseline.
+        """
+        if self.network.phrases is not None:
+            raise VesselError(
+                f"{doing}: {self.manifest.name} is a baseline ({self.manifest.network}) without a language model; only "
+                "a Sa2VA can do that"
+            )
+
+    @property
     def tuned(self) -> bool:
         """Whether vessel trained it; of a public network neither phrases nor data are known."""
         return bool(self.manifest.phrases)
@@ -117,6 +144,16 @@ class Restored:
     def threshold(self) -> float:
         """Threshold chosen on validation, 0.5 where none was."""
         return 0.5 if self.manifest.threshold is None else self.manifest.threshold
+
+    @property
+    def decision(self) -> Decision:
+        """From probabilities to masks, as validation chose it for these weights."""
+        return decision_for(self.manifest, self.run)[0]
+
+    @property
+    def decision_source(self) -> str:
+        """Where the decision comes from, in words; says so when the run keeps one that is not for these weights."""
+        return decision_for(self.manifest, self.run)[1]
 
 
 def restore(ckpt: str, reading: Reading = Reading()) -> Restored:
@@ -141,11 +178,11 @@ def _from_checkpoint(path: Path, reading: Reading) -> Restored:
     beside = path.parent.parent / "tokenizer"
     manifest = Manifest.from_dict(checkpoint["vessel"])
     prompt = _prompt(manifest.config, str(beside) if beside.is_dir() else None)
-    plan = _plan(manifest.config, prompt, reading, reading.base or Weights.listed(manifest.config["weights"]))
+    plan = _plan(manifest, prompt, reading, reading.base or Weights.listed(manifest.config["weights"]))
     network = plan.build()
     require_same_base(manifest.weights, plan.reports)
     source = open_source(str(path))
-    report = load(network, source, public_names(plan.sizes.language), tokens=prompt.new_tokens.start)
+    report = load(network, source, plan.names, tokens=prompt.new_tokens.start)
     # Frozen parameters come again from where the run began; what it drew at random is nowhere else.
     own = {name for name, parameter in network.named_parameters() if parameter.requires_grad or not plan.weights}
     if absent := sorted(own.difference(report.all("loaded"))):
@@ -165,9 +202,10 @@ def _from_export(source: Source, reading: Reading) -> Restored:
                 f"{source.path}: an adapter whose base is not on the hub; name the weights that it was trained on: "
                 "network.base=FOLDER"
             )
-        plan = _plan(manifest.config, prompt, reading, [*base, source.entry])
+        plan = _plan(manifest, prompt, reading, [*base, source.entry])
     else:
-        plan = _plan({**manifest.config, "trainable": "nothing"}, prompt, reading, [source.entry], lora=Lora(r=0))
+        plain = replace(manifest, config={**manifest.config, "trainable": "nothing"})
+        plan = _plan(plain, prompt, reading, [source.entry], lora=Lora(r=0))
     network = plan.build()
     *before, own = plan.reports
     if source.kind.on_top:
@@ -207,7 +245,7 @@ def _from_public(source: Source, reading: Reading) -> Restored:
 
 
 def _restored(
-    network: Sa2VA, prompt: Prompt, plan: NetworkPlan, manifest: Manifest, source: Path, *reports: LoadReport
+    network: Network, prompt: Prompt, plan: NetworkPlan, manifest: Manifest, source: Path, *reports: LoadReport
 ) -> Restored:
     told = (*plan.reports, *reports)
     known = manifest if manifest.fingerprint else replace(manifest, fingerprint=told[-1].fingerprint)
@@ -222,18 +260,20 @@ def _prompt(config: Mapping[str, Any], tokenizer: str | None) -> Prompt:
 
 
 def _plan(
-    config: Mapping[str, Any],
+    manifest: Manifest,
     prompt: Prompt,
     reading: Reading,
     weights: Sequence[Weights],
     *,
     lora: Lora | None = None,
 ) -> NetworkPlan:
+    config = manifest.config
     parts = OmegaConf.create({k: config[k] for k in ("model", "lora")})
     plan = NetworkPlan(
         sizes=instantiate(parts.model),
         tokens=prompt.token_ids,
         new_tokens=prompt.new_tokens,
+        phrases=manifest.phrases,
         lora=instantiate(parts.lora) if lora is None else lora,
         trainable=config["trainable"],
         weights=weights,

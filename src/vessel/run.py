@@ -16,6 +16,7 @@ from vessel.errors import VesselError
 
 MANIFEST = "manifest.json"
 RESULT = "result.json"
+_SIZES = {"vessel.model.baselines.PromptedSizes": "sam2_prompt", "vessel.model.baselines.UNetSizes": "unet"}
 LOCAL = "(a local folder)"  # what stands for a place of this machine in whatever leaves it
 
 
@@ -32,6 +33,8 @@ class Manifest:
         weights: one load report per source the network started from.
         parent: fingerprint and name of the run whose checkpoint this run started from.
         threshold: probability above which a pixel is vessel, chosen on validation; None before the first validation.
+        decision: everything else that was chosen on validation with it, as `vessel.decision.Decision` writes it; of an
+            export, None where nothing was searched.
         fingerprint: of the weights, as `vessel.model.weights.digests` gives it; empty in the manifest of a run.
         created: UTC time.
         versions: of Python and the packages that matter.
@@ -45,9 +48,15 @@ class Manifest:
     weights: tuple[Mapping[str, Any], ...] = ()
     parent: Mapping[str, Any] | None = None
     threshold: float | None = None
+    decision: Mapping[str, Any] | None = None
     fingerprint: str = ""
     created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     versions: Mapping[str, str] = field(default_factory=lambda: _versions())
+
+    @property
+    def network(self) -> str:
+        """Which network it is: `sa2va`, or a baseline, `sam2_prompt` or `unet`."""
+        return _SIZES.get(str((self.config.get("model") or {}).get("_target_")), "sa2va")
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, fit for JSON and for a checkpoint read with `weights_only=True`."""

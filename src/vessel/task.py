@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from lightning import LightningModule
 from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -20,8 +21,8 @@ from vessel.errors import VesselError
 from vessel.loops import go_on_at
 from vessel.losses import lm_loss
 from vessel.metrics.overlap import OverlapSweep
+from vessel.model.network import Network
 from vessel.model.partition import whole_shape
-from vessel.model.sa2va import Sa2VA
 
 
 class Objective(Protocol):
@@ -63,7 +64,7 @@ class OptimizerSettings:
 
 
 class VesselTask(LightningModule):
-    """Sa2VA in training, validation and test.
+    """A network in training, validation and test.
 
     Args:
         build: makes the network, weights loaded and adapters in place; called once, by `configure_model`.
@@ -75,7 +76,7 @@ class VesselTask(LightningModule):
 
     def __init__(
         self,
-        build: Callable[[], Sa2VA],
+        build: Callable[[], Network],
         *,
         objective: Objective,
         optimizer: OptimizerSettings,
@@ -86,7 +87,7 @@ class VesselTask(LightningModule):
         self.build, self.objective, self.optimizer_settings = build, objective, optimizer
         self.keep_frozen, self.manifest = keep_frozen, dict(manifest)
         self.strict_loading = False  # `on_load_checkpoint` checks by name what has to be there
-        self.network: Sa2VA | None = None
+        self.network: Network | None = None
         self._validated: tuple[int, int] | None = None
         self.val_overlap = OverlapSweep()
         self.test_overlap = OverlapSweep()
@@ -137,6 +138,7 @@ class VesselTask(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what cannot be found elsewhere: trained tensors, frozen ones on demand, and the run's manifest."""
         trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        trained |= set(_statistics(self))
         state = checkpoint["state_dict"]
         if not self.keep_frozen:
             checkpoint["state_dict"] = {name: tensor for name, tensor in state.items() if name in trained}
@@ -163,9 +165,11 @@ class VesselTask(LightningModule):
         assert self.network is not None
         assert batch.masks is not None
         output = self.network(batch)
-        losses = dict(self.objective(output.mask_logits, batch.masks, self.network.grounding.image_size))
+        losses = dict(self.objective(output.mask_logits, batch.masks, self.network.frame))
         losses["lm_loss"] = self.objective.lm_weight * lm_loss(output.lm_logits, output.lm_targets)
         loss = torch.stack(list(losses.values())).sum()
+        if not len(output.lm_targets):
+            del losses["lm_loss"]  # a network without a language model has none to show
         logged = {f"{stage}/{name}": value.detach() for name, value in (losses | {"loss": loss}).items()}
         in_training = stage == "train"
         self.log_dict(
@@ -187,13 +191,12 @@ class VesselTask(LightningModule):
             batch.masks,
             ids=batch.ids,
             patients=batch.patients,
-            videos=batch.videos,
             phrases=batch.phrases,
         )
         emitted = self.network.emitted(output)
-        self.log(
-            f"{stage}/seg_emission", emitted.float().mean(), batch_size=len(emitted), on_epoch=True, sync_dist=True
-        )
+        if len(emitted):
+            rate = emitted.float().mean()
+            self.log(f"{stage}/seg_emission", rate, batch_size=len(emitted), on_epoch=True, sync_dist=True)
         return StepOutput(loss.detach(), probabilities, emitted)
 
     def _overlap(self, stage: str) -> OverlapSweep:
@@ -203,3 +206,10 @@ class VesselTask(LightningModule):
         metric = self._overlap(stage)
         self.log_dict({f"{stage}/{name}": value.float() for name, value in metric.compute().items()})
         metric.reset()
+
+
+def _statistics(module: nn.Module) -> Iterator[str]:
+    """Names of buffers that training changes: what batch normalisation counts."""
+    for prefix, part in module.named_modules():
+        if isinstance(part, _BatchNorm):
+            yield from (name for name, _ in part.named_buffers(prefix))

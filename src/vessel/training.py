@@ -27,20 +27,20 @@ from vessel.checkpoints.reading import find_checkpoint, newest_good, read_checkp
 from vessel.checkpoints.retention import discard_superseded
 from vessel.checkpoints.space import checkpoint_bytes, planned, require_space, size_on_disk
 from vessel.checkpoints.writing import WholeFiles
-from vessel.data.identity import RawIdentifiers, mapping_folder
 from vessel.data.module import VesselDataModule
 from vessel.data.prompt import Prompt
 from vessel.errors import VesselError
-from vessel.loggers import JsonLines
+from vessel.loggers import JsonLines, PrivateWandb, wandb_environment
 from vessel.memory.request import require_memory, show
 from vessel.model.checks import require_same_base
+from vessel.model.network import Network, NetworkSizes
 from vessel.model.plan import NetworkPlan
-from vessel.model.sa2va import Sa2VA, Sizes
 from vessel.model.weights.digests import fingerprint
 from vessel.model.weights.report import LoadReport
 from vessel.model.weights.sources import open_source
 from vessel.model.weights.zero import is_zero
 from vessel.places import expanded
+from vessel.privacy import Scanner
 from vessel.record import differing
 from vessel.restore import EXPORT_MANIFEST
 from vessel.run import Manifest, read_result, without_places, write_result
@@ -92,18 +92,21 @@ def _fit(config: DictConfig, run: Path) -> float | None:
     data: VesselDataModule = instantiate(config.data, _partial_=True)(
         prompt=prompt, views=sizes.views, seed=config.seed
     )
-    plan = _network_plan(config, sizes, prompt)
+    plan = _network_plan(config, sizes, prompt, data.phrases)
     manifest = _manifest(config, data)
+    scanner = Scanner.beside(data.catalog.root)
+    told = json.dumps(without_places(manifest.as_dict()), ensure_ascii=False)
+    scanner.require_clean([("the configuration", told), *wandb_environment()], doing="training, which tells it to all,")
     if resumed is not None and parent is not None:
         manifest = _going_on(manifest, parent, resumed, run)
     rank_zero_only(manifest.write)(run)
     rank_zero_only(prompt.save)(run / "tokenizer")
 
-    def build() -> Sa2VA:
+    def build() -> Network:
         network = plan.build()
         if parent is not None:
             require_same_base(parent.weights, plan.reports)
-        _refuse_random_seg(network, plan)
+        _refuse_what_stays_random(network, plan)
         _require_room(network, trainer, run, keep_frozen=task.keep_frozen)
         known = replace(manifest, weights=tuple(report.summary() for report in plan.reports))
         _tell(plan.reports)
@@ -123,6 +126,8 @@ def _fit(config: DictConfig, run: Path) -> float | None:
     if resumed is not None and resumed.is_relative_to(run):
         rank_zero_only(discard_superseded)(run, resumed, trainer.callbacks)  # type: ignore[attr-defined]
     for logger in trainer.loggers:
+        if isinstance(logger, PrivateWandb):
+            logger.scanner = scanner
         logger.log_hyperparams(without_places(manifest.as_dict()))
     trainer.fit(task, datamodule=data, ckpt_path=resumed, weights_only=True)
     saver = trainer.checkpoint_callback
@@ -138,11 +143,12 @@ def _say_what_is_next(run: Path, best: float | None) -> None:
     Console().print(line, soft_wrap=True, markup=False, highlight=False)
 
 
-def _network_plan(config: DictConfig, sizes: Sizes, prompt: Prompt) -> NetworkPlan:
+def _network_plan(config: DictConfig, sizes: NetworkSizes, prompt: Prompt, phrases: Sequence[str]) -> NetworkPlan:
     return NetworkPlan(
         sizes=sizes,
         tokens=prompt.token_ids,
         new_tokens=prompt.new_tokens,
+        phrases=phrases,
         lora=instantiate(config.lora),
         trainable=config.trainable,
         weights=sources(config),
@@ -186,13 +192,6 @@ def _manifest(config: DictConfig, data: VesselDataModule) -> Manifest:
         phrases=data.phrases,
         prompt=data.prompt.name,
     )
-    root = mapping_folder(data.catalog.root.absolute())
-    told = json.dumps(without_places(manifest.as_dict()), ensure_ascii=False)
-    if found := RawIdentifiers(root if root.is_dir() else None).find(told):
-        raise VesselError(
-            f"the configuration holds what looks like a patient's name or id ({', '.join(found[:3])}); loggers and "
-            "exports would repeat it: take it out of name, phrases and options"
-        )
     return manifest
 
 
@@ -215,20 +214,27 @@ def _going_on(manifest: Manifest, parent: Manifest, resumed: Path, run: Path) ->
     )
 
 
-def _refuse_random_seg(network: Sa2VA, plan: NetworkPlan) -> None:
-    groups = network.trainable_groups()
+def _refuse_what_stays_random(network: Network, plan: NetworkPlan) -> None:
+    groups, speaks = network.trainable_groups(), network.phrases is None
     if plan.trainable == "lora" and "lora" not in groups:
-        raise VesselError("trainable=lora, but lora=none: choose adapters, such as lora=r128, or another trainable=")
+        told = ", but lora=none: choose adapters, such as lora=r128, or another trainable="
+        raise VesselError("trainable=lora" + (told if speaks else ": no language model here; choose trainable=all"))
     if not groups:
-        raise VesselError(f"trainable={plan.trainable}: nothing would train; choose lora, decoder_only or all")
-    if not plan.seg_is_trained and "tokens" not in groups:
+        others = "lora, decoder_only or all" if speaks else "all"
+        raise VesselError(f"trainable={plan.trainable}: nothing would train; choose {others}")
+    if speaks and not plan.seg_is_trained and "tokens" not in groups:
         raise VesselError(
             f"trainable={plan.trainable} from weights that do not know [SEG]: it would stay random for ever. Start "
             "from the weights of a Sa2VA, weights=[...], or choose trainable=all"
         )
+    if not speaks and not plan.weights and plan.trainable != "all":
+        raise VesselError(
+            f"trainable={plan.trainable} from random weights: what does not train would stay random for ever. Start "
+            "from the weights of a SAM2, weights=[...], or choose trainable=all"
+        )
 
 
-def _require_room(network: Sa2VA, trainer: Trainer, run: Path, *, keep_frozen: bool) -> None:
+def _require_room(network: Network, trainer: Trainer, run: Path, *, keep_frozen: bool) -> None:
     """Refuse a run whose checkpoints the disk would not hold in the end."""
     stage = 0
     if isinstance(trainer.strategy, DeepSpeedStrategy):

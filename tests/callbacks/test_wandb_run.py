@@ -1,22 +1,26 @@
 import json
+import os
+import sys
 
 import numpy as np
 import pytest
-from lightning.pytorch.loggers import WandbLogger
 from PIL import Image
-from tests.wandb_offline import media, read_history
+from tests.wandb_offline import media, read_history, records
 
 from vessel.callbacks.mask_panels import MaskPanels
 from vessel.callbacks.parameter_table import ParameterTable
 from vessel.callbacks.threshold_sweep import THRESHOLDS, ThresholdSweep
+from vessel.loggers import PrivateWandb
 
 
 @pytest.mark.slow
-def test_an_offline_run_holds_curves_panels_and_tables(tmp_path, monkeypatch, trainer, toy_task, batches):
+def test_guard_D11_an_offline_run_holds_curves_panels_and_tables_and_nothing_of_this_machine(
+    tmp_path, monkeypatch, trainer, toy_task, batches
+):
     for variable in ("WANDB_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR", "WANDB_ARTIFACT_DIR"):
         monkeypatch.setenv(variable, str(tmp_path / "wandb-home"))
     monkeypatch.setenv("WANDB_SILENT", "true")
-    logger = WandbLogger(project="vessel", offline=True, save_dir=tmp_path / "views")
+    logger = PrivateWandb(save_dir=tmp_path / "views", name="toy", tags=["oct"])
     sweep = ThresholdSweep()
     trainer(sweep, MaskPanels(images=1), ParameterTable(), logger=logger, max_epochs=2).fit(
         toy_task(), batches(), batches(2)
@@ -42,3 +46,15 @@ def test_an_offline_run_holds_curves_panels_and_tables(tmp_path, monkeypatch, tr
     assert [row[1] for row in table["data"]] == pytest.approx(sweep.curve["dice"])
     parameters = json.loads(media(tmp_path / "views", logged("parameters")[0]).read_text())
     assert [row[0] for row in parameters["data"]] == ["projector", "mask_decoder", "encoder (frozen)"]
+    log = list(records(next((tmp_path / "views").rglob("*.wandb"))))
+    [run] = [record.run for record in log if record.WhichOneof("record_type") == "run"]
+    assert (run.project, run.display_name, list(run.tags), run.host) == ("vessel", "toy", ["oct"], "")
+    assert not {record.WhichOneof("record_type") for record in log} & {"environment", "output", "output_raw"}
+    # What `wandb sync` sends: these records, without the place that a table is read from, and the files beside them.
+    lines = "\n".join(str(record) for record in log).splitlines()
+    files = [path for path in (tmp_path / "views").rglob("files/**/*") if path.is_file()]
+    assert {file.suffix for file in files} == {".png", ".json"}
+    leaving = ["\n".join(line for line in lines if "local_path:" not in line).encode()]
+    leaving += [file.read_bytes() for file in files]
+    for told in (str(tmp_path), os.getcwd(), sys.executable, sys.argv[0], "requirements.txt"):
+        assert not [content for content in leaving if told.encode() in content], told

@@ -14,6 +14,7 @@ from vessel.memory.engine import Engine
 from vessel.memory.live import Live
 from vessel.memory.plan import Images, Setup, batch_of, memory_plan
 from vessel.memory.stand_ins import OnGpu
+from vessel.model.baselines import PromptedSizes, UNetSizes
 from vessel.model.lora import Lora
 from vessel.model.sa2va import build_sa2va
 
@@ -51,7 +52,8 @@ class Kept:
 def really_kept(setup, plan, prompt):
     """Bytes that the graph of a real step holds."""
     network = plan(
-        sizes=setup.sizes, lora=setup.lora, trainable=setup.trainable, checkpointing=setup.checkpointing
+        sizes=setup.sizes, lora=setup.lora, trainable=setup.trainable, checkpointing=setup.checkpointing,
+        phrases=setup.images.names,
     ).build().train()  # fmt: skip
     planned = batch_of(setup, prompt)
     batch = replace(
@@ -62,7 +64,7 @@ def really_kept(setup, plan, prompt):
     )
     with Kept([*network.parameters(), *network.buffers()]) as kept:
         output = network(batch)
-        losses = setup.objective(output.mask_logits, batch.masks, network.grounding.image_size)
+        losses = setup.objective(output.mask_logits, batch.masks, network.frame)
         total = sum(losses.values()) + lm_loss(output.lm_logits, output.lm_targets)
     total.backward()
     # SAM2 remembers the positions of its pyramid from the first frame on
@@ -86,6 +88,17 @@ SETUPS = {
     "sampled points": replace(SETUP, objective=Sa2vaObjective(points=500)),
     "two images, one shorter": replace(SETUP, batch_size=2),
     "tiles": replace(SETUP, sizes=replace(SIZES, max_tiles=4), images=Images((96, 96))),
+    "learned prompts": replace(
+        SETUP, sizes=PromptedSizes(SMALL.grounding), lora=Lora(r=0), trainable="all", images=Images((64, 64), 3)
+    ),
+    "U-Net": replace(
+        SETUP,
+        sizes=UNetSizes("resnet18", frame=128),
+        lora=Lora(r=0),
+        trainable="all",
+        images=Images((64, 64), 3),
+        batch_size=2,
+    ),
 }
 
 

@@ -7,7 +7,7 @@ from tests.golden import NETWORKS, open_golden
 from vessel.batch import upsample
 from vessel.data.transforms import whole_frame
 from vessel.model.grounding import best_candidate
-from vessel.model.sa2va import normalise
+from vessel.model.network import normalise
 from vessel.model.tracking import PROMPTED_FRAMES, Tracker
 
 

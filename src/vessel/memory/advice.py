@@ -10,6 +10,7 @@ import torch
 from vessel.errors import VesselError
 from vessel.memory.engine import Engine
 from vessel.memory.plan import GB, MemoryPlan, Setup, memory_plan
+from vessel.model.sa2va import Sizes
 
 _FEWER_LIVE = 300_000_000
 _ZERO_GPUS = 4  # conf/trainer/zero3.yaml
@@ -40,7 +41,10 @@ def advice(plan: MemoryPlan, gpu_gb: float) -> str:
     """What each setting would take alone, the most helpful first; and, if none is enough, several together."""
     found = []
     for option, setup in alternatives(plan.setup):
-        other = memory_plan(setup, like=plan)
+        try:
+            other = memory_plan(setup, like=plan)
+        except VesselError:  # this network has no such choice
+            continue
         if other.total < plan.total:
             found.append((option, other))
     found.sort(key=lambda pair: pair[1].total)
@@ -58,7 +62,7 @@ def alternatives(setup: Setup) -> Iterator[tuple[str, Setup]]:
         yield "checkpointing=true", replace(setup, checkpointing=True)
     if setup.batch_size > 1:
         yield "data.batch_size=1", replace(setup, batch_size=1)
-    if setup.tiles > 1:
+    if isinstance(sizes, Sizes) and setup.tiles > 1:
         yield "model.max_tiles=1", replace(setup, sizes=replace(sizes, max_tiles=1))
     if lora.r > 0 and lora.tokens == "full":
         yield "lora.tokens=new", replace(setup, lora=replace(lora, tokens="new"))
@@ -68,9 +72,9 @@ def alternatives(setup: Setup) -> Iterator[tuple[str, Setup]]:
         yield "trainer.precision=bf16-mixed", replace(setup, engine=replace(engine, precision="bf16-mixed"))
     for option, other in _other_engines(engine):
         yield option, replace(setup, engine=other)
-    if sizes.grounding.frame > 512:
-        half = replace(sizes, grounding=replace(sizes.grounding, frame=sizes.grounding.frame // 2))
-        yield f"model.grounding.frame={half.grounding.frame} (coarser masks)", replace(setup, sizes=half)
+    if sizes.views.frame > 512:
+        option, half = sizes.with_frame(sizes.views.frame // 2)
+        yield f"{option} (coarser masks)", replace(setup, sizes=half)
 
 
 def _other_engines(engine: Engine) -> Iterator[tuple[str, Engine]]:

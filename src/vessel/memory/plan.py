@@ -16,7 +16,7 @@ from vessel.memory.gathering import gathered_elements
 from vessel.memory.step import Step, run_step
 from vessel.model.groups import choose_trainable
 from vessel.model.lora import Lora, add_lora
-from vessel.model.sa2va import Sa2VA, Sizes, build_sa2va
+from vessel.model.network import Network, NetworkSizes
 from vessel.task import Objective
 
 GB = 2**30  # graphics memory is sold in these
@@ -39,6 +39,11 @@ class Images:
     size: tuple[int, int] = (512, 512)
     phrases: int = 1
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What stands for the phrases."""
+        return tuple(f"blood vessel {i}" for i in range(self.phrases))
+
 
 @dataclass(frozen=True)
 class Setup:
@@ -52,7 +57,7 @@ class Setup:
         images: of the data set.
     """
 
-    sizes: Sizes
+    sizes: NetworkSizes
     lora: Lora
     trainable: str
     objective: Objective
@@ -64,8 +69,8 @@ class Setup:
     @property
     def tiles(self) -> int:
         """Tiles that the largest image is cut into, thumbnail counted."""
-        height, width = self.images.size
-        columns, rows = tile_grid(width, height, tile=self.sizes.views.tile, max_tiles=self.sizes.max_tiles)
+        views, (height, width) = self.sizes.views, self.images.size
+        columns, rows = tile_grid(width, height, tile=views.tile, max_tiles=views.max_tiles)
         return columns * rows + (columns * rows > 1)
 
 
@@ -79,7 +84,7 @@ class Work:
         tokens: of a conversation.
     """
 
-    network: Sa2VA
+    network: Network
     step: Step
     tokens: int
 
@@ -132,7 +137,7 @@ class MemoryPlan:
             f"GPUs: {spread}, {engine.precision}; checkpointing={str(setup.checkpointing).lower()}",
             f"a GPU's batch: {setup.batch_size} x ({width} x {height} px, {setup.tiles} tile(s), "
             f"{setup.images.phrases} phrase(s), {self.work.tokens} tokens)",
-            f"SAM2 at {setup.sizes.views.frame} px",
+            f"frames of {setup.sizes.views.frame} px",
         ]
         if self.host:
             told.append(f"in the host's memory, for each GPU: {self.host / GB:.1f} GB")
@@ -193,9 +198,9 @@ def _sum(*parts: Mapping[str, int]) -> dict[str, int]:
     return {name: sum(part.get(name, 0) for part in parts) for name in names}
 
 
-def _network(setup: Setup, prompt: Prompt) -> Sa2VA:
+def _network(setup: Setup, prompt: Prompt) -> Network:
     with torch.device("meta"):
-        network = build_sa2va(setup.sizes, prompt.token_ids)
+        network = setup.sizes.build(prompt.token_ids, setup.images.names)
         if setup.lora.r > 0:
             add_lora(network, setup.lora, new_tokens=prompt.new_tokens, seg_is_trained=True)
     choose_trainable(network, setup.trainable)
@@ -222,7 +227,7 @@ def batch_of(setup: Setup, prompt: Prompt) -> Batch:
         ids=names,
         patients=names,
         videos=names,
-        phrases=(("blood vessel",) * images.phrases,) * count,
+        phrases=(images.names,) * count,
         sizes=(images.size,) * count,
         tiles=pixels(count * setup.tiles, 3, views.tile, views.tile),
         frames=pixels(count, 3, views.frame, views.frame),

@@ -17,7 +17,7 @@ from vessel.batch import Batch
 from vessel.losses import lm_loss
 from vessel.memory.live import Live
 from vessel.memory.stand_ins import OnGpu
-from vessel.model.sa2va import Sa2VA
+from vessel.model.network import Network
 from vessel.task import Objective
 
 GRADIENTS, BACKWARD, CASTS = "gradients", "temporaries of the backward pass", "weights cast to 16 bits"
@@ -59,7 +59,7 @@ class Step:
     order: Sequence[tuple[nn.Module, bool]]
 
 
-def run_step(network: Sa2VA, batch: Batch, objective: Objective, how: How) -> Step:
+def run_step(network: Network, batch: Batch, objective: Objective, how: How) -> Step:
     """Run forward and backward pass.
 
     Args:
@@ -94,7 +94,7 @@ def run_step(network: Sa2VA, batch: Batch, objective: Objective, how: How) -> St
         output = network(batch)
         with live.part(LOSSES):
             assert batch.masks is not None
-            losses = dict(objective(output.mask_logits, batch.masks, network.grounding.image_size))
+            losses = dict(objective(output.mask_logits, batch.masks, network.frame))
             losses["lm_loss"] = lm_loss(output.lm_logits, output.lm_targets.to(output.lm_logits.device))
             loss = torch.stack(list(losses.values())).sum()
         del output, losses
@@ -141,18 +141,10 @@ def _with_gradients_before(live: Live, trained: Sequence[Tensor], how: How) -> M
     return live.fullest + Counter({GRADIENTS: sum(tensor.nbytes for tensor in trained)})
 
 
-def _watch_parts(network: Sa2VA, live: Live) -> list[Any]:
-    own = network.mllm.model
-    parts: dict[str, nn.Module] = {
-        "activations: vision encoder": own.vision_tower,
-        "activations: projector": own.multi_modal_projector,
-        "activations: language model": own.language_model,
-        "activations: head of the language model": network.mllm.lm_head,
-        "activations: SAM2 image encoder": network.grounding.image_encoder,
-        "activations: mask decoder": network.grounding.sam_mask_decoder,
-    }
+def _watch_parts(network: Network, live: Live) -> list[Any]:
     handles = []
-    for name, module in parts.items():
+    for part, module in network.parts().items():
+        name = f"activations: {part}"
         inside: list[AbstractContextManager[None]] = []
 
         def enter(*_: Any, name: str = name, inside: list[AbstractContextManager[None]] = inside) -> None:

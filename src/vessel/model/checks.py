@@ -11,21 +11,13 @@ from torch import Tensor
 from vessel.errors import VesselError
 from vessel.model.architecture import read_sizes
 from vessel.model.lora import Lora
+from vessel.model.network import NetworkSizes
 from vessel.model.sa2va import Sizes
 from vessel.model.weights.adapters import require_plain
+from vessel.model.weights.kinds import ADAPTER, INTERNVL, NATIVE, RUN, SA2VA
 from vessel.model.weights.names import PublicNames
 from vessel.model.weights.report import LoadReport
-from vessel.model.weights.sources import (
-    ADAPTER,
-    EMBEDDING,
-    HEAD,
-    INTERNVL,
-    NATIVE,
-    RUN,
-    SA2VA,
-    Source,
-    covers,
-)
+from vessel.model.weights.sources import EMBEDDING, HEAD, Source, covers
 
 # Rows follow the tokenizer; dynamic scaling, as its factor, changes nothing for sequences that fit into the context.
 _NOT_COMPARED = ("vocabulary", "context", "rope_factor")
@@ -67,18 +59,19 @@ def check_order(sources: Sequence[Source]) -> None:
                 )
 
 
-def check_sizes(source: Source, sizes: Sizes) -> None:
+def check_sizes(source: Source, sizes: NetworkSizes) -> None:
     """Refuse a source whose heads, rotary base and the like, which no tensor shows, are others than the network's.
 
     Raises:
         VesselError: with both values.
     """
-    parts = [part for part, modules in _PARTS.items() if any(map(source.takes, modules))]
+    parts = [part for part, modules in _PARTS.items() if hasattr(sizes, part) and any(map(source.takes, modules))]
     stated: Mapping[str, Any]
     if source.kind is RUN and parts:
         stated = {part: _as_configured(source, part, type(getattr(sizes, part))) for part in parts}
     elif source.kind in (SA2VA, INTERNVL, NATIVE) and set(parts) - {"grounding"}:
         shapes = {name: tuple(tensor.shape) for name, tensor in source.outline().items()}
+        assert isinstance(sizes, Sizes), "no other network has these parts"
         found = read_sizes(source.config, shapes, grounding=sizes.grounding)
         stated = {part: getattr(found, part) for part in parts if part != "grounding"}
     else:

@@ -19,6 +19,9 @@ GROUPS = (
     ("projector", "multi_modal_projector"),
     ("language", "language_model"),
     ("text_hidden_fcs", "text_hidden_fcs"),
+    ("phrase_prompts", "phrase_prompts"),
+    ("unet_encoder", "unet.encoder"),
+    ("unet_decoder", "unet."),
     *(("frozen heads", head) for head in HEADS),
     ("mask_decoder", "sam_mask_decoder"),
     ("image_encoder", "image_encoder"),
@@ -35,6 +38,9 @@ MODULES = (
     ("mllm.projector", "multi_modal_projector"),
     ("mllm.language", "language_model"),
     ("text_hidden_fcs", "text_hidden_fcs"),
+    ("phrase_prompts", "phrase_prompts"),
+    ("unet.encoder", "unet.encoder"),
+    ("unet.decoder", "unet."),
     ("grounding.image_encoder", "image_encoder"),
     ("grounding.mask_decoder", "sam_mask_decoder"),
     ("grounding.prompt_encoder", "sam_prompt_encoder"),
@@ -42,19 +48,19 @@ MODULES = (
 )
 TRAINABLE = {
     "lora": {"lora", "tokens", "projector", "text_hidden_fcs", "mask_decoder"},
-    "decoder_only": {"text_hidden_fcs", "mask_decoder"},
+    "decoder_only": {"text_hidden_fcs", "phrase_prompts", "mask_decoder"},
     "nothing": set(),
     "all": {group for group, _ in GROUPS} - {"frozen heads"},
 }
 
 
 def group_of(name: str) -> str:
-    """The group that a parameter belongs to, by its name in `Sa2VA`."""
+    """The group that a parameter belongs to, by its name in the network."""
     return next((group for group, part in GROUPS if part in name), "video memory")
 
 
 def module_of(name: str) -> str:
-    """The module that a tensor belongs to, by its name in `Sa2VA`; `other` for a name that no network has."""
+    """The module that a tensor belongs to, by its name in its network; `other` for a name that no network has."""
     return next((module for module, part in MODULES if part in name), "other")
 
 

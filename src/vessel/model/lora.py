@@ -12,6 +12,7 @@ from peft.utils.other import TrainableTokensWrapper
 from torch import Tensor, nn
 
 from vessel.errors import VesselError
+from vessel.model.network import Network
 from vessel.model.sa2va import Sa2VA
 
 _ADAPTER = "default"
@@ -37,7 +38,7 @@ class Lora:
     tokens: str = "full"
 
 
-def add_lora(network: Sa2VA, lora: Lora, *, new_tokens: range, seg_is_trained: bool) -> None:
+def add_lora(network: Network, lora: Lora, *, new_tokens: range, seg_is_trained: bool) -> None:
     """Inject adapters in place; the base of every adapted layer is frozen.
 
     Args:
@@ -47,8 +48,11 @@ def add_lora(network: Sa2VA, lora: Lora, *, new_tokens: range, seg_is_trained: b
         seg_is_trained: the weights come from a Sa2VA, whose `[SEG]` rows are trained.
 
     Raises:
-        VesselError: `tokens` is none of the three, or `[SEG]` would be random and frozen.
+        VesselError: there is no language model to adapt, `tokens` is none of the three, or `[SEG]` would be random and
+            frozen.
     """
+    if not isinstance(network, Sa2VA):
+        raise VesselError(f"lora.r={lora.r}: this network has no language model to adapt; leave lora=none")
     if lora.tokens not in ("full", "new", "frozen"):
         raise VesselError(f"lora.tokens={lora.tokens}: use full, new or frozen")
     if lora.tokens == "frozen" and not seg_is_trained:

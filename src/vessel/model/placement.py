@@ -7,13 +7,16 @@ from collections.abc import Mapping
 from accelerate import dispatch_model, infer_auto_device_map
 
 from vessel.errors import VesselError
-from vessel.model.sa2va import Sa2VA
+from vessel.model.network import Network
 
-# What works on one device as a whole: a layer of either encoder or of the language model, and SAM2.
-_WHOLE = ["Qwen2DecoderLayer", "LlamaDecoderLayer", "InternVLVisionLayer", "InternVLVisionEmbeddings", "Grounding"]
+# What works on one device as a whole: a layer of either encoder or of the language model, SAM2, and a U-Net.
+_WHOLE = [
+    *("Qwen2DecoderLayer", "LlamaDecoderLayer", "InternVLVisionLayer", "InternVLVisionEmbeddings"),
+    *("Grounding", "Unet"),
+]
 
 
-def place(network: Sa2VA, device_map: str | Mapping[str, str | int]) -> Sa2VA:
+def place(network: Network, device_map: str | Mapping[str, str | int]) -> Network:
     """Put parts of a network on different devices; tensors follow them.
 
     Args:

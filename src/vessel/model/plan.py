@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from accelerate import init_empty_weights
-from torch import nn
+from torch import Tensor, nn
 
 from vessel.batch import TokenIds
 from vessel.errors import VesselError
 from vessel.model.architecture import public_names
 from vessel.model.checks import check_adapters, check_order, check_sizes, know_seg, require_same_base
-from vessel.model.groups import choose_trainable, group_of, trained_by
+from vessel.model.groups import choose_trainable, group_of, module_of, trained_by
 from vessel.model.lora import Lora, add_lora
+from vessel.model.network import Network, NetworkSizes
 from vessel.model.partition import Ranks, gathered, resting
-from vessel.model.sa2va import Sa2VA, Sizes, build_sa2va
+from vessel.model.sa2va import Sa2VA, Sizes
 from vessel.model.weights.entry import Weights
+from vessel.model.weights.kinds import RUN
 from vessel.model.weights.load import load
+from vessel.model.weights.names import PublicNames
 from vessel.model.weights.report import LoadReport
-from vessel.model.weights.sources import RUN, Source, open_source
-
-_TOKEN_TABLES = ("model.language_model.embed_tokens.weight", "lm_head.weight")  # peft copies them
+from vessel.model.weights.sources import EMBEDDING, HEAD, Source, covers, open_source
 
 
 @dataclass
@@ -33,6 +34,7 @@ class NetworkPlan:
         sizes: shape of the network.
         tokens: ids that the prompt uses.
         new_tokens: ids of the tokens added to the base vocabulary.
+        phrases: of the run; a network without a language model knows no others.
         lora: adapters on the language model; rank 0 for none.
         trainable: `lora`, `decoder_only` or `all`.
         weights: sources in the order of loading, a later one on top of those before; empty for random weights.
@@ -41,9 +43,10 @@ class NetworkPlan:
         seg_is_trained: whether a source gave rows of `[SEG]` that it trained; known when the network is made.
     """
 
-    sizes: Sizes
+    sizes: NetworkSizes
     tokens: TokenIds
     new_tokens: range
+    phrases: Sequence[str] = ()
     lora: Lora = field(default_factory=lambda: Lora(r=0))
     trainable: str = "lora"
     weights: Sequence[Weights] = ()
@@ -52,31 +55,40 @@ class NetworkPlan:
     reports: list[LoadReport] = field(default_factory=list)
     seg_is_trained: bool = False
 
-    def build(self) -> Sa2VA:
+    def build(self) -> Network:
         """Make the network; under ZeRO-3 partitioned over the ranks, all of which call this.
 
         Raises:
             VesselError: the vocabulary is too small for the tokens, weights are not found, do not fit or leave a part
                 of the network without any, a choice is unknown, or `lora.tokens` would leave `[SEG]` random for ever.
         """
-        if self.new_tokens.stop > self.sizes.language.vocabulary:
-            raise VesselError(
-                f"model.language.vocabulary={self.sizes.language.vocabulary} but the tokenizer has "
-                f"{self.new_tokens.stop} entries: set it to at least that"
-            )
-        sources = [open_source(entry) for entry in self.weights]
-        check_order(sources)
+        opened = [open_source(entry) for entry in self.weights]
+        check_order(opened)
+        sources = [self._asked(source) for source in opened]
         for source in sources:
             check_sizes(source, self.sizes)
-        self.seg_is_trained = know_seg(sources, public_names(self.sizes.language), self.sizes.language.vocabulary)
+        if isinstance(self.sizes, Sizes):
+            rows = self.sizes.language.vocabulary
+            if self.new_tokens.stop > rows:
+                raise VesselError(
+                    f"model.language.vocabulary={rows} but the tokenizer has {self.new_tokens.stop} entries: set it to "
+                    "at least that"
+                )
+            self.seg_is_trained = know_seg(sources, self.names, rows)
         self.reports = []
         with resting() as ranks:
             return self._made(sources, ranks)
 
-    def _made(self, sources: Sequence[Source], ranks: Ranks | None) -> Sa2VA:
+    @property
+    def names(self) -> PublicNames:
+        """Public names of the network."""
+        return public_names(self.sizes.language) if isinstance(self.sizes, Sizes) else PublicNames()
+
+    def _made(self, sources: Sequence[Source], ranks: Ranks | None) -> Network:
         network = self._base([source for source in sources if not source.kind.on_top], ranks)
         if self.lora.r > 0:
-            with gathered([network.mllm.get_parameter(name) for name in _TOKEN_TABLES]):
+            tables = [p for name, p in network.named_parameters() if name in (EMBEDDING, HEAD)]
+            with gathered(tables):  # peft copies them
                 add_lora(network, self.lora, new_tokens=self.new_tokens, seg_is_trained=self.seg_is_trained)
         if ranks is not None:
             ranks.share(network)
@@ -96,24 +108,47 @@ class NetworkPlan:
         return network
 
     def nbytes(self) -> int:
-        """Bytes of the parameters when built, adapters not counted: from the headers of the sources, or by building."""
-        names = public_names(self.sizes.language)
-        outlines = [open_source(entry).outline(names) for entry in self.weights]
-        if not outlines:
+        """Bytes of the parameters when built, adapters not counted, in the dtypes that the sources' headers tell."""
+        tensors: dict[str, Tensor] = {}
+        if not (self.weights and isinstance(self.sizes, Sizes)):  # whose sources give all of it
             with init_empty_weights(include_buffers=False):
-                outlines = [build_sa2va(self.sizes, self.tokens).state_dict()]
-        tensors = {name: tensor for outline in outlines for name, tensor in outline.items()}
+                tensors |= self._new().state_dict()
+        for source in (self._asked(open_source(entry)) for entry in self.weights):
+            outline = source.outline(self.names)
+            tensors |= {name: tensor for name, tensor in outline.items() if source.takes(module_of(name))}
         return sum(tensor.numel() * self._dtype(name, tensor.dtype).itemsize for name, tensor in tensors.items())
 
-    def _base(self, sources: Sequence[Source], ranks: Ranks | None) -> Sa2VA:
+    def _new(self) -> Network:
+        return self.sizes.build(self.tokens, self.phrases)
+
+    def _asked(self, source: Source) -> Source:
+        """A source, asked for no more than networks of this kind load.
+
+        Raises:
+            VesselError: it holds nothing of that.
+        """
+        held, loads = source.kind.modules, self.sizes.loads
+        if held and not any(covers(loads, module) for module in held):
+            raise VesselError(
+                f"weights: {source.entry.source} is a {source.kind.name} and holds nothing of {', '.join(loads)}, "
+                "which is what this network loads; name another, or take weights=[]"
+            )
+        if source.entry.partial or all(covers(loads, module) for module in held):
+            return source
+        return replace(source, entry=replace(source.entry, partial=loads))
+
+    def _base(self, sources: Sequence[Source], ranks: Ranks | None) -> Network:
         """The network without adapters; with sources it is never held twice, nor in more than the dtypes it needs."""
         # What is drawn at random is drawn as without ranks, and so whole; the others get their parts from the first.
         if not sources and (ranks is None or ranks.is_first):
-            return build_sa2va(self.sizes, self.tokens)
+            return self._new()
+        if sources and not isinstance(self.sizes, Sizes):
+            return self._baseline(sources, ranks)
         with init_empty_weights(include_buffers=False):
-            network = build_sa2va(self.sizes, self.tokens)
+            network = self._new()
         if not sources:
             return network
+        assert isinstance(network, Sa2VA)
         for source in sources:
             self._load(network, source, ranks)
         _begin_at_random(network.text_hidden_fcs)
@@ -126,9 +161,23 @@ class NetworkPlan:
             )
         return network
 
-    def _load(self, network: Sa2VA, source: Source, ranks: Ranks | None) -> None:
-        names, tokens = public_names(self.sizes.language), self.new_tokens.start
-        self.reports.append(load(network, source, names, tokens=tokens, keep=self._dtype, ranks=ranks))
+    def _baseline(self, sources: Sequence[Source], ranks: Ranks | None) -> Network:
+        """One that is small enough to be drawn whole before sources give their part of it."""
+        network = self._new()
+        for source in sources:
+            self._load(network, source, ranks)
+        given = {name for report in self.reports for name in report.all("loaded")}
+        wanted = [name for name, _ in network.named_parameters() if covers(self.sizes.loads, module_of(name))]
+        if absent := [name for name in wanted if name not in given]:
+            raise VesselError(
+                f"weights={[source.entry.source for source in sources]}: nothing gives {len(absent)} of {len(wanted)} "
+                f"tensors of {', '.join(self.sizes.loads)} (first: {absent[0]}); name a source that has them all"
+            )
+        return network
+
+    def _load(self, network: Network, source: Source, ranks: Ranks | None) -> None:
+        tokens = self.new_tokens.start
+        self.reports.append(load(network, source, self.names, tokens=tokens, keep=self._dtype, ranks=ranks))
 
     def _dtype(self, name: str, stored: torch.dtype) -> torch.dtype:
         """What trains keeps all its digits until it is adapted."""

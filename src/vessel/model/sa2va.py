@@ -5,29 +5,19 @@ Letters: B images, N `[SEG]` tokens of the batch, T tiles, L tokens, d width of 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from transformers import InternVLForConditionalGeneration
 
-from vessel.batch import Batch, Output, TokenIds, Views, upsample
+from vessel.batch import Batch, Output, TokenIds, Views
 from vessel.errors import VesselError
 from vessel.model.grounding import Grounding, GroundingSizes, best_candidate, build_grounding, trains
-from vessel.model.groups import trainable_groups
 from vessel.model.mllm import LanguageSizes, VisionSizes, build_mllm
-
-# Channel statistics of ImageNet: both encoders were trained with them.
-_MEAN = (0.485, 0.456, 0.406)
-_STD = (0.229, 0.224, 0.225)
-
-
-def normalise(images: Tensor) -> Tensor:
-    """Standardise RGB images: uint8 [N, 3, h, w] -> float32 [N, 3, h, w]."""
-    mean = torch.tensor(_MEAN, dtype=torch.float32, device=images.device).view(3, 1, 1)
-    std = torch.tensor(_STD, dtype=torch.float32, device=images.device).view(3, 1, 1)
-    return (images.float() / 255 - mean) / std
+from vessel.model.network import Network, normalise
 
 
 @dataclass(frozen=True)
@@ -43,14 +33,23 @@ class Sizes:
     vision: VisionSizes
     grounding: GroundingSizes
     max_tiles: int = 12
+    loads: ClassVar[tuple[str, ...]] = ("mllm", "grounding", "text_hidden_fcs")
 
     @property
     def views(self) -> Views:
         """How images must be cut and resized for this network."""
         return Views(self.vision.tile, self.vision.tokens_per_tile, self.max_tiles, self.grounding.frame)
 
+    def build(self, tokens: TokenIds, phrases: Sequence[str]) -> Sa2VA:
+        """The network with random weights; it reads any phrase, so that those of the run do not matter."""
+        return build_sa2va(self, tokens)
 
-class Sa2VA(nn.Module):
+    def with_frame(self, side: int) -> tuple[str, Sizes]:
+        """The same at another resolution of SAM2, after the option that says so."""
+        return f"model.grounding.frame={side}", replace(self, grounding=replace(self.grounding, frame=side))
+
+
+class Sa2VA(Network):
     """The network, made of three built parts, which may lie on different devices: tensors follow them.
 
     Args:
@@ -60,7 +59,7 @@ class Sa2VA(nn.Module):
     """
 
     def __init__(self, mllm: InternVLForConditionalGeneration, grounding: Grounding, tokens: TokenIds) -> None:
-        super().__init__()
+        super().__init__(grounding.image_size)
         width = mllm.lm_head.in_features
         self.mllm = mllm
         self.grounding = grounding
@@ -130,22 +129,22 @@ class Sa2VA(nn.Module):
         prompts = self.text_hidden_fcs(seg_states.to(_device(self.text_hidden_fcs))).to(here)
         return best_candidate(*self.grounding.decode(features.of(seg_to_image.to(here)), prompts))
 
-    def probabilities(self, output: Output, batch: Batch) -> tuple[Tensor, ...]:
-        """One float32 [K, H, W] an image at its native size, values in [0, 1]."""
-        per_image = output.mask_logits.split([len(p) for p in batch.phrases])
-        side = self.grounding.image_size
-        return tuple(
-            upsample(logits, side, size).sigmoid() for logits, size in zip(per_image, batch.sizes, strict=True)
-        )
-
     def emitted(self, output: Output) -> Tensor:
         """Whether the language model itself would have chosen `[SEG]` where the answer holds it: bool [N]."""
         at_seg = output.lm_targets == self.tokens.seg
         return output.lm_logits[at_seg].argmax(-1) == self.tokens.seg
 
-    def trainable_groups(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
-        """Trainable parameters by group, in the network's order."""
-        return trainable_groups(self)
+    def parts(self) -> Mapping[str, nn.Module]:
+        """The encoders, the language model and what stands between and behind them."""
+        own = self.mllm.model
+        return {
+            "vision encoder": own.vision_tower,
+            "projector": own.multi_modal_projector,
+            "language model": own.language_model,
+            "head of the language model": self.mllm.lm_head,
+            "SAM2 image encoder": self.grounding.image_encoder,
+            "mask decoder": self.grounding.sam_mask_decoder,
+        }
 
     def checkpoint_layers(self) -> None:
         """In training keep only what enters each layer and compute the layer again in the backward pass.
@@ -165,12 +164,7 @@ class Sa2VA(nn.Module):
             self.grounding.checkpoint_blocks()
 
     def _check(self, batch: Batch) -> None:
-        side = self.grounding.image_size
-        if tuple(batch.frames.shape[-2:]) != (side, side):
-            raise VesselError(
-                f"frames of {tuple(batch.frames.shape[-2:])} pixels for a network of {side} x {side}: train and "
-                "predict with the one resolution of `model.grounding.frame`"
-            )
+        self.require_frames(batch)
         phrases = [len(p) for p in batch.phrases]
         found = (batch.input_ids == self.tokens.seg).sum(1).tolist()
         if found != phrases:

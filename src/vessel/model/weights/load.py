@@ -13,10 +13,11 @@ from vessel.errors import VesselError
 from vessel.model.groups import HEADS, module_of
 from vessel.model.partition import Ranks, put, whole_shape
 from vessel.model.weights.digests import combined, digests
+from vessel.model.weights.kinds import RUN
 from vessel.model.weights.names import PublicNames
 from vessel.model.weights.refusals import require
 from vessel.model.weights.report import LoadReport, ModuleReport
-from vessel.model.weights.sources import EMBEDDING, HEAD, RUN, Source, covers
+from vessel.model.weights.sources import EMBEDDING, HEAD, Source, covers
 
 
 def load(

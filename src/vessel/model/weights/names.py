@@ -164,6 +164,19 @@ def from_sam2(state: Iterable[Named]) -> Iterator[Named]:
     return ((f"grounding.{name}", tensor) for name, tensor in state)
 
 
+def from_resnet(state: Iterable[Named]) -> Iterator[Named]:
+    """Names of a ResNet, as torchvision and timm have them, made ours; its classifier falls away.
+
+    Older files lack the counts of batches that batch normalisation keeps; nothing reads them, they begin at 0.
+    """
+    tensors = {name: tensor for name, tensor in state if not name.startswith("fc.")}
+    for name, tensor in tensors.items():
+        yield f"unet.encoder.{name}", tensor
+        counted = name.replace("running_var", "num_batches_tracked")
+        if counted not in tensors:
+            yield f"unet.encoder.{counted}", torch.zeros((), dtype=torch.int64, device=tensor.device)
+
+
 def public_of_mmengine(name: str) -> str:
     """A name of the public training code's files as the public folders have it; adapters keep their suffix."""
     name = name.removeprefix("mllm.model.").replace("language_model.base_model.model.", "language_model.")

@@ -15,7 +15,15 @@ from vessel.model.architecture import language_family
 from vessel.model.weights.adapters import alpha_ratio
 from vessel.model.weights.entry import Weights
 from vessel.model.weights.files import Named, TensorFiles, open_files, open_pickle, open_safetensors, read_json
-from vessel.model.weights.names import PublicNames, from_sam2, from_transformers, public_of_mmengine, public_of_peft
+from vessel.model.weights.kinds import ADAPTER, ENCODER, INTERNVL, MMENGINE, NATIVE, RUN, SA2VA, SAM2, TRAINING, Kind
+from vessel.model.weights.names import (
+    PublicNames,
+    from_resnet,
+    from_sam2,
+    from_transformers,
+    public_of_mmengine,
+    public_of_peft,
+)
 from vessel.model.weights.zero import is_zero, open_zero
 
 _QWEN2 = PublicNames()
@@ -28,40 +36,8 @@ ADAPTER_WEIGHTS, ADAPTER_CONFIG, OTHER_WEIGHTS = (
 )
 
 
-@dataclass(frozen=True)
-class Kind:
-    """A kind of source.
-
-    Attributes:
-        name: for people.
-        modules: those it holds completely; empty for a kind that holds what trained, whatever that was.
-        knows_seg: its `[SEG]` is trained, where it holds the rows of it at all.
-        resizes: its vocabulary lacks the added tokens.
-    """
-
-    name: str
-    modules: tuple[str, ...] = ()
-    knows_seg: bool = True
-    resizes: bool = False
-
-    @property
-    def on_top(self) -> bool:
-        """It needs a base loaded before."""
-        return not self.modules
-
-
 # How tensors of public folders begin, and of adapters; those of .pth files of the public code begin otherwise.
 _OF_FOLDERS = ("vision_model.", "language_model.", "mlp1.", "base_model.", "vision_tower.", "model.")
-
-_ALL = ("mllm", "grounding", "text_hidden_fcs")
-SA2VA = Kind("Sa2VA folder", _ALL)
-NATIVE = Kind("vessel folder", _ALL)
-INTERNVL = Kind("InternVL folder", ("mllm",), knows_seg=False, resizes=True)
-SAM2 = Kind("SAM 2.0 file", ("grounding",), knows_seg=False)
-MMENGINE = Kind("full .pth of the public code", _ALL)
-TRAINING = Kind("training .pth of the public code")
-ADAPTER = Kind("adapter folder")
-RUN = Kind("checkpoint of a run")
 
 
 @dataclass(frozen=True)
@@ -258,6 +234,8 @@ def _of_file(entry: Weights, file: Path) -> Source:
     names = files.outline
     if "vessel" in files.beside:
         return _of_run(entry, file, files)
+    if {"conv1.weight", "layer1.0.conv1.weight"} <= names.keys():
+        return Source(entry, ENCODER, file, files, lambda state, _: from_resnet(state))
     if any(name.startswith("image_encoder.trunk.") for name in names):
         return Source(entry, SAM2, file, files, lambda state, _: from_sam2(state))
     beside = any((file.parent / name).is_file() for name in ("config.json", ADAPTER_CONFIG))
@@ -275,7 +253,7 @@ def _of_file(entry: Weights, file: Path) -> Source:
         return _public(entry, TRAINING, file, files, public_of_mmengine)
     raise VesselError(
         f"{file}: weights of no kind that vessel knows (first tensor: {next(iter(names))}); it knows Sa2VA and "
-        "InternVL folders, SAM 2.0 files, .pth of the public training code, peft adapters and its own runs"
+        "InternVL folders, SAM 2.0 files, ResNets, .pth of the public training code, peft adapters and its own runs"
     )
 
 

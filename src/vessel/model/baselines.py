@@ -1,0 +1,238 @@
+"""The networks that a Sa2VA has to beat: SAM2 with a learned prompt a phrase, and a U-Net with a channel a phrase.
+
+Neither has a language model: the phrases of the run are a fixed list, and a phrase is known by its place in it.
+
+Letters: B images, N masks (each image as often as it has phrases), S side of the frame, C width of SAM2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from vessel.batch import Batch, Output, TokenIds, Views
+from vessel.errors import VesselError
+from vessel.model.grounding import Grounding, GroundingSizes, best_candidate, build_grounding, trains
+from vessel.model.network import Network, normalise
+
+_N = TypeVar("_N", bound=nn.Module)
+_STRIDE = 32  # between a frame and the deepest features of a U-Net's encoder
+
+
+class Baseline(Network):
+    """A network whose phrases are a fixed list.
+
+    Args:
+        frame: side S of the frames that it takes, pixels.
+        phrases: K of the run, in order.
+    """
+
+    phrases: tuple[str, ...]
+
+    def __init__(self, frame: int, phrases: Sequence[str]) -> None:
+        super().__init__(frame, phrases)
+
+    def forward(self, batch: Batch) -> Output:
+        """Masks of a batch; there are no words to learn.
+
+        Raises:
+            VesselError: frames have another size than the network's, or a phrase is none of its own.
+        """
+        self.require_frames(batch)
+        images, phrases = self._asked(batch)
+        return Output(
+            mask_logits=self.draw(batch.frames, images, phrases),
+            seg_to_image=images,
+            lm_logits=torch.empty(0, 1, device=images.device),
+            lm_targets=torch.empty(0, dtype=torch.int64, device=images.device),
+        )
+
+    def draw(self, frames: Tensor, images: Tensor, phrases: Tensor) -> Tensor:
+        """Mask logits float32 [N, h, w] of frames uint8 [B, 3, S, S]: of the N images and phrases, int64 [N] each."""
+        raise NotImplementedError
+
+    def emitted(self, output: Output) -> Tensor:
+        """Nothing: bool [0]."""
+        return torch.empty(0, dtype=torch.bool, device=output.mask_logits.device)
+
+    def _asked(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """For each of N masks its image in the batch and its phrase in the list, int64 [N]."""
+        require_known(self, [phrase for of_image in batch.phrases for phrase in of_image])
+        images = [i for i, of_image in enumerate(batch.phrases) for _ in of_image]
+        phrases = [self.phrases.index(phrase) for of_image in batch.phrases for phrase in of_image]
+        device = batch.frames.device
+        return torch.tensor(images, device=device), torch.tensor(phrases, device=device)
+
+
+def require_known(network: Network, phrases: Sequence[str]) -> None:
+    """Refuse phrases that a network without words was not trained on.
+
+    Raises:
+        VesselError: names them.
+    """
+    known = network.phrases
+    if known is not None and (new := [phrase for phrase in dict.fromkeys(phrases) if phrase not in known]):
+        raise VesselError(
+            f"phrases: {', '.join(new)}: this network reads no words, it knows the phrases that it was trained on: "
+            f"{', '.join(known)}; ask for those, or train with data.phrases=[{','.join([*known, *new])}]"
+        )
+
+
+@dataclass(frozen=True)
+class PromptedSizes:
+    """Everything that fixes the shape of a SAM2 with a learned prompt a phrase.
+
+    Attributes:
+        grounding: sizes of SAM2.
+    """
+
+    grounding: GroundingSizes
+    loads: ClassVar[tuple[str, ...]] = ("grounding",)
+
+    @property
+    def views(self) -> Views:
+        """A frame; of tiles, which it does not look at, the smallest."""
+        return _without_tiles(self.grounding.frame)
+
+    def build(self, tokens: TokenIds, phrases: Sequence[str]) -> PromptedSam2:
+        """The network with random weights."""
+        with torch.device("cpu"):  # Hiera reads values while it is built, which the meta device has not
+            network = PromptedSam2(build_grounding(self.grounding), phrases)
+        return _on_the_current_device(network)
+
+    def with_frame(self, side: int) -> tuple[str, PromptedSizes]:
+        """The same at another resolution, after the option that says so."""
+        return f"model.grounding.frame={side}", replace(self, grounding=replace(self.grounding, frame=side))
+
+
+class PromptedSam2(Baseline):
+    """SAM2 whose third sparse token is learned, one a phrase, where a Sa2VA has what its language model says.
+
+    Args:
+        grounding: SAM2.
+        phrases: K of the run, in order.
+    """
+
+    def __init__(self, grounding: Grounding, phrases: Sequence[str]) -> None:
+        super().__init__(grounding.image_size, phrases)
+        self.grounding = grounding
+        self.phrase_prompts = nn.Embedding(len(phrases), grounding.hidden_dim)  # drawn as SAM2's own prompts are
+
+    def draw(self, frames: Tensor, images: Tensor, phrases: Tensor) -> Tensor:
+        """Mask logits float32 [N, S/4, S/4]: the candidate with the highest predicted IoU."""
+        here, dtype = self.grounding.no_mem_embed.device, self.grounding.no_mem_embed.dtype
+        features = self.grounding.encode(normalise(frames.to(here)).to(dtype))
+        prompts = self.phrase_prompts(phrases.to(self.phrase_prompts.weight.device)).to(here)
+        return best_candidate(*self.grounding.decode(features.of(images.to(here)), prompts))
+
+    def parts(self) -> Mapping[str, nn.Module]:
+        """Those of SAM2."""
+        own = self.grounding
+        return {"SAM2 image encoder": own.image_encoder, "mask decoder": own.sam_mask_decoder}
+
+    def checkpoint_layers(self) -> None:
+        """For the image encoder where it trains; in a frozen one nothing is kept anyway."""
+        if trains(self.grounding.image_encoder):
+            self.grounding.checkpoint_blocks()
+
+
+@dataclass(frozen=True)
+class UNetSizes:
+    """Everything that fixes the shape of a U-Net.
+
+    Attributes:
+        encoder: as segmentation-models-pytorch calls it; weights of the ResNets are read from local files.
+        decoder: channels of its five stages, the deepest first.
+        frame: side of the input frame and of the masks, pixels, a multiple of 32.
+    """
+
+    encoder: str = "resnet34"
+    decoder: Sequence[int] = (256, 128, 64, 32, 16)
+    frame: int = 512
+    loads: ClassVar[tuple[str, ...]] = ("unet.encoder",)
+
+    @property
+    def views(self) -> Views:
+        """A frame; of tiles, which it does not look at, the smallest."""
+        return _without_tiles(self.frame)
+
+    def build(self, tokens: TokenIds, phrases: Sequence[str]) -> UNet:
+        """The network with random weights; nothing is downloaded.
+
+        Raises:
+            VesselError: the package is not there, or a size is none that it builds.
+        """
+        if self.frame % _STRIDE:
+            raise VesselError(f"model.frame={self.frame}: a U-Net halves it five times; give a multiple of {_STRIDE}")
+        try:
+            from segmentation_models_pytorch import Unet
+        except ModuleNotFoundError as error:
+            raise VesselError(
+                f"model=unet needs segmentation-models-pytorch ({error}): pip install 'vessel[baselines]'"
+            ) from error
+        with torch.device("cpu"):  # some encoders read values while they are built
+            try:
+                unet = Unet(
+                    self.encoder, encoder_weights=None, decoder_channels=tuple(self.decoder), classes=len(phrases)
+                )
+            except (KeyError, ValueError, RuntimeError) as error:
+                raise VesselError(
+                    f"model.encoder={self.encoder} model.decoder={list(self.decoder)}: {error}"
+                ) from error
+            network = UNet(unet, self.frame, phrases)
+        return _on_the_current_device(network)
+
+    def with_frame(self, side: int) -> tuple[str, UNetSizes]:
+        """The same at another resolution, after the option that says so."""
+        return f"model.frame={side}", replace(self, frame=side)
+
+
+class UNet(Baseline):
+    """A U-Net (arXiv 1505.04597) with a channel a phrase, at the resolution of the frame.
+
+    Args:
+        unet: from images [B, 3, S, S] to logits [B, K, S, S].
+        frame: side S of the frames that it takes, pixels.
+        phrases: K of the run, in order.
+    """
+
+    def __init__(self, unet: nn.Module, frame: int, phrases: Sequence[str]) -> None:
+        super().__init__(frame, phrases)
+        self.unet = unet
+
+    def draw(self, frames: Tensor, images: Tensor, phrases: Tensor) -> Tensor:
+        """Mask logits float32 [N, S, S]."""
+        first = next(self.unet.parameters())
+        logits: Tensor = self.unet(normalise(frames.to(first.device)).to(first.dtype))
+        return logits[images.to(logits.device), phrases.to(logits.device)].float()
+
+    def parts(self) -> Mapping[str, nn.Module]:
+        """Both halves."""
+        return {
+            "U-Net encoder": self.unet.get_submodule("encoder"),
+            "U-Net decoder": self.unet.get_submodule("decoder"),
+        }
+
+    def checkpoint_layers(self) -> None:
+        """Batch normalisation would count a batch twice.
+
+        Raises:
+            VesselError: always.
+        """
+        raise VesselError(
+            "checkpointing=true: layers of a U-Net are not computed twice, as its batch normalisation would count a "
+            "batch twice; leave it false. A smaller data.batch_size or model.frame needs less memory"
+        )
+
+
+def _on_the_current_device(network: _N) -> _N:
+    device = torch.get_default_device()
+    return network if device.type == "cpu" else network.to(device)  # on the CPU it may be without content already
+
+
+def _without_tiles(frame: int) -> Views:
+    return Views(tile=1, tokens_per_tile=1, max_tiles=1, frame=frame)

@@ -1,0 +1,106 @@
+"""What a network is to the task, the callbacks, the memory plan and prediction, whichever of the three it is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, Protocol, Self
+
+import torch
+from torch import Tensor, nn
+
+from vessel.batch import Batch, Output, TokenIds, Views, upsample
+from vessel.errors import VesselError
+from vessel.model.groups import trainable_groups
+
+# Channel statistics of ImageNet: every encoder here was trained with them.
+_MEAN = (0.485, 0.456, 0.406)
+_STD = (0.229, 0.224, 0.225)
+
+
+def normalise(images: Tensor) -> Tensor:
+    """Standardise RGB images: uint8 [N, 3, h, w] -> float32 [N, 3, h, w]."""
+    mean = torch.tensor(_MEAN, dtype=torch.float32, device=images.device).view(3, 1, 1)
+    std = torch.tensor(_STD, dtype=torch.float32, device=images.device).view(3, 1, 1)
+    return (images.float() / 255 - mean) / std
+
+
+class Network(nn.Module):
+    """Draws a mask for each phrase of each image.
+
+    Args:
+        frame: side S of the frames that it takes, pixels.
+        phrases: the only ones that it knows, in order; None for a network that reads any.
+    """
+
+    def __init__(self, frame: int, phrases: Sequence[str] | None = None) -> None:
+        super().__init__()
+        self.frame = frame
+        self.phrases = None if phrases is None else tuple(phrases)
+
+    def forward(self, batch: Batch) -> Output:
+        """Masks of a batch, and what a language model says to it where there is one."""
+        raise NotImplementedError
+
+    def probabilities(self, output: Output, batch: Batch) -> tuple[Tensor, ...]:
+        """One float32 [K, H, W] an image at its native size, values in [0, 1]."""
+        per_image = output.mask_logits.split([len(p) for p in batch.phrases])
+        return tuple(
+            upsample(logits, self.frame, size).sigmoid() for logits, size in zip(per_image, batch.sizes, strict=True)
+        )
+
+    def emitted(self, output: Output) -> Tensor:
+        """Whether the language model itself would have chosen `[SEG]`: bool [N], or [0] where there is none."""
+        raise NotImplementedError
+
+    def trainable_groups(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
+        """Trainable parameters by group, in the network's order."""
+        return trainable_groups(self)
+
+    def parts(self) -> Mapping[str, nn.Module]:
+        """Modules whose activations a memory plan tells apart, each run at most once at a time, by their names."""
+        raise NotImplementedError
+
+    def checkpoint_layers(self) -> None:
+        """In training keep only what enters each layer and compute the layer again in the backward pass.
+
+        Raises:
+            VesselError: this network cannot.
+        """
+        raise NotImplementedError
+
+    def require_frames(self, batch: Batch) -> None:
+        """Refuse frames of another size.
+
+        Raises:
+            VesselError: with both sizes.
+        """
+        if tuple(batch.frames.shape[-2:]) != (self.frame, self.frame):
+            raise VesselError(
+                f"frames of {tuple(batch.frames.shape[-2:])} pixels for a network of {self.frame} x {self.frame}: "
+                "train and predict with the one resolution of the run's `model`"
+            )
+
+
+class NetworkSizes(Protocol):
+    """Everything that fixes the shape of a network.
+
+    Attributes:
+        loads: modules that weights may give; the others always begin at random.
+    """
+
+    loads: ClassVar[tuple[str, ...]]
+
+    @property
+    def views(self) -> Views:
+        """How images must be cut and resized for this network."""
+
+    def build(self, tokens: TokenIds, phrases: Sequence[str]) -> Network:
+        """The network with random weights, on the current device.
+
+        Args:
+            tokens: ids that the prompt uses.
+            phrases: of the run.
+        """
+
+    def with_frame(self, side: int) -> tuple[str, Self]:
+        """The same at another resolution, after the option that says so."""
