@@ -14,8 +14,9 @@ from vessel.data.inputs import Target
 from vessel.data.prompt import Prompt
 from vessel.data.questions import question_sample
 from vessel.generation import say
-from vessel.inference import Predictor, asking
+from vessel.inference import Predictor
 from vessel.model.grounding import GroundingSizes
+from vessel.queries import asking
 from vessel.restore import Reading, restore
 
 GROUNDING = GroundingSizes(

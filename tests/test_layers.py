@@ -14,12 +14,18 @@ FILES = sorted(SRC.rglob("*.py"))
 # From the ground up. A part imports from the rows above it and from itself, never from its own row.
 LAYERS = (
     ("errors", "conf_path"),
-    ("batch", "cleanup", "options", "figures", "film", "loggers", "loops", "places", "ranks", "record", "run", "sweep"),
-    ("losses", "metrics", "data", "model"),
-    ("task", "callbacks", "checkpoints", "generation"),
+    ("privacy",),
+    (
+        *("augmented_views", "batch", "cleanup", "options", "figures", "film", "loggers", "loops", "places", "ranks"),
+        *("record", "run", "sweep"),
+    ),
+    ("decision", "losses", "metrics", "data", "model"),
+    ("task", "callbacks", "checkpoints", "generation", "reporting"),
     ("command_line", "memory", "restore", "settings", "sharding"),
+    ("queries",),
     ("inference", "training"),
     ("launch", "pullback", "publishing"),
+    ("result_files",),
     ("evaluation", "prediction"),
     ("prepare", "train", "evaluate", "predict", "export", "demo"),
 )

@@ -33,10 +33,11 @@ def scans(tmp_path):
 
 
 def test_a_folder_becomes_a_data_set(scans):
-    done = run(scans, "source=my scans", "out=data/set", "phrase=lumen", "workers=1")
+    done = run(scans, "source=my scans", "out=data/set", "phrase=lumen", "pixel_spacing=[0.01,0.02]", "workers=1")
     assert done.returncode == 0, done.stderr
     catalog = Catalog.open(scans / "data/set")
     assert catalog.phrases == ("lumen",)
+    assert catalog.pixel_spacing == (0.01, 0.02)
     assert "12 images of 3 patient(s)" in done.stdout
     assert (scans / "data/set/contact_sheet.png").is_file()
     assert {p.name for p in (scans / "outputs").iterdir()} == {"prepare"}
@@ -47,7 +48,7 @@ def test_help_explains_every_option(tmp_path):
     assert done.returncode == 0
     listed = done.stdout.split("Defaults:")[1].split("Examples:")[0]
     options = [line.split(":")[0] for line in listed.splitlines() if line and not line.startswith(" ")]
-    assert len(options) == 14
+    assert len(options) == 15
     explained = done.stdout.split("Defaults:")[0]
     assert [option for option in options if f"\n{option}" not in explained] == []
     assert "Usage: python -m vessel.prepare" in explained

@@ -19,7 +19,7 @@ from vessel.data.prompt import QUESTIONS
 from vessel.data.transforms import cut_tiles, whole_frame
 from vessel.errors import VesselError
 from vessel.inference import Failure, Prediction, Predictor
-from vessel.model.sa2va import normalise
+from vessel.model.network import normalise
 from vessel.model.tracking import Tracker
 from vessel.options import typed
 from vessel.prediction import Options, predict

@@ -136,15 +136,16 @@ def test_an_untuned_network_is_evaluated_as_a_baseline(public, oct_set, tmp_path
     """Scores of a network that never saw the phrases, with a note that says what it is."""
     from tests.conftest import _configuration
 
-    from vessel.evaluation import Options, evaluate
+    from vessel.evaluation.command import evaluate
+    from vessel.evaluation.options import Options
     from vessel.options import typed
 
     sizes = OmegaConf.create({k: getattr(SIZES.grounding, k) for k in SIZES.grounding.__dataclass_fields__})
     config = _configuration("evaluate", [f"ckpt={public()}", f"data.root={oct_set}", "data.phrases=[lumen]"])
-    config.network.grounding = sizes
+    config.network.grounding, config.run = sizes, str(tmp_path)
     report = evaluate(typed(config, Options, "vessel.evaluate"), tmp_path / "out")
     assert set(report["summary"]) == {"all", "lumen"}
     assert "did not train this network" in report["note"]
-    assert f"[SEG] is its own choice in {100 * report['seg_emission']:.0f} %" in report["note"]
+    assert f"[SEG] is its own choice in {100 * (1 - report['seg_missing']):.0f} %" in report["note"]
     assert "[SEG] is its own choice" in " ".join(capsys.readouterr().out.split())
     assert report["n_ok"] > 0

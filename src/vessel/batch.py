@@ -126,9 +126,9 @@ class Output(NamedTuple):
     """What the network computes for a batch; a tuple, as DeepSpeed looks for tensors in nothing else.
 
     Attributes:
-        mask_logits: float32 [N, h, w], the mask decoder's resolution (a quarter of the SAM2 frame).
+        mask_logits: float32 [N, h, w], a quarter of the SAM2 frame a side; of a U-Net the whole frame.
         seg_to_image: int64 [N], the image of the batch that each `[SEG]` belongs to.
-        lm_logits: [P, V], logits that predict the supervised tokens.
+        lm_logits: [P, V], logits that predict the supervised tokens; P is 0 without a language model.
         lm_targets: int64 [P], those tokens.
     """
 
@@ -144,7 +144,8 @@ class StepOutput(NamedTuple):
     Attributes:
         loss: scalar.
         probabilities: one float32 [K, H, W] an image at native size, values in [0, 1].
-        seg_emitted: bool [N], the language model itself would have chosen `[SEG]` where the answer holds it.
+        seg_emitted: bool [N], the language model itself would have chosen `[SEG]` where the answer holds it;
+            [0] without a language model.
     """
 
     loss: Tensor

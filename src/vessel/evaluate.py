@@ -20,7 +20,8 @@ def main(cfg: DictConfig) -> None:
 
         from hydra.core.hydra_config import HydraConfig
 
-        from vessel.evaluation import Options, evaluate
+        from vessel.evaluation.command import evaluate
+        from vessel.evaluation.options import Options
         from vessel.options import typed
 
         evaluate(typed(cfg, Options, "vessel.evaluate"), Path(HydraConfig.get().runtime.output_dir))

@@ -53,6 +53,7 @@ def panel_figure(
     threshold: float,
     labels: Sequence[str],
     title: str,
+    predicted: np.ndarray | None = None,
 ) -> Figure:
     """One row a phrase: image, truth, probability, and where prediction and truth differ.
 
@@ -60,9 +61,10 @@ def panel_figure(
         image: uint8 [H, W, 3].
         truth: bool [K, H, W].
         probability: float [K, H, W] in [0, 1].
-        threshold: a pixel is predicted where its probability is greater.
+        threshold: marked beside the probabilities.
         labels: K short texts, such as a phrase and its Dice.
         title: of the figure.
+        predicted: bool [K, H, W]; without it, where the probability is greater than the threshold.
     """
     height = PANEL_INCHES * image.shape[0] / image.shape[1]
     figure = Figure(
@@ -75,13 +77,13 @@ def panel_figure(
         axes.spines[:].set_visible(False)
     for axes, caption in zip(grid[0], ("Image", "Truth", "Probability", "Prediction against truth"), strict=True):
         axes.set_title(caption, fontsize=10)
-    for row, label, true, probable in zip(grid, labels, truth, probability, strict=True):
-        predicted = probable > threshold
+    drawn = probability > threshold if predicted is None else predicted
+    for row, label, true, probable, mask in zip(grid, labels, truth, probability, drawn, strict=True):
         row[0].set_ylabel(label, fontsize=10)
         row[0].imshow(image)
         row[1].imshow(true, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
         _show_probability(row[2], probable, threshold)
-        row[3].imshow(_agreement(image, true, predicted))
+        row[3].imshow(_agreement(image, true, mask))
     handles = [Patch(color=colour, label=name) for name, colour in AGREEMENT.items()]
     figure.legend(handles=handles, loc="outside lower right", ncols=3, frameon=False, fontsize=9)
     return figure

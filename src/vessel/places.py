@@ -34,3 +34,9 @@ def option(key: str, folder: Path) -> str:
     place = os.path.relpath(folder)
     plain = re.fullmatch(r"[\w./-]+", place)
     return shlex.quote(f"{key}={place if plain else quoted(Path(place))}")
+
+
+def named(path: Path) -> str:
+    """A place as reports name it: relative to here, or its last name, as folders above may be called after people."""
+    relative = os.path.relpath(path)
+    return path.name if relative.startswith(os.pardir) else relative

@@ -26,7 +26,7 @@ from vessel.data.prompt import ANSWERS, QUESTIONS
 from vessel.data.transforms import cut_tiles, whole_frame
 from vessel.errors import VesselError
 from vessel.inference import Failure, Prediction, Predictor
-from vessel.model.sa2va import normalise
+from vessel.model.network import normalise
 from vessel.model.tracking import PROMPTED_FRAMES, Tracker
 from vessel.places import expanded
 
@@ -116,7 +116,7 @@ def _predictions(
     told = predictor.converse(sample, frames=len(tiles))
     prompts, emitted = _listen(predictor, told.sample)
     drawn = [at for at in told.at if at is not None]
-    grounding = predictor.network.grounding
+    grounding = predictor.sa2va.grounding
     tracker = Tracker(grounding, prompts[drawn].to(grounding.device))
     for target, image in chain(shown, frames):
         sample = replace(told.sample, phrases=told.phrases, frame=whole_frame(image, views))
@@ -165,7 +165,7 @@ def _sample(
 @torch.inference_mode()
 def _listen(predictor: Predictor, sample: Sample) -> tuple[Tensor, Tensor]:
     """Of the N `[SEG]` of the conversation: their embeddings [N, C], and whether the network would have said them."""
-    network, seg = predictor.network, predictor.prompt.token_ids.seg
+    network, seg = predictor.sa2va, predictor.prompt.token_ids.seg
     batch = collate([sample], predictor.prompt.token_ids.pad).to(predictor.device)
     is_seg = sample.input_ids == seg
     with _precision(predictor):

@@ -103,6 +103,17 @@ def test_edited_frames_are_refused(tmp_path):
         Catalog.open(tmp_path)
 
 
+def test_the_pixel_spacing_belongs_to_the_fingerprint(tmp_path):
+    assert Catalog.open(write(tmp_path)).pixel_spacing is None
+    edit(tmp_path / "manifest.json", lambda content: content.update(pixel_spacing=[0.01, 0.02]))
+    with pytest.raises(VesselError, match="do not belong together"):
+        Catalog.open(tmp_path)
+    frames = list(json.loads((tmp_path / "frames.json").read_text()))
+    stated = fingerprint_of([Frame(**each) for each in frames], "m", [0.01, 0.02])
+    catalog = Catalog.open(write(tmp_path, pixel_spacing=[0.01, 0.02], fingerprint=stated))
+    assert catalog.pixel_spacing == (0.01, 0.02)
+
+
 def test_frames_with_unknown_fields_are_refused(tmp_path):
     edit(write(tmp_path) / "frames.json", lambda content: content[0].update(colour="red"))
     with pytest.raises(VesselError, match="colour"):

@@ -1,3 +1,5 @@
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -43,6 +45,17 @@ def test_a_sample_holds_the_frame_and_its_masks(make_dataset, catalog):
     assert sample.masks.dtype == torch.bool
     assert sample.masks[0].any()
     assert np.array_equal(sample.frame.permute(1, 2, 0).numpy(), read_rgb(catalog.root / frame.image))  # 64 px as it is
+
+
+def test_an_image_that_was_swapped_is_refused(make_dataset, catalog, tmp_path):
+    first, second = catalog.part("train")[:2]
+    shutil.copytree(catalog.root, tmp_path / "swapped")
+    shutil.copy(catalog.root / second.image, tmp_path / "swapped" / first.image)
+    dataset = make_dataset()
+    dataset.root = tmp_path / "swapped"
+    assert dataset[1].id == second.id
+    with pytest.raises(VesselError, match=rf"{first.image} is not the image that was prepared"):
+        dataset[0]
 
 
 def test_a_declared_absence_is_an_empty_mask(make_dataset, catalog):

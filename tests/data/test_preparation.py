@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -10,11 +10,11 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from vessel.conf_path import CONF
-from vessel.data.catalog import Catalog
-from vessel.data.identity import RawIdentifiers
+from vessel.data.catalog import Catalog, digest
 from vessel.data.masks import read_mask, write_mask
 from vessel.data.preparation import Options, prepare
 from vessel.errors import BadItemsError, VesselError
+from vessel.privacy import Scanner
 
 ID = "0012345678"
 VIDEOS = (
@@ -77,8 +77,9 @@ def test_pixels_and_masks_arrive_unchanged(options, tmp_path):
 
 def test_guard_D11_nothing_raw_is_in_the_data_set_or_printed(options, tmp_path, capsys):
     prepare(options)
-    raw = RawIdentifiers(tmp_path / "set.identity")
+    raw = Scanner(tmp_path / "set.identity")
     printed = capsys.readouterr()
+    assert "burnt into the pixels" in printed.out
     # The paths printed are the user's own; this test's folder is named after the test.
     assert raw.find((printed.out + printed.err).replace(str(tmp_path), "")) == []
     for path in (tmp_path / "set").rglob("*"):
@@ -207,6 +208,33 @@ def test_16_bit_images_of_one_source_keep_their_relative_brightness(options, tmp
             assert np.array_equal(np.array(image)[..., 0], expected)
     assert catalog.manifest["grey_bits"] == 12
     assert "all scaled from 12 bits" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("given", "kept"), [(0.01, (0.01, 0.01)), ([0.01, 2], (0.01, 2.0))])
+def test_the_pixel_spacing_is_kept(options, given, kept):
+    unknown = prepare(options)
+    assert unknown.pixel_spacing is None
+    with pytest.raises(VesselError, match="other options"):
+        prepare(replace(options, pixel_spacing=given))
+    known = prepare(replace(options, pixel_spacing=given, overwrite=True))
+    assert known.pixel_spacing == Catalog.open(known.root).pixel_spacing == kept
+    assert known.fingerprint != unknown.fingerprint
+    assert prepare(replace(options, pixel_spacing=list(kept))).fingerprint == known.fingerprint
+
+
+def test_data_sets_of_unknown_spacing_keep_the_fingerprint_they_had(options):
+    catalog = prepare(options)
+    frames = [asdict(frame) for frame in catalog.frames.values()]
+    assert catalog.fingerprint == digest([frames, catalog.manifest["masks_hash"]])
+
+
+@pytest.mark.parametrize(
+    "wrong", [0, -0.1, float("nan"), float("inf"), "0.01 mm", True, [], [0.01], [0.01, 0.0], [0.01] * 3]
+)
+def test_a_pixel_spacing_that_is_none_is_refused(options, wrong, tmp_path):
+    with pytest.raises(VesselError, match=r"pixel_spacing=.*give the millimetres of a pixel"):
+        prepare(replace(options, pixel_spacing=wrong))
+    assert [p.name for p in tmp_path.iterdir()] == ["raw"]
 
 
 def test_a_part_that_shows_a_phrase_nowhere_is_told(options, tmp_path, capsys):

@@ -1,11 +1,13 @@
 """The model card: valid for the hub, and nothing in it that nobody measured."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 from huggingface_hub import ModelCard
 
+from vessel.decision import Decision
+from vessel.metrics.scores import METRICS, Scores
 from vessel.metrics.summary import ImageScore, summarise
 from vessel.publishing.card import Facts, model_card
 from vessel.run import Manifest
@@ -25,13 +27,14 @@ MANIFEST = Manifest(
     versions={},
 )  # fmt: skip
 ROWS = [
-    ImageScore(f"i{i}", f"p{i % 2}", "v", phrase, True, dice, 0.5, 0.5, 0.5, 0.31)
-    for i, dice in enumerate((0.7, 0.8, 0.9, 0.8))
+    ImageScore(f"i{i}", f"p{i % 2}", f"v{i % 2}", phrase, True, Scores(dice, *[0.5] * 5, 4.25, 0.5, 1, None))
+    for i, dice in enumerate((0.7, 0.8, 0.9, 0.6))
     for phrase in MANIFEST.phrases
 ]
 REPORT = {
     "data": {"name": "oct1220"}, "split": "test", "threshold": 0.3125, "n_ok": 4, "n_failed": 1,
-    "note": "Few patients.", "summary": json.loads(json.dumps(summarise(ROWS))),
+    "note": "Few patients.", "length_unit": "mm", "metrics": {name: asdict(metric) for name, metric in METRICS.items()},
+    "summary": json.loads(json.dumps(summarise(ROWS))),
 }  # fmt: skip
 FACTS = Facts(MANIFEST, "sa2va", "bf16", ["owner/Sa2VA-8B"], has_code=True, evaluation=REPORT)
 
@@ -51,20 +54,30 @@ def test_it_says_what_manifest_and_evaluation_say():
     for fact in (
         "lumen, side branch", "20 images, 5 patients, 7 videos", "by patient", "0.31, chosen on the validation part",
         "`0123abc`", "`abc`", "Blocks are near.", "Few patients.", "4 images scored, 1 failed",
-        "bootstrap over patients", f"| lumen | dice | 0.800 | {scores['low']:.3f} to {scores['high']:.3f} | 4 | 2 |",
+        "bootstrap over patients",
+        f"| lumen | Dice | 0.750 | {scores['low']:.3f} to {scores['high']:.3f} | 4 | 2 | 2 |",
+        "| lumen | HD95, mm | 4.250 | 4.250 to 4.250 | 4 | 2 | 2 |",
         "For research",
     ):  # fmt: skip
         assert fact in text, fact
-    assert text.count("| dice |") == 3
+    assert text.count("| Dice |") == 3
+    assert "alibration error" not in text  # no probability was scored, so nothing is claimed
     assert [line for line in text.splitlines() if line.startswith("## ")] == [
         "## What it is", "## Evaluation", "## Intended use", "## Limits", "## How to load"
     ]  # fmt: skip
 
 
+def test_it_tells_the_whole_decision_of_validation():
+    decision = Decision(0.4, 0.2, views=("flip_lr",)).to_json()
+    text = model_card(replace(FACTS, manifest=replace(MANIFEST, decision=decision)))
+    told = "threshold 0.40, hysteresis from 0.20, mean over the image and flip_lr; searched on the validation part"
+    assert f"| threshold on probabilities | {told} |" in text
+
+
 def test_without_an_evaluation_it_says_so():
     text = model_card(replace(FACTS, evaluation=None))
     assert "No evaluation of these weights was at hand" in text
-    assert "dice" not in text
+    assert "Dice" not in text
 
 
 def test_how_to_load_depends_on_what_is_there():

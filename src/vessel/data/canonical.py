@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -57,6 +58,39 @@ class Written:
     shares: Mapping[str, float]
     masks_hash: str
     annotation: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a data set is, apart from its frames.
+
+    Attributes:
+        name: what reports call the data set.
+        source_fingerprint: by which a later run knows that nothing changed.
+        depth: bits that the 16-bit grey images of the source were scaled from; None when it has none.
+        pixel_spacing: millimetres per pixel along rows and along columns, of every image; None when unknown.
+    """
+
+    name: str
+    source_fingerprint: str
+    depth: int | None
+    pixel_spacing: tuple[float, float] | None
+
+
+def spacing_of(option: Any) -> tuple[float, float] | None:
+    """The option `pixel_spacing` as (row, column); one number means square pixels.
+
+    Raises:
+        VesselError: it is neither null nor one or two positive, finite numbers.
+    """
+    if option is None:
+        return None
+    values = option if isinstance(option, list | tuple) else [option, option]
+    if len(values) != 2 or not all(type(value) in (int, float) and 0 < value < math.inf for value in values):
+        raise VesselError(
+            f"pixel_spacing={option}: give the millimetres of a pixel, such as 0.01 or [row,column], or null if unknown"
+        )
+    return float(values[0]), float(values[1])
 
 
 def slug(phrase: str) -> str:
@@ -133,18 +167,14 @@ def make_folders(root: Path, phrases: Sequence[str]) -> None:
         (root / "masks" / slug(phrase)).mkdir(parents=True)
 
 
-def write_summary(
-    root: Path, written: Sequence[Written], split: Split, *, name: str, source_fingerprint: str, depth: int | None
-) -> None:
+def write_summary(root: Path, written: Sequence[Written], split: Split, *, origin: Origin) -> None:
     """Write everything that speaks about all frames: records, split, annotations, statistics, contact sheet, manifest.
 
     Args:
         root: the data set that is being made, its images and masks written.
         written: all frames, sorted by id.
         split: of these frames.
-        name: what reports call the data set.
-        source_fingerprint: by which a later run knows that nothing changed.
-        depth: bits that the 16-bit grey images of the source were scaled from.
+        origin: what else the manifest tells.
     """
     frames = [each.frame for each in written]
     masks_hash = digest([each.masks_hash for each in written])
@@ -152,19 +182,19 @@ def write_summary(
     manifest = {
         "kind": KIND,
         "version": VERSION,
-        "name": name,
-        "fingerprint": fingerprint_of(frames, masks_hash),
+        "name": origin.name,
+        "fingerprint": fingerprint_of(frames, masks_hash, origin.pixel_spacing),
         "masks_hash": masks_hash,
         "split_hash": split.hash,
-        "source_fingerprint": source_fingerprint,
+        "source_fingerprint": origin.source_fingerprint,
         "unit": split.unit,
         "note": split.note,
         "phrases": list(frames[0].masks),
         "n_images": len(frames),
         "n_patients": len(figures["patients"]),
         "n_videos": sum(map(len, figures["patients"].values())),
-        "pixel_spacing": None,
-        "grey_bits": depth,
+        "pixel_spacing": origin.pixel_spacing,
+        "grey_bits": origin.depth,
         "warnings": absences(frames, split),
         "statistics": figures,
     }

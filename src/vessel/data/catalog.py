@@ -108,7 +108,7 @@ class Catalog:
         phrases: every phrase, sorted.
         split: train, validation and test.
         manifest: what manifest.json says.
-        fingerprint: of images, masks and identities.
+        fingerprint: of images, masks, identities and pixel spacing.
     """
 
     root: Path
@@ -135,7 +135,7 @@ class Catalog:
             frames = [Frame(**record) for record in _read(root, "frames.json")]
             split = Split.from_json(_read(root, "splits.json"))
             phrases, fingerprint = tuple(manifest["phrases"]), str(manifest["fingerprint"])
-            expected = (fingerprint_of(frames, manifest["masks_hash"]), split.hash)
+            expected = (fingerprint_of(frames, manifest["masks_hash"], manifest.get("pixel_spacing")), split.hash)
         except (KeyError, TypeError, AttributeError) as error:
             raise VesselError(_not_prepared(root, f"a file lacks or misnames {error}")) from error
         if expected != (fingerprint, manifest.get("split_hash")):
@@ -143,6 +143,12 @@ class Catalog:
         if leaks := check_split(frames, split):
             raise VesselError(f"{root}: " + "; ".join(leaks))
         return cls(root, {frame.id: frame for frame in frames}, phrases, split, manifest, fingerprint)
+
+    @property
+    def pixel_spacing(self) -> tuple[float, float] | None:
+        """Millimetres per pixel along rows and along columns, of every image; None when unknown."""
+        given = self.manifest.get("pixel_spacing")
+        return (given[0], given[1]) if given else None
 
     def part(self, name: str, fold: int | None = None) -> list[Frame]:
         """Frames of `train`, `val` or `test`; a fold, counted from 0, has its own train and val.
@@ -168,9 +174,13 @@ def digest(content: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def fingerprint_of(frames: Iterable[Frame], masks_hash: str) -> str:
-    """Fingerprint of a data set: its frame records, which hold the image hashes, and the hash of all masks."""
-    return digest([[asdict(frame) for frame in frames], masks_hash])
+def fingerprint_of(frames: Iterable[Frame], masks_hash: str, pixel_spacing: Sequence[float] | None = None) -> str:
+    """Fingerprint of a data set: its frame records, which hold the image hashes, the hash of all masks, the spacing.
+
+    Lengths in millimetres are comparable only where the spacing is the same. An unknown one leaves no trace, so that
+    data sets made before there was one keep their fingerprint.
+    """
+    return digest([[asdict(frame) for frame in frames], masks_hash, *([pixel_spacing] if pixel_spacing else [])])
 
 
 def check_split(frames: Sequence[Frame], split: Split) -> list[str]:

@@ -14,10 +14,11 @@ from torch.utils.data import Dataset
 
 from vessel.batch import Sample, Views
 from vessel.data.catalog import Frame
-from vessel.data.images import read_rgb
+from vessel.data.images import pixel_hash, read_rgb
 from vessel.data.masks import read_mask
 from vessel.data.prompt import Prompt
 from vessel.data.transforms import Augmentation, cut_tiles, whole_frame
+from vessel.errors import VesselError
 
 
 def make_sample(
@@ -79,6 +80,9 @@ class VesselDataset(Dataset[Sample]):
         """The sample of `index`, see the class."""
         frame = self.frames[index % len(self)]
         image = read_rgb(self.root / frame.image)
+        if pixel_hash(image) != frame.sha256:
+            told = "is not the image that was prepared; copy the data set again, or prepare it anew"
+            raise VesselError(f"{self.root / frame.image} {told}")
         masks = self._masks(frame)
         if self.augmentation is not None:
             image, masks = self.augmentation(image, masks, seed=self.seed * 1_000_003 + index)

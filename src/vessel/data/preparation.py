@@ -15,19 +15,21 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import track
 
-from vessel.data.canonical import Job, Written, make_folders, slug, write_frame, write_summary
+from vessel.data.canonical import Job, Origin, Written, make_folders, slug, spacing_of, write_frame, write_summary
 from vessel.data.catalog import KIND, VERSION, Catalog, check_split, digest
-from vessel.data.identity import Identity, MappingFolder, Pseudonyms, compile_grammar, mapping_folder, pseudonymise
+from vessel.data.identity import Identity, MappingFolder, Pseudonyms, compile_grammar, pseudonymise
 from vessel.data.images import common_depth
 from vessel.data.layouts import LAYOUTS, Source, read_source
 from vessel.data.overview import tables
 from vessel.data.splits import NOTES, make_split
 from vessel.errors import BadItemsError, Problem, VesselError
 from vessel.places import expanded
+from vessel.privacy import mapping_folder
 
 SYNTHETIC = "synthetic"
 # Starting processes takes longer than this many images do.
@@ -53,6 +55,7 @@ class Options:
     out: str
     layout: str
     phrase: str
+    pixel_spacing: Any
     missing: str
     identity: str
     mapping: str | None
@@ -113,6 +116,7 @@ def _check(options: Options) -> None:
     for name in ("folds", "gap", "workers"):
         if getattr(options, name) < 0:
             raise VesselError(f"{name}={getattr(options, name)}: must be 0 or more")
+    spacing_of(options.pixel_spacing)
     if not slug(options.phrase).strip("_"):
         raise VesselError("phrase=: say what the masks show, such as phrase='blood vessel'")
     out, source = options.target.resolve(), expanded(options.source).resolve()
@@ -184,6 +188,7 @@ def _source_fingerprint(source: Source, options: Options, salt: bytes) -> str:
         for item in source.items
     ]
     settings = [VERSION, options.identity, options.split, options.folds, options.gap, options.seed]
+    settings += spacing_of(options.pixel_spacing) or ()
     return hmac.new(salt, digest([settings, items]).encode(), "sha256").hexdigest()
 
 
@@ -240,7 +245,8 @@ def _make(source: Source, options: Options, salt: bytes, making: Path, fingerpri
         remedy = "remove one, or name the files so that both belong to one patient"
         raise BadItemsError("split", [Problem(options.source, leak, remedy) for leak in told])
     written.sort(key=lambda each: each.frame.id)
-    write_summary(making, written, split, name=options.target.name, source_fingerprint=fingerprint, depth=depth)
+    origin = Origin(options.target.name, fingerprint, depth, spacing_of(options.pixel_spacing))
+    write_summary(making, written, split, origin=origin)
     return pseudonyms
 
 
@@ -290,3 +296,5 @@ def _report(catalog: Catalog, options: Options, console: Console) -> None:
     console.print(f"contact sheet: {catalog.root / 'contact_sheet.png'}", soft_wrap=True)
     if options.source != SYNTHETIC:
         console.print(f"mapping:       {options.identities} (names; keep it apart and private)", soft_wrap=True)
+        burnt = "names or ids burnt into the pixels stay: nothing searches for them, look at the contact sheet"
+        console.print(f"warning: {burnt}", style="yellow", soft_wrap=True)

@@ -8,9 +8,11 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
+from vessel.decision import Decision
 from vessel.run import Manifest
 
 _LIBRARIES = {"sa2va": "transformers", "native": "vessel", "adapter": "peft"}
+_COUNTS = ("n_images", "n_videos", "n_patients")
 HOW_TO_GET_CODE = (
     "To load it with the public code, put that code's .py files (modeling_sa2va_chat.py and those beside it, from the "
     "hub folder of a Sa2VA with the same language model) beside config.json, or export again with remote_code=FOLDER"
@@ -80,13 +82,15 @@ def _provenance(facts: Facts) -> str:
         rows = [
             ("data", f"{data.get('name')} ({counts}), fingerprint `{str(data.get('fingerprint'))[:16]}`"),
             ("split", f"by {data.get('unit')}, hash `{str(data.get('split_hash'))[:16]}`{fold}"),
-            ("threshold on probabilities", _threshold(manifest)),
+            ("threshold on probabilities", _decision(manifest)),
             *rows,
         ]
     return "## What it is\n\n" + _table(("", ""), rows)
 
 
-def _threshold(manifest: Manifest) -> str:
+def _decision(manifest: Manifest) -> str:
+    if manifest.decision is not None:
+        return f"{Decision.from_json(manifest.decision)}; searched on the validation part"
     chosen = manifest.threshold
     return "none chosen, 0.5 is taken" if chosen is None else f"{chosen:.2f}, chosen on the validation part"
 
@@ -99,17 +103,24 @@ def _evaluation(facts: Facts) -> str:
             "not known. `python -m vessel.evaluate` makes one."
         )
     rows = [
-        (phrase, score, f"{value['mean']:.3f}", _interval(value), str(value["n_images"]), str(value["n_patients"]))
+        (phrase, _title(report, score), f"{value['mean']:.3f}", _interval(value), *(str(value[n]) for n in _COUNTS))
         for phrase, scores in report["summary"].items()
         for score, value in scores.items()
+        if value["mean"] is not None
     ]
     unit = report["summary"]["all"]["dice"]["unit"]
     told = [
         f"The {report['split']} part of {report['data']['name']} at threshold {report['threshold']:.2f}: "
-        f"{report['n_ok']} images scored, {report['n_failed']} failed. Intervals: bootstrap over {unit}s.",
-        _table(("phrase", "score", "mean", "95 % interval", "images", "patients"), rows),
+        f"{report['n_ok']} images scored, {report['n_failed']} failed. Means are taken over the images of a video, "
+        f"then over videos, then over patients. Intervals: bootstrap over {unit}s.",
+        _table(("phrase", "score", "mean", "95 % interval", "images", "videos", "patients"), rows),
     ]
     return "\n\n".join(["## Evaluation", *told, *([report["note"]] if report["note"] else [])])
+
+
+def _title(report: Mapping[str, Any], score: str) -> str:
+    metric = report["metrics"][score]
+    return f"{metric['title']}, {report['length_unit']}" if metric["unit"] == "length" else metric["title"]
 
 
 def _interval(value: Mapping[str, Any]) -> str:

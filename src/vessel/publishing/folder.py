@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vessel.data.prompt import Prompt
+from vessel.decision import Decision
 from vessel.model.architecture import public_names
 from vessel.model.hub import DTYPES, read_back, write_layout
 from vessel.model.hub_config import REMOTE_CODE, limits_of_public_code, native_config, public_config
@@ -53,27 +54,29 @@ def write_folder(folder: Path, restored: Restored, *, layout: str, dtype: str, c
     Raises:
         VesselError: a tensor on the disk is not the one in memory; names it.
     """
-    names, chosen = public_names(restored.sizes.language), DTYPES[dtype]
+    names, chosen = public_names(restored.sa2va_sizes.language), DTYPES[dtype]
     # Of merged weights the base need not be at hand.
     base = restored.base or Weights.listed(restored.manifest.config.get("weights"))
     public = [entry for entry in base if not _is_local(entry.source)]
     if layout == "adapter":
         first = public[0] if public else None
         base_id, revision = (first.source, first.revision) if first else (None, None)
-        adapter_config(restored.network, base=base_id, revision=revision).save_pretrained(str(folder))
+        adapter_config(restored.sa2va, base=base_id, revision=revision).save_pretrained(str(folder))
     else:
         config = public_config if layout == "sa2va" else native_config
         tokens, template = restored.prompt.token_ids, restored.prompt.name
-        _write_json(folder / "config.json", config(restored.sizes, tokens, template=template, dtype=chosen))
-    in_memory = write_layout(folder, restored.network, names, layout=layout, dtype=chosen)
+        _write_json(folder / "config.json", config(restored.sa2va_sizes, tokens, template=template, dtype=chosen))
+    in_memory = write_layout(folder, restored.sa2va, names, layout=layout, dtype=chosen)
     fingerprint = read_back(open_source(str(folder)), names, in_memory)
     for file in code:
         shutil.copyfile(file, folder / file.name)
     write_tokenizer(folder, restored.prompt)
-    manifest = exported_manifest(restored.manifest, fingerprint=fingerprint)
+    decision = restored.decision
+    searched = None if decision == Decision(restored.threshold) else decision.to_json()
+    manifest = exported_manifest(replace(restored.manifest, decision=searched), fingerprint=fingerprint)
     if restored.tuned:  # a public network's own files say everything
         _write_json(folder / EXPORT_MANIFEST, manifest.as_dict())
-    remarks = limits_of_public_code(restored.sizes) if code else []
+    remarks = limits_of_public_code(restored.sa2va_sizes) if code else []
     bases = [entry.source for entry in public]
     card = model_card(Facts(manifest, layout, dtype, bases, bool(code), _evaluation(restored), remarks))
     (folder / "README.md").write_text(card, encoding="utf-8")

@@ -29,12 +29,12 @@ def differs_from_base(restored: Restored, dtype: torch.dtype) -> str:
         return "nothing was trained here: the same network in another form"
     if not restored.base:
         return "no base to differ from: training began with random weights"
-    names, before = public_names(restored.sizes.language), dict[str, str]()
+    names, before = public_names(restored.sa2va_sizes.language), dict[str, str]()
     for entry, report in zip(restored.base, restored.reports[:-1], strict=True):
         loaded = set(report.all("loaded"))
         tensors = open_source(entry).tensors(names)
         before |= digests((name, tensor.to(dtype)) for name, tensor in tensors if name in loaded)
-    changes = trained_changes(restored.network, before, dtype)
+    changes = trained_changes(restored.sa2va, before, dtype)
     if same := [group for group, (old, new) in changes.items() if old == new]:
         raise VesselError(
             f"{', '.join(same)}: to be trained, yet equal to the base in every tensor. Either the wrong checkpoint was "

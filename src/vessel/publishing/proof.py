@@ -99,7 +99,7 @@ def account_of(restored: Restored, images: Images) -> Account:
 
 def _ask(restored: Restored, sample: Sample, phrase: str) -> Said:
     """The network's own answer to one phrase, and how sure it was of each token."""
-    network, prompt = restored.network, restored.prompt
+    network, prompt = restored.sa2va, restored.prompt
     question, image_tokens = QUESTIONS[0].format(phrase=phrase), len(sample.tiles) * restored.views.tokens_per_tile
     asked, _ = prompt.conversation([question], [], image_tokens)
     tokens = say(network, prompt, asked, sample.tiles, max_new_tokens=_MAX_NEW_TOKENS)

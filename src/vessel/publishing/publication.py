@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from vessel.data.catalog import Catalog
-from vessel.data.identity import RawIdentifiers, mapping_folder
 from vessel.data.images import read_rgb
 from vessel.data.inputs import find_images
 from vessel.errors import VesselError
@@ -24,11 +23,12 @@ from vessel.model.architecture import public_names
 from vessel.model.hub import DTYPES, LAYOUTS, exported_size, write_pth
 from vessel.model.hub_config import REMOTE_CODE
 from vessel.places import expanded
+from vessel.privacy import MAPPING_FILE, Scanner, texts_of
 from vessel.publishing.card import HOW_TO_GET_CODE
 from vessel.publishing.folder import public_code_of, write_folder
 from vessel.publishing.gate import differs_from_base
 from vessel.publishing.proof import account_in_a_fresh_process, account_of, compare, drawn_image
-from vessel.publishing.upload import check_repository, push, refuse_raw_identifiers
+from vessel.publishing.upload import check_repository, push
 from vessel.restore import NetworkOptions, Reading, Restored, restore
 
 _SAMPLES = 3
@@ -87,6 +87,7 @@ def export(options: Options) -> Path:
     console = Console()
     _check(options)
     restored = restore(options.ckpt, options.network.reading())
+    restored.require_language("vessel.export")
     if options.layout == "adapter" and "lora" not in restored.network.trainable_groups():
         raise VesselError("layout=adapter: this network has no adapters that trained; choose layout=sa2va or native")
     code = _public_code(options, restored)
@@ -99,7 +100,7 @@ def export(options: Options) -> Path:
         fingerprint, told = _write(folder, pth, restored, options, code)
         searched = _refuse_raw_identifiers(folder, restored, options)
         fresh = _reading_of_the_export(restored, options)
-        threshold = restored.threshold
+        threshold = restored.decision.threshold
         del restored  # the comparison needs room for one network at a time
         found = account_in_a_fresh_process(folder, images, fresh)
         if found.fingerprint != fingerprint:
@@ -133,7 +134,7 @@ def _check(options: Options) -> None:
     for place in (options.target, options.pth):
         if place is not None and place.exists():
             raise VesselError(f"{place} exists; an export is never written over anything, choose another out=")
-    if options.mapping is not None and not (expanded(options.mapping) / "mapping.json").is_file():
+    if options.mapping is not None and not (expanded(options.mapping) / MAPPING_FILE).is_file():
         raise VesselError(f"mapping={options.mapping} holds no mapping.json; give the folder that prepare named")
     if options.remote_code is not None:
         if options.layout != "sa2va":
@@ -145,11 +146,11 @@ def _check(options: Options) -> None:
 
 
 def _require_space(options: Options, restored: Restored, console: Console) -> None:
-    size = exported_size(restored.network, options.layout, DTYPES[options.dtype])
+    size = exported_size(restored.sa2va, options.layout, DTYPES[options.dtype])
     console.print(f"weights: {size / 1e9:.3f} GB as {options.dtype}")
     needed = size + _SPARE_BYTES
     if options.pth:
-        more = exported_size(restored.network, "sa2va", DTYPES[options.dtype])
+        more = exported_size(restored.sa2va, "sa2va", DTYPES[options.dtype])
         console.print(f"{options.pth.name}: {more / 1e9:.3f} GB")
         needed += more
     there = next(place for place in options.target.parents if place.is_dir())
@@ -208,11 +209,11 @@ def _write(
     Returns:
         fingerprint of the export, and what was found, in sentences.
     """
-    dtype, names = DTYPES[options.dtype], public_names(restored.sizes.language)
+    dtype, names = DTYPES[options.dtype], public_names(restored.sa2va_sizes.language)
     written = write_folder(folder, restored, layout=options.layout, dtype=options.dtype, code=code)
     told = [f"{written.tensors} tensors read back equal the merged network", differs_from_base(restored, dtype)]
     if options.pth:
-        count = write_pth(pth, restored.network, names, dtype)
+        count = write_pth(pth, restored.sa2va, names, dtype)
         told.append(f"{count} tensors of {options.pth.name} read back equal the merged network")
     return written.fingerprint, told
 
@@ -220,17 +221,17 @@ def _write(
 def _reading_of_the_export(restored: Restored, options: Options) -> Reading:
     """What the export's own files do not say."""
     base = restored.base if options.layout == "adapter" else ()
-    return Reading(base=base, grounding=None if restored.tuned else restored.sizes.grounding)
+    return Reading(base=base, grounding=None if restored.tuned else restored.sa2va_sizes.grounding)
 
 
 def _refuse_raw_identifiers(folder: Path, restored: Restored, options: Options) -> str:
     """Search what is public text by the mapping given, else the one beside the data set; says what was searched."""
     root, given = (restored.manifest.config.get("data") or {}).get("root"), options.mapping
-    place = expanded(given) if given else mapping_folder(Path(root).absolute()) if root else None
-    mapping = place if place is not None and (place / "mapping.json").is_file() else None
-    count = refuse_raw_identifiers(folder, RawIdentifiers(mapping), *([options.push] if options.push else []))
-    if mapping is None:
+    scanner = Scanner(expanded(given)) if given else Scanner.beside(root)
+    name = [("the name of the repository", options.push)] if options.push else []
+    count = scanner.require_clean([*name, *texts_of(folder)], doing="the export") - len(name)
+    if scanner.mapping is None:
         return (
             f"{count} files searched, no mapping beside the data set, only patterns were checked; mapping=DIR names one"
         )
-    return f"{count} files searched, names checked against {mapping}"
+    return f"{count} files searched, names checked against {scanner.mapping}"

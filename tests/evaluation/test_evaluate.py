@@ -9,13 +9,15 @@ import sys
 import numpy as np
 import pytest
 import torch
+from tests.wandb_offline import media, read_history
 
 from vessel.checkpoints.reading import find_checkpoint
-from vessel.cleanup import Cleanup
 from vessel.data.catalog import Catalog, Frame, fingerprint_of
 from vessel.data.masks import read_mask
+from vessel.decision import CleanupOptions
 from vessel.errors import VesselError
-from vessel.evaluation import DataOptions, Options, evaluate
+from vessel.evaluation.command import evaluate
+from vessel.evaluation.options import DataOptions, Options
 from vessel.prediction import Options as PredictOptions
 from vessel.prediction import predict
 from vessel.publishing.proof import account_of, drawn_image
@@ -47,7 +49,9 @@ def score(run_folder, tmp_path):
     def call(**changes):
         root = changes.pop("root", None)
         defaults = {
-            "ckpt": str(run_folder), "split": "test", "out": None, "other_data": False, "overwrite": False,
+            "ckpt": str(run_folder), "split": "test", "out": None, "tolerance": None, "other_data": False,
+            "overwrite": False, "search": False, "decision": None, "compare": None, "folds": None, "logger": None,
+            "run": ".",
             "batch_size": 3, "workers": 0, "device": "cpu", "network": NETWORK,
         }  # fmt: skip
         return evaluate(
@@ -70,7 +74,8 @@ def damaged(oct_set, tmp_path):
 
 def test_figures_are_those_of_the_masks_that_predict_writes(score, run_folder, oct_set, tmp_path):
     report = score()
-    options = {"phrases": None, "split": "test", "decode": "forced", "threshold": "auto", "cleanup": Cleanup()}
+    options = {"phrases": None, "split": "test", "decode": "forced", "threshold": "auto", "low": "auto"}
+    options |= {"decision": None, "cleanup": CleanupOptions(), "views": "auto"}
     rest = {"overwrite": False, "batch_size": 1, "workers": 0, "device": "cpu"}
     rest |= {"network": NETWORK, "question": None, "mask_prompts": None, "video": False, "max_new_tokens": 2048}
     predicted = predict(PredictOptions(str(run_folder), str(oct_set), str(tmp_path / "masks"), **options, **rest))
@@ -98,7 +103,7 @@ def test_results_folder(score, run_folder):
     assert len(rows) == 4 * 2
     panels = sorted(path.name.split("_p")[0] for path in (out / "panels").iterdir())
     assert panels == ["best", "first_1", "first_2", "first_3", "median", "worst"]
-    assert 0 <= report["seg_emission"] <= 1
+    assert 0 <= report["seg_missing"] <= 1
     assert report["note"] == ""
 
 
@@ -199,7 +204,8 @@ def test_training_and_validation_images_are_called_so(score):
 
 def test_guard_I10_results_of_other_weights_are_not_written_over(score, run_folder, tmp_path):
     first = score(out=str(tmp_path / "results"))
-    assert score(out=str(tmp_path / "results")) == first
+    again = score(out=str(tmp_path / "results"))
+    assert (again["summary"], again["rows_hash"]) == (first["summary"], first["rows_hash"])
     other = run_folder / "checkpoints/other.ckpt"
     checkpoint = torch.load(find_checkpoint(run_folder), weights_only=True)
     name = next(iter(checkpoint["state_dict"]))
@@ -207,7 +213,7 @@ def test_guard_I10_results_of_other_weights_are_not_written_over(score, run_fold
     torch.save(checkpoint, other)
     with pytest.raises(VesselError, match="results of other weights"):
         score(ckpt=str(other), out=str(tmp_path / "results"))
-    assert json.loads((tmp_path / "results/metrics.json").read_text()) == first
+    assert json.loads((tmp_path / "results/metrics.json").read_text()) == again
     assert score(ckpt=str(other), out=str(tmp_path / "results"), overwrite=True)["fingerprint"] != first["fingerprint"]
 
 
@@ -219,10 +225,33 @@ def test_a_checkpoint_outside_a_run_gets_the_default_folder(score, run_folder, t
     assert (tmp_path / "elsewhere/metrics.json").is_file()
 
 
+def test_it_is_told_to_do_one_thing(score):
+    for asked in ({"compare": ["a", "b"]}, {"ckpt": None}, {"ckpt": None, "folds": "sweep", "compare": ["a", "b"]}):
+        with pytest.raises(VesselError, match="name one of ckpt=RUN, compare="):
+            score(**asked)
+    with pytest.raises(VesselError, match="search=true searches for one run"):
+        score(ckpt=None, folds="sweep", search=True)
+
+
+def test_wandb_shows_the_numbers_and_the_report(score, run_folder, tmp_path, monkeypatch):
+    for variable in ("WANDB_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR", "WANDB_ARTIFACT_DIR"):
+        monkeypatch.setenv(variable, str(tmp_path / "wandb-home"))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    views = tmp_path / "views"
+    report = score(logger={"wandb": {"_target_": "vessel.loggers.PrivateWandb", "save_dir": str(views)}})
+    shown = {name: value for row in read_history(views) for name, value in row.items()}
+    assert shown["test/all/dice"] == report["summary"]["all"]["dice"]["mean"]
+    assert shown["test/lumen/hd95"] == report["summary"]["lumen"]["hd95"]["mean"]
+    page = run_folder / "evaluate/test/report.html"
+    assert media(views, shown["report/test"]).read_bytes() == page.read_bytes()
+    with pytest.raises(VesselError, match="shown by logger=wandb"):
+        score(logger={"csv": {"_target_": "lightning.pytorch.loggers.CSVLogger", "save_dir": str(views)}})
+
+
 def test_as_a_user_runs_it(run_folder, tmp_path):
     command = [sys.executable, "-m", "vessel.evaluate", "ckpt=run", "split=val"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     assert (run_folder / "evaluate/val/metrics.json").is_file()
-    for told in ("lumen", "recall", "intervals", "threshold", "note:", "evaluate/val"):
+    for told in ("lumen", "Recall", "intervals", "threshold", "note:", "evaluate/val"):
         assert told in done.stdout

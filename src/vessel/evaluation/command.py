@@ -1,0 +1,142 @@
+"""`vessel.evaluate`: scores of a trained network on a part of a data set, as validation decided that it be used."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from vessel.data.catalog import PARTS, Catalog
+from vessel.data.dataset import VesselDataset
+from vessel.data.inputs import asked_phrases
+from vessel.decision import given_decision
+from vessel.errors import VesselError
+from vessel.evaluation.comparison import compare
+from vessel.evaluation.dashboards import show
+from vessel.evaluation.folder import require_own, staged
+from vessel.evaluation.folds import evaluate_folds
+from vessel.evaluation.options import Options
+from vessel.evaluation.panels import draw_panels
+from vessel.evaluation.report import Part, results_of, write_results
+from vessel.evaluation.scoring import Ruler, score_part
+from vessel.evaluation.search import check_search, run_search
+from vessel.evaluation.telling import tell
+from vessel.inference import Predictor, choose_device
+from vessel.model.baselines import require_known
+from vessel.places import expanded
+from vessel.reporting.page import write_report
+from vessel.restore import Restored, restore
+
+
+def evaluate(options: Options, default_out: Path) -> Mapping[str, Any]:
+    """Score a network, search its decision, compare runs, or pool the runs of a cross-validation.
+
+    Args:
+        options: of the command.
+        default_out: results folder of what lies in no run folder.
+
+    Returns:
+        the content of the file with the numbers.
+
+    Raises:
+        VesselError: options that exclude each other, or input that will not do.
+    """
+    if options.split not in PARTS:
+        raise VesselError(f"split={options.split}: choose one of {', '.join(PARTS)}")
+    asked = {"ckpt": options.ckpt, "compare": options.compare, "folds": options.folds}
+    if len(given := [name for name, value in asked.items() if value is not None]) != 1:
+        told = " and ".join(f"{name}=" for name in given) or "nothing"
+        raise VesselError(f"{told} given: name one of ckpt=RUN, compare=[RUN,RUN,...], folds=SWEEP")
+    if options.search and options.ckpt is None:
+        raise VesselError(f"search=true searches for one run: ckpt=RUN, without {given[0]}=")
+    if options.search:
+        check_search(options)
+    if options.compare is not None:
+        out = _expanded(options.out) or default_out
+        return compare(_listed(options.compare), out, part=options.split)
+    if options.folds is not None:
+        return evaluate_folds(_listed(options.folds), options)
+    return _score(options, default_out)
+
+
+def _listed(places: Any) -> list[str]:
+    return [places] if isinstance(places, str) else list(places)
+
+
+def _expanded(out: str | None) -> Path | None:
+    return None if out is None else expanded(out)
+
+
+def _score(options: Options, default_out: Path) -> Mapping[str, Any]:
+    assert options.ckpt is not None
+    device = choose_device(options.device)
+    restored = restore(options.ckpt, options.network.reading(device))
+    for told in restored.reports:
+        Console().print(told.table())
+    part, dataset = _data(options, restored)
+    if options.search:
+        return run_search(restored, part, dataset, options)
+    if options.decision is not None:
+        restored = _decided(options.decision, restored, part)
+    ruler = Ruler.of(part.catalog, options.tolerance)
+    out = _expanded(options.out) or _usual(options, restored, default_out)
+    if not options.overwrite:
+        require_own(out, restored.manifest, part)
+    decision = restored.decision
+    predictor = Predictor(restored, device=device, device_map=options.network.device_map, views=decision.views)
+    scored = score_part(predictor, dataset, decision, ruler, batch_size=options.batch_size, workers=options.workers)
+    report = results_of(restored, part, scored, ruler)
+    with staged(out, part.catalog.root) as stage:
+        report["panels"] = draw_panels(predictor, dataset, decision, scored.rows, out=stage)
+        write_results(stage, report, scored)
+        write_report(stage)
+        show(options.logger, report, stage, part.catalog.root)
+    tell(report, out)
+    if not scored.rows:
+        raise VesselError(f"none of {len(dataset)} images could be scored; the first: {scored.failures[0].reason}")
+    return report
+
+
+def _decided(place: str, restored: Restored, part: Part) -> Restored:
+    """Weights without a run folder, to be used as a decision that was searched for them says."""
+    if restored.run is not None:
+        raise VesselError(f"decision={place}: a run keeps its own, see search=true; this is for what lies in none")
+    data = {"fingerprint": part.catalog.fingerprint, "split_hash": part.catalog.split.hash}
+    decision, _ = given_decision(place, restored.manifest, data)
+    return replace(restored, manifest=replace(restored.manifest, decision=decision.to_json()))
+
+
+def _usual(options: Options, restored: Restored, default: Path) -> Path:
+    """Folder of the results unless the user names one."""
+    part = f"{options.split}_other_data" if options.other_data else options.split
+    return default if restored.run is None else restored.run / "evaluate" / part
+
+
+def _data(options: Options, restored: Restored) -> tuple[Part, VesselDataset]:
+    """The images to score, of the run's own data set unless the user says otherwise."""
+    manifest = restored.manifest
+    configured = manifest.config.get("data") or {}
+    root = options.data.root or configured.get("root")
+    if root is None:
+        raise VesselError(f"{options.ckpt} does not say where its data set is; give data.root=DIR")
+    catalog = Catalog.open(Path(root))
+    found = {"fingerprint": catalog.fingerprint, "split_hash": catalog.split.hash}
+    differing = [name for name, value in found.items() if manifest.data.get(name) != value]
+    if differing and restored.tuned and not options.other_data:
+        raise VesselError(
+            f"{root}: {' and '.join(differing)} of this data set differ from those of run {manifest.name}, so images "
+            "it was trained on may be among them; give the run's own data set, or say other_data=true"
+        )
+    phrases = asked_phrases(options.data.phrases, manifest.phrases or catalog.phrases, restored.prompt)
+    if unknown := [phrase for phrase in phrases if phrase not in catalog.phrases]:
+        raise VesselError(f"{root}: no masks of {unknown}, which are asked for; it holds {list(catalog.phrases)}")
+    require_known(restored.network, phrases)
+    fold = None if options.other_data else configured.get("fold")
+    part = Part(catalog, options.split, fold, phrases, own=restored.tuned and not options.other_data)
+    dataset = VesselDataset(
+        catalog.root, catalog.part(options.split, fold), phrases=phrases, prompt=restored.prompt, views=restored.views
+    )
+    return part, dataset

@@ -1,0 +1,134 @@
+"""The runs of a cross-validation: found in a sweep over `data.fold`, and made sure to be one experiment."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from vessel.checkpoints.reading import find_checkpoint, read_checkpoint
+from vessel.data.catalog import Catalog
+from vessel.errors import VesselError
+from vessel.model.weights.files import read_json
+from vessel.places import expanded
+from vessel.record import differing
+from vessel.run import MANIFEST, RESULT, Manifest, read_result
+from vessel.sweep import JOB, read_jobs
+
+_LENGTH = ("max_epochs", "max_steps", "max_time")
+
+
+@dataclass(frozen=True)
+class FoldRun:
+    """A run that did not train on the images of its fold.
+
+    Attributes:
+        fold: its number, from 0.
+        folder: of the run.
+        manifest: of the run.
+    """
+
+    fold: int
+    folder: Path
+    manifest: Manifest
+
+    @property
+    def checkpoint(self) -> Path:
+        """The last one: the best one was chosen on the very images that are to be scored."""
+        return find_checkpoint(self.folder, ("last",))
+
+    @property
+    def stopped_early(self) -> bool:
+        """Whether early stopping, which looks at the images that are to be scored, ended its training."""
+        states = read_checkpoint(self.checkpoint).get("callbacks", {})
+        of_stopping = [state for name, state in states.items() if name.startswith("EarlyStopping")]
+        return any(state["wait_count"] >= state["patience"] for state in of_stopping)
+
+
+def find_fold_runs(places: Sequence[str | Path]) -> list[FoldRun]:
+    """Runs of a sweep, in the order of their folds.
+
+    Args:
+        places: folder of the sweep; or several, of sweeps or single runs, where a fold was trained again by itself.
+
+    Raises:
+        VesselError: no run there, one that has not come to its end or has no fold, or two of one fold.
+    """
+    runs: dict[int, FoldRun] = {}
+    for folder in chain.from_iterable(_folders(expanded(place)) for place in places):
+        if read_result(folder) is None:
+            raise VesselError(f"{folder}: this run has not come to its end (no {RESULT}); train it on with resume=auto")
+        manifest = Manifest.from_dict(read_json(folder / MANIFEST))
+        fold = manifest.data.get("fold")
+        if fold is None:
+            raise VesselError(
+                f"{folder}: trained on the fixed split, not on a fold; train all of them: python -m vessel.train -m "
+                "experiment=NAME data.root=DIR data.fold=0,1,2,3,4"
+            )
+        if fold in runs:
+            raise VesselError(f"{runs[fold].folder} and {folder} are both of fold {fold}; give one run a fold")
+        runs[fold] = FoldRun(fold, folder, manifest)
+    return [runs[fold] for fold in sorted(runs)]
+
+
+def require_one_experiment(runs: Sequence[FoldRun], catalog: Catalog) -> None:
+    """Refuse runs that are not the folds of one cross-validation of this data set.
+
+    Raises:
+        VesselError: another data set or split, other phrases or settings than fold and seed, or a fold that is missing.
+    """
+    first = runs[0]
+    for run in runs:
+        for key, value in {"fingerprint": catalog.fingerprint, "split_hash": catalog.split.hash}.items():
+            if run.manifest.data.get(key) != value:
+                raise VesselError(
+                    f"{run.folder}: {key} of its data set is {run.manifest.data.get(key)}, that of {catalog.root} is "
+                    f"{value}: it may have trained on what would be scored; give the data set that it was trained on"
+                )
+        if run.manifest.phrases != first.manifest.phrases:
+            told = f"{list(first.manifest.phrases)} and {list(run.manifest.phrases)}"
+            raise VesselError(f"{first.folder} and {run.folder} were trained on other phrases: {told}")
+        if others := differing(_settings(first), _settings(run)):
+            raise VesselError(
+                f"{first.folder} and {run.folder} differ in more than fold and seed, so they are no one "
+                f"cross-validation: {', '.join(others)}"
+            )
+    expected = set(range(len(catalog.split.folds)))
+    found = {run.fold for run in runs}
+    if found != expected:
+        missing = ", ".join(map(str, sorted(expected ^ found)))
+        raise VesselError(
+            f"folds are 0 to {len(expected) - 1}, and fold {missing} has no run here: its images would not be "
+            f"predicted; train it (data.fold={missing}) and name both places: folds=[SWEEP,RUN]"
+        )
+    held_out = [frame_id for fold in catalog.split.folds for frame_id in fold["val"]]
+    if len(held_out) > len(set(held_out)):
+        raise VesselError(f"{catalog.root}: an image is held out by two folds; prepare the data set again")
+
+
+def _folders(place: Path) -> list[Path]:
+    """Folders of runs: the place itself, or those of the jobs of a sweep."""
+    if (place / MANIFEST).is_file():
+        return [place]
+    folders = [file.parent for file in place.rglob(JOB)]
+    if not folders:
+        raise VesselError(
+            f"{place}: neither a sweep nor a run; a cross-validation is python -m vessel.train -m experiment=NAME "
+            "data.root=DIR data.fold=0,1,2,3,4, whose folder is outputs/NAME/sweep_<time>"
+        )
+    # A job that failed may have been trained again elsewhere; a fold that is missing in the end is told.
+    failed = {job.job for job in read_jobs(place) if job.error}
+    return [folder for folder in folders if read_json(folder / JOB)["job"] not in failed]
+
+
+def _settings(run: FoldRun) -> Mapping[str, Any]:
+    """What all folds must have in common, and `differing` looks at."""
+    config = run.manifest.config
+    data = {key: value for key, value in config["data"].items() if key != "fold"}
+    # A run may go on for longer than it was first told, so `differing` leaves that out.
+    length = {key: str(config["trainer"].get(key)) for key in _LENGTH}
+    stopping = (config.get("callbacks") or {}).get("early_stopping")
+    kept = {key: value for key, value in config.items() if key != "seed"}
+    return {**kept, "data": data, "length": length, "stopping": stopping}

@@ -1,0 +1,228 @@
+"""Pooled cross-validation: each image predicted by the run that did not train on it, all of them scored as one set."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.progress import track
+
+from vessel.callbacks.threshold_sweep import THRESHOLDS
+from vessel.data.catalog import Catalog, Split, digest
+from vessel.data.dataset import VesselDataset
+from vessel.data.inputs import asked_phrases
+from vessel.decision import Decision
+from vessel.errors import VesselError
+from vessel.evaluation.dashboards import show
+from vessel.evaluation.fold_runs import FoldRun, find_fold_runs, require_one_experiment
+from vessel.evaluation.folder import require_own, staged
+from vessel.evaluation.options import Options
+from vessel.evaluation.report import Part, results_of, write_results
+from vessel.evaluation.results import POOLED
+from vessel.evaluation.scoring import Ruler, Scored, maps_of, score_part, targets_of
+from vessel.evaluation.telling import tell
+from vessel.inference import Prediction, Predictor, choose_device
+from vessel.metrics.overlap import METRICS, OverlapSweep
+from vessel.places import expanded, named
+from vessel.reporting.page import write_report
+from vessel.restore import Restored, restore
+from vessel.run import Manifest
+
+
+@dataclass(frozen=True)
+class Curve:
+    """How the images of one fold score at each of `THRESHOLDS`.
+
+    Attributes:
+        images: how many were predicted.
+        scores: for each of dice, iou, precision and recall float64 [T], the mean over those images.
+    """
+
+    images: int
+    scores: Mapping[str, NDArray[np.float64]]
+
+
+def evaluate_folds(places: Sequence[str | Path], options: Options) -> Mapping[str, Any]:
+    """Predict every image out of fold, score and print; the results lie in `evaluate/pooled` of the first place.
+
+    Each network is asked twice: at all thresholds first, then, at the threshold that the other folds chose, for all
+    scores. So neither memory nor disk has to hold the probabilities of the whole set.
+
+    Args:
+        places: as `find_fold_runs` takes them.
+        options: of the command; `ckpt`, `split` and `other_data` have no meaning here.
+
+    Returns:
+        the content of metrics.json: as of one run, with `fold` "pooled", and `folds`, an entry for each.
+
+    Raises:
+        VesselError: runs, data set or results folder will not do, or nothing could be scored.
+    """
+    runs = find_fold_runs(places)
+    catalog = Catalog.open(Path(options.data.root or runs[0].manifest.config["data"]["root"]))
+    require_one_experiment(runs, catalog)
+    ruler = Ruler.of(catalog, options.tolerance)
+    out = expanded(places[0]) / "evaluate" / POOLED if options.out is None else expanded(options.out)
+    thresholds = cross_fitted(curves := [_curve(run, catalog, options) for run in runs])
+    pooled, folds = Scored(), []
+    for run, threshold in zip(runs, thresholds, strict=True):
+        restored, phrases, scored = _scored(run, catalog, threshold, ruler, options)
+        _add(pooled, scored)
+        folds.append(_entry(run, restored.manifest, threshold, scored))
+    part, manifest = Part(catalog, "val", None, phrases, own=True), _pooled_manifest(restored.manifest, folds)
+    if not options.overwrite:
+        require_own(out, manifest, part)
+    report = results_of(replace(restored, manifest=manifest), part, pooled, ruler)
+    report |= {
+        "source": named(expanded(places[0])),
+        "fold": POOLED,
+        "note": " ".join(_notes(catalog.split, folds)),
+        "decision": Decision().to_json() | {"threshold": manifest.threshold},
+        "threshold": manifest.threshold,
+        "threshold_source": "of each fold, chosen on the images of the other folds",
+        "curve": {"threshold": list(THRESHOLDS), **mean_curve(curves)} if pooled.rows else None,
+        "folds": folds,
+        "panels": [],
+    }
+    with staged(out, catalog.root) as stage:
+        write_results(stage, report, pooled)
+        write_report(stage)
+        show(options.logger, report, stage, catalog.root)
+    tell(report, out)
+    if not pooled.rows:
+        raise VesselError(f"no image of any fold could be scored; the first: {pooled.failures[0].reason}")
+    return report
+
+
+def cross_fitted(curves: Sequence[Curve]) -> list[float]:
+    """For each fold the threshold that the images of all other folds choose; those of the fold itself have no say.
+
+    It has the highest mean Dice over images; of equals, the one nearest 0.5, as `ThresholdSweep` chooses.
+
+    Raises:
+        VesselError: nothing could be predicted in the other folds.
+    """
+    chosen = []
+    for fold in range(len(curves)):
+        others = [curve for number, curve in enumerate(curves) if number != fold]
+        if not any(curve.images for curve in others):
+            raise VesselError(f"no image outside fold {fold} could be predicted, so nothing chooses its threshold")
+        dice = mean_curve(others)["dice"]
+        best = max(range(len(THRESHOLDS)), key=lambda i: (dice[i], -abs(THRESHOLDS[i] - 0.5)))
+        chosen.append(THRESHOLDS[best])
+    return chosen
+
+
+def mean_curve(curves: Sequence[Curve]) -> dict[str, list[float]]:
+    """Means over the images of several folds, each score [T]."""
+    weights = [curve.images for curve in curves]
+    return {name: np.average([c.scores[name] for c in curves], axis=0, weights=weights).tolist() for name in METRICS}
+
+
+def _opened(run: FoldRun, catalog: Catalog, options: Options) -> tuple[Restored, Predictor, VesselDataset]:
+    """The network of a fold and the images that it has not seen."""
+    device = choose_device(options.device)
+    restored = restore(str(run.checkpoint), options.network.reading(device))
+    phrases = asked_phrases(options.data.phrases, run.manifest.phrases, restored.prompt)
+    if unknown := [phrase for phrase in phrases if phrase not in catalog.phrases]:
+        raise VesselError(f"{catalog.root}: no masks of {unknown}; it holds {list(catalog.phrases)}")
+    frames = catalog.part("val", run.fold)
+    dataset = VesselDataset(catalog.root, frames, phrases=phrases, prompt=restored.prompt, views=restored.views)
+    return restored, Predictor(restored, device=device, device_map=options.network.device_map), dataset
+
+
+def _curve(run: FoldRun, catalog: Catalog, options: Options) -> Curve:
+    """The images of a fold at every threshold; what fails here is told when it is scored."""
+    _, predictor, dataset = _opened(run, catalog, options)
+    sweep, images = OverlapSweep(THRESHOLDS), 0
+    answers = predictor.predict(
+        targets_of(dataset), dataset.__getitem__, batch_size=options.batch_size, workers=options.workers
+    )
+    for answer in track(answers, f"thresholds, fold {run.fold}", len(dataset), transient=True):
+        if isinstance(answer, Prediction):
+            sample, images = answer.sample, images + 1
+            assert sample.masks is not None, "frames of a data set have masks"
+            sweep.update(
+                [torch.from_numpy(maps_of(answer))],
+                [sample.masks],
+                ids=[sample.id],
+                patients=[sample.patient],
+                phrases=[sample.phrases],
+            )
+    means = sweep.compute()
+    nothing = torch.zeros(len(THRESHOLDS), dtype=torch.float64)
+    return Curve(images, {name: means.get(name, nothing).numpy() for name in METRICS})
+
+
+def _scored(
+    run: FoldRun, catalog: Catalog, threshold: float, ruler: Ruler, options: Options
+) -> tuple[Restored, tuple[str, ...], Scored]:
+    """All scores of a fold, its phrases, and where they come from; the weights themselves are gone."""
+    restored, predictor, dataset = _opened(run, catalog, options)
+    scored = score_part(
+        predictor, dataset, Decision(threshold), ruler, batch_size=options.batch_size, workers=options.workers
+    )
+    restored.network.to("meta")  # room for those of the next fold
+    return restored, dataset.phrases, scored
+
+
+def _add(pooled: Scored, fold: Scored) -> None:
+    """Put the images of a fold to those of the others."""
+    pooled.rows += fold.rows
+    pooled.failures += fold.failures
+    pooled.emitted += fold.emitted
+    for name, counted in fold.reliability.items():
+        for array in ("n", "probability", "true"):
+            getattr(pooled.reliability[name], array)[:] += getattr(counted, array)
+
+
+def _entry(run: FoldRun, manifest: Manifest, threshold: float, scored: Scored) -> dict[str, Any]:
+    """What metrics.json says of one fold."""
+    return {
+        "fold": run.fold,
+        "source": named(run.checkpoint),
+        "fingerprint": manifest.fingerprint,
+        "seed": manifest.config.get("seed"),
+        "threshold": threshold,
+        "n_ok": len({row.id for row in scored.rows}),
+        "n_failed": len(scored.failures),
+        "n_patients": len({row.patient for row in scored.rows}),
+        "stopped_early": run.stopped_early,
+    }
+
+
+def _pooled_manifest(manifest: Manifest, folds: Sequence[Mapping[str, Any]]) -> Manifest:
+    """Of all runs together, from that of one of them."""
+    thresholds = {fold["threshold"] for fold in folds}
+    config = {**manifest.config, "data": {**manifest.config["data"], "fold": POOLED}}
+    return replace(
+        manifest,
+        fingerprint=digest([fold["fingerprint"] for fold in folds]),
+        threshold=thresholds.pop() if len(thresholds) == 1 else None,
+        decision=None,
+        config=config,
+        data={**manifest.data, "fold": POOLED},
+    )
+
+
+def _notes(split: Split, folds: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What a reader has to know of pooled results."""
+    chosen = ", ".join(f"{fold['threshold']:.2f}" for fold in folds)
+    notes = [split.note] if split.note else []
+    notes += [
+        f"Cross-validation, {len(folds)} folds by {split.unit}: each image was predicted by the run that did not train "
+        "on its fold; the test part is in none.",
+        f"The threshold of a fold was chosen on the images of the others ({chosen}); its last checkpoint was taken, as "
+        "the best one was chosen on the images that are scored here.",
+    ]
+    if early := [str(fold["fold"]) for fold in folds if fold["stopped_early"]]:
+        notes.append(
+            f"Early stopping looked at the images that are scored here when it ended training on fold "
+            f"{', '.join(early)}: a length chosen beforehand (callbacks.early_stopping=null) avoids that."
+        )
+    return notes

@@ -1,0 +1,170 @@
+"""A results folder: its numbers sealed when it is written, and checked against its rows when it is read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vessel.data.catalog import digest
+from vessel.errors import VesselError
+from vessel.metrics.summary import ImageScore, read_per_image_csv, summarise
+from vessel.places import expanded, option
+from vessel.run import MANIFEST
+
+METRICS_FILE = "metrics.json"
+ROWS_FILE = "per_image.csv"
+POOLED = "pooled"  # in place of the number of a fold: every image by the run that did not train on it
+# What everything that reads results relies on.
+_KEYS = {
+    *("run", "source", "fingerprint", "data", "split", "unit", "fold", "decision", "length_unit", "tolerance"),
+    *("metrics", "n_ok", "n_failed", "failures", "phrases", "summary", "manifest", "rows_hash", "hash"),
+}
+
+
+@dataclass(frozen=True)
+class Results:
+    """What an evaluation left, checked.
+
+    Attributes:
+        folder: where it lies.
+        report: content of metrics.json.
+        rows: of per_image.csv, one an image and phrase.
+    """
+
+    folder: Path
+    report: Mapping[str, Any]
+    rows: tuple[ImageScore, ...]
+
+
+def rows_hash(path: Path) -> str:
+    """SHA-256 of the bytes of per_image.csv."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def seal(report: Mapping[str, Any]) -> str:
+    """SHA-256 of everything that metrics.json says, `hash` itself left out."""
+    return digest({key: value for key, value in plain(report).items() if key != "hash"})
+
+
+def read_results(place: str | Path, part: str = "test") -> Results:
+    """Read what `vessel.evaluate` wrote, and make sure that it says what was measured.
+
+    Args:
+        place: folder of a run, whose results on `part` are meant, of a cross-validation, whose pooled ones, a results
+            folder, or its metrics.json.
+        part: `val` or `test`.
+
+    Raises:
+        VesselError: nothing there, of another version, or changed after it was written.
+    """
+    folder = _folder(expanded(place), part)
+    report = _read(folder / METRICS_FILE)
+    again = f"evaluate again, with overwrite=true: {_command(report, part)}"
+    if lacking := sorted(_KEYS - report.keys()):
+        raise VesselError(f"{folder / METRICS_FILE} lacks {', '.join(lacking)}; another vessel wrote it: {again}")
+    if not (folder / ROWS_FILE).is_file():
+        raise VesselError(f"{folder}: {ROWS_FILE} is gone, so its figures rest on nothing; {again}")
+    if rows_hash(folder / ROWS_FILE) != report["rows_hash"]:
+        raise VesselError(
+            f"{folder / ROWS_FILE} was changed after it was written: its hash is not the one in {METRICS_FILE}; {again}"
+        )
+    results = Results(folder, report, tuple(read_per_image_csv(folder / ROWS_FILE)))
+    # The seal is looked at last: the others name what differs.
+    faults = (*_differences_from_rows(results), *_differences_from_manifest(results))
+    if faults:
+        raise VesselError(f"{folder / METRICS_FILE} was changed after it was written: {faults[0]}; {again}")
+    if seal(report) != report["hash"]:
+        raise VesselError(
+            f"{folder / METRICS_FILE} was changed after it was written: its hash is not that of its content; {again}"
+        )
+    return results
+
+
+def plain(value: Any) -> Any:
+    """As it comes back from JSON."""
+    return json.loads(json.dumps(value))
+
+
+def _folder(place: Path, part: str) -> Path:
+    if place.name == METRICS_FILE and place.is_file():
+        return place.parent
+    if (place / METRICS_FILE).is_file():
+        return place
+    if not place.is_dir():
+        raise VesselError(f"{place}: no such folder; give a run (outputs/<name>/<time>) or a results folder")
+    for name in (part, POOLED):
+        if (place / "evaluate" / name / METRICS_FILE).is_file():
+            return place / "evaluate" / name
+    if (place / MANIFEST).is_file():
+        command = f"python -m vessel.evaluate {option('ckpt', place)} split={part}"
+        raise VesselError(f"{place}: this run has no results on {part} yet; make them: {command}")
+    raise VesselError(
+        f"{place}: neither a run nor a results folder; what is no run is evaluated with out=FOLDER, and that folder "
+        "is compared"
+    )
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        report = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise VesselError(f"{file} cannot be read ({error}); evaluate again, with overwrite=true") from error
+    if not isinstance(report, dict):
+        raise VesselError(f"{file} is not what vessel.evaluate writes; evaluate again, with overwrite=true")
+    return report
+
+
+def _command(report: Mapping[str, Any], part: str) -> str:
+    source = report.get("source", "…")
+    told = f"folds={source}" if report.get("fold") == POOLED else f"ckpt={source} split={report.get('split', part)}"
+    return f"python -m vessel.evaluate {told}"
+
+
+def _differences_from_rows(results: Results) -> Iterator[str]:
+    """Every figure of the report that its rows do not give."""
+    report, rows = results.report, results.rows
+    images = {row.id for row in rows}
+    yield from _unequal(report["n_ok"], len(images), "n_ok", ROWS_FILE)
+    yield from _unequal(report["n_failed"], len(report["failures"]), "n_failed", "its own list of failures")
+    if both := images & {failure["id"] for failure in report["failures"]}:
+        yield f"{min(both)} is among the failures and has scores in {ROWS_FILE}"
+    asked = {(image, phrase) for image in images for phrase in report["phrases"]}
+    if odd := sorted(asked ^ {(row.id, row.phrase) for row in rows}):
+        image, phrase = odd[0]
+        has = "no" if odd[0] in asked else "a"
+        yield f"its phrases are {report['phrases']}, and {ROWS_FILE} has {has} row of {image}, {phrase!r}"
+    yield from _unequal(report["summary"], plain(summarise(rows)) if rows else {}, "summary", ROWS_FILE)
+
+
+def _differences_from_manifest(results: Results) -> Iterator[str]:
+    """What the report says of run and data, against the manifest in it and the one in the folder of the run."""
+    report, run = results.report, results.folder.parent.parent / MANIFEST
+    if not report["data"].get("same_as_run"):
+        return
+    manifests = {"its manifest": report["manifest"]}
+    if results.folder.parent.name == "evaluate" and run.is_file():
+        manifests[str(run)] = _read(run)
+    for where, manifest in manifests.items():
+        yield from _unequal(report["run"], manifest.get("name"), "run", where)
+        if manifest.get("fingerprint"):  # the manifest of a run does not know it
+            yield from _unequal(report["fingerprint"], manifest["fingerprint"], "fingerprint", where)
+        for key in ("fingerprint", "split_hash"):
+            yield from _unequal(report["data"].get(key), manifest.get("data", {}).get(key), f"data.{key}", where)
+
+
+def _unequal(stated: Any, found: Any, key: str, where: str) -> Iterator[str]:
+    """Leaves that differ, by their full key."""
+    if isinstance(stated, Mapping) and isinstance(found, Mapping):
+        for name in {**stated, **found}:
+            yield from _unequal(stated.get(name), found.get(name), f"{key}.{name}", where)
+    elif isinstance(stated, int | float) and isinstance(found, int | float):
+        # Sums may be added up in another order by another numpy.
+        if not math.isclose(stated, found, rel_tol=1e-6, abs_tol=1e-9):
+            yield f"{key} is {stated}, and {where} gives {found}"
+    elif stated != found:
+        yield f"{key} is {stated}, and {where} gives {found}"
