@@ -32,6 +32,7 @@ class JsonLines(Logger):
     def __init__(self, save_dir: str | Path) -> None:
         super().__init__()
         self.path = Path(save_dir) / "metrics.jsonl"
+        self._last: tuple[int | None, dict[str, float | None]] | None = None
 
     @property
     @override
@@ -56,8 +57,11 @@ class JsonLines(Logger):
     @override
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Append a line; it is on disk when this returns."""
+        """Append a line unless it is the last one again; it is in the file when this returns."""
         numbers = {name: _finite(value) for name, value in metrics.items()}
+        if (step, numbers) == self._last:
+            return
+        self._last = step, dict(numbers)
         record: dict[str, Any] = {"step": step}
         if "epoch" in numbers:
             record["epoch"] = numbers.pop("epoch")
