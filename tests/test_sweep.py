@@ -4,12 +4,13 @@ import shutil
 import sqlite3
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from tests.wandb_offline import records
 
-from vessel.sweep import Job, best_job, best_threshold, read_jobs, write_summary
+from vessel.sweep import Job, _print, best_job, best_threshold, read_jobs, write_summary
 
 SWEEP = Path(__file__).parents[1] / "conf/sweep"
 
@@ -121,6 +122,15 @@ def test_failed_jobs_are_listed_and_stop_no_other(app, tmp_path):
     assert "best: job 2, val/dice_best 1.0000" in done.stdout
     errors = [job.error for job in read_jobs(sweeps(tmp_path)[0])]
     assert errors == ["optimizer.lr: too large; take less", "a defect", ""]
+
+
+def test_a_sweep_over_folds_says_how_to_pool_them(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folds = [replace(job(number, 0.9), overrides=(f"data.fold={number}",)) for number in range(2)]
+    _print(folds, tmp_path / "outputs/cv")
+    assert "2 folds; pooled results: python -m vessel.evaluate folds=outputs/cv" in capsys.readouterr().out
+    _print([job(8, 0.9), job(16, 0.8)], tmp_path / "outputs/cv")
+    assert "folds" not in capsys.readouterr().out
 
 
 def test_a_single_run_is_no_sweep(app, tmp_path):

@@ -179,3 +179,7 @@ def _print(jobs: Sequence[Job], folder: Path) -> None:
     console = Console()
     console.print(table)
     console.print(Text(f"{_verdict(jobs)}\nsummary: {os.path.relpath(folder / 'summary.md')}"), soft_wrap=True)
+    if len(folds := {override for job in jobs for override in job.overrides if override.startswith("data.fold=")}) > 1:
+        # Each fold has its own validation images, so that none of these runs is better than another.
+        told = f"{len(folds)} folds; pooled results: python -m vessel.evaluate folds={os.path.relpath(folder)}"
+        console.print(Text(told), soft_wrap=True)
