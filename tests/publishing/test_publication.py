@@ -405,7 +405,7 @@ def test_as_a_user_runs_it(tiny_run, oct_set, tmp_path):
     done = run("export", "ckpt=run", "out=made", "dtype=fp32", f"images={oct_set}")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("proved:") == 3
-    assert f"| lumen | iou | {measured['mean']:.3f} | " in (tmp_path / "made/README.md").read_text()
+    assert f"| lumen | IoU | {measured['mean']:.3f} | " in (tmp_path / "made/README.md").read_text()
     scored = run("evaluate", "ckpt=made", f"data.root={oct_set}", "out=results")
     assert scored.returncode == 0, scored.stderr
     report = json.loads((tmp_path / "results/metrics.json").read_text())
