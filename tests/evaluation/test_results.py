@@ -58,7 +58,7 @@ def test_nothing_there(tmp_path):
     with pytest.raises(VesselError, match="cannot be read"):
         read_results(tmp_path)
     (tmp_path / "metrics.json").write_text("[]")
-    with pytest.raises(VesselError, match=r"not what vessel.evaluate writes"):
+    with pytest.raises(VesselError, match="holds no object"):
         read_results(tmp_path)
 
 

@@ -11,7 +11,6 @@ from rich.console import Console
 
 from vessel.data.catalog import PARTS, Catalog
 from vessel.data.dataset import VesselDataset
-from vessel.data.inputs import asked_phrases
 from vessel.decision import given_decision
 from vessel.errors import VesselError
 from vessel.evaluation.comparison import compare
@@ -20,12 +19,11 @@ from vessel.evaluation.folder import require_own, staged
 from vessel.evaluation.folds import evaluate_folds
 from vessel.evaluation.options import Options
 from vessel.evaluation.panels import draw_panels
-from vessel.evaluation.report import Part, results_of, write_results
+from vessel.evaluation.report import Part, asked_of, note_use, results_of, write_results
 from vessel.evaluation.scoring import Ruler, score_part
 from vessel.evaluation.search import check_search, run_search
 from vessel.evaluation.telling import tell
 from vessel.inference import Predictor, choose_device
-from vessel.model.baselines import require_known
 from vessel.places import expanded
 from vessel.reporting.page import write_report
 from vessel.restore import Restored, restore
@@ -88,13 +86,13 @@ def _score(options: Options, default_out: Path) -> Mapping[str, Any]:
     decision = restored.decision
     predictor = Predictor(restored, device=device, device_map=options.network.device_map, views=decision.views)
     scored = score_part(predictor, dataset, decision, ruler, batch_size=options.batch_size, workers=options.workers)
-    report = results_of(restored, part, scored, ruler)
+    report = results_of(restored, part, scored, ruler, uses=note_use(restored, part))
     with staged(out, part.catalog.root) as stage:
         report["panels"] = draw_panels(predictor, dataset, decision, scored.rows, out=stage)
         write_results(stage, report, scored)
         write_report(stage)
-        show(options.logger, report, stage, part.catalog.root)
     tell(report, out)
+    show(options.logger, report, out, part.catalog.root)  # last: no dashboard's failure takes the results with it
     if not scored.rows:
         raise VesselError(f"none of {len(dataset)} images could be scored; the first: {scored.failures[0].reason}")
     return report
@@ -130,10 +128,7 @@ def _data(options: Options, restored: Restored) -> tuple[Part, VesselDataset]:
             f"{root}: {' and '.join(differing)} of this data set differ from those of run {manifest.name}, so images "
             "it was trained on may be among them; give the run's own data set, or say other_data=true"
         )
-    phrases = asked_phrases(options.data.phrases, manifest.phrases or catalog.phrases, restored.prompt)
-    if unknown := [phrase for phrase in phrases if phrase not in catalog.phrases]:
-        raise VesselError(f"{root}: no masks of {unknown}, which are asked for; it holds {list(catalog.phrases)}")
-    require_known(restored.network, phrases)
+    phrases = asked_of(restored, catalog, options.data.phrases)
     fold = None if options.other_data else configured.get("fold")
     part = Part(catalog, options.split, fold, phrases, own=restored.tuned and not options.other_data)
     dataset = VesselDataset(

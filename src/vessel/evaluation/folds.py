@@ -15,14 +15,13 @@ from rich.progress import track
 from vessel.callbacks.threshold_sweep import THRESHOLDS
 from vessel.data.catalog import Catalog, Split, digest
 from vessel.data.dataset import VesselDataset
-from vessel.data.inputs import asked_phrases
 from vessel.decision import Decision
 from vessel.errors import VesselError
 from vessel.evaluation.dashboards import show
 from vessel.evaluation.fold_runs import FoldRun, find_fold_runs, require_one_experiment
 from vessel.evaluation.folder import require_own, staged
 from vessel.evaluation.options import Options
-from vessel.evaluation.report import Part, results_of, write_results
+from vessel.evaluation.report import Part, asked_of, results_of, write_results
 from vessel.evaluation.results import POOLED
 from vessel.evaluation.scoring import Ruler, Scored, maps_of, score_part, targets_of
 from vessel.evaluation.telling import tell
@@ -92,8 +91,8 @@ def evaluate_folds(places: Sequence[str | Path], options: Options) -> Mapping[st
     with staged(out, catalog.root) as stage:
         write_results(stage, report, pooled)
         write_report(stage)
-        show(options.logger, report, stage, catalog.root)
     tell(report, out)
+    show(options.logger, report, out, catalog.root)
     if not pooled.rows:
         raise VesselError(f"no image of any fold could be scored; the first: {pooled.failures[0].reason}")
     return report
@@ -128,9 +127,7 @@ def _opened(run: FoldRun, catalog: Catalog, options: Options) -> tuple[Restored,
     """The network of a fold and the images that it has not seen."""
     device = choose_device(options.device)
     restored = restore(str(run.checkpoint), options.network.reading(device))
-    phrases = asked_phrases(options.data.phrases, run.manifest.phrases, restored.prompt)
-    if unknown := [phrase for phrase in phrases if phrase not in catalog.phrases]:
-        raise VesselError(f"{catalog.root}: no masks of {unknown}; it holds {list(catalog.phrases)}")
+    phrases = asked_of(restored, catalog, options.data.phrases)
     frames = catalog.part("val", run.fold)
     dataset = VesselDataset(catalog.root, frames, phrases=phrases, prompt=restored.prompt, views=restored.views)
     return restored, Predictor(restored, device=device, device_map=options.network.device_map), dataset
@@ -177,8 +174,7 @@ def _add(pooled: Scored, fold: Scored) -> None:
     pooled.failures += fold.failures
     pooled.emitted += fold.emitted
     for name, counted in fold.reliability.items():
-        for array in ("n", "probability", "true"):
-            getattr(pooled.reliability[name], array)[:] += getattr(counted, array)
+        pooled.reliability[name].merge(counted)
 
 
 def _entry(run: FoldRun, manifest: Manifest, threshold: float, scored: Scored) -> dict[str, Any]:

@@ -11,11 +11,14 @@ from typing import Any
 
 from vessel.checkpoints.reading import read_checkpoint
 from vessel.data.catalog import Catalog
+from vessel.data.inputs import asked_phrases
 from vessel.decision import DECISION_FILE, Stored
+from vessel.errors import VesselError
 from vessel.evaluation.results import METRICS_FILE, ROWS_FILE, rows_hash, seal
 from vessel.evaluation.scoring import Ruler, Scored, missing_seg
 from vessel.metrics.scores import METRICS
 from vessel.metrics.summary import per_patient, summarise, write_per_image_csv
+from vessel.model.baselines import require_known
 from vessel.places import named
 from vessel.restore import Restored
 from vessel.run import without_places
@@ -42,11 +45,28 @@ class Part:
     own: bool
 
 
-def results_of(restored: Restored, part: Part, scored: Scored, ruler: Ruler) -> dict[str, Any]:
-    """Everything that is known of an evaluation before its files are written."""
+def asked_of(restored: Restored, catalog: Catalog, phrases: Any) -> tuple[str, ...]:
+    """The phrases to score: those that the user names, else those of the run, else all of the data set.
+
+    Raises:
+        VesselError: the data set has no masks of one, or the network does not know it.
+    """
+    asked = asked_phrases(phrases, restored.manifest.phrases or catalog.phrases, restored.prompt)
+    if unknown := [phrase for phrase in asked if phrase not in catalog.phrases]:
+        raise VesselError(
+            f"{catalog.root}: no masks of {unknown}, which are asked for; it holds {list(catalog.phrases)}"
+        )
+    require_known(restored.network, asked)
+    return asked
+
+
+def results_of(
+    restored: Restored, part: Part, scored: Scored, ruler: Ruler, *, uses: Sequence[Mapping[str, Any]] = ()
+) -> dict[str, Any]:
+    """Everything that is known of an evaluation before its files are written; `uses` is what `note_use` gave."""
     manifest, catalog, rows = restored.manifest, part.catalog, scored.rows
     phrases = ("all", *part.phrases)
-    uses = test_uses(restored, part)
+    decision = restored.decision
     return {
         "run": manifest.name,
         "source": named(restored.source),
@@ -65,8 +85,8 @@ def results_of(restored: Restored, part: Part, scored: Scored, ruler: Ruler) -> 
         "fold": part.fold,
         "phrases": list(part.phrases),
         "note": " ".join(_notes(restored, part, scored, uses)),
-        "decision": restored.decision.to_json(),
-        "threshold": restored.decision.threshold,
+        "decision": decision.to_json(),
+        "threshold": decision.threshold,
         "threshold_source": restored.decision_source,
         "searched": _searched(restored),
         "pixel_spacing": list(ruler.spacing) if ruler.unit == "mm" else None,
@@ -81,7 +101,7 @@ def results_of(restored: Restored, part: Part, scored: Scored, ruler: Ruler) -> 
         "patients": _patients(scored, phrases),
         "reliability": {phrase: scored.reliability[phrase].bins() for phrase in phrases if rows},
         "curve": _curve(restored),
-        "test_uses": uses,
+        "test_uses": list(uses),
         "manifest": without_places(manifest.as_dict()),
     }
 
@@ -94,8 +114,8 @@ def write_results(out: Path, report: dict[str, Any], scored: Scored) -> None:
     (out / METRICS_FILE).write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def test_uses(restored: Restored, part: Part) -> list[dict[str, Any]]:
-    """Earlier evaluations of this run's test part and this one, each with its weights and decision."""
+def note_use(restored: Restored, part: Part) -> list[dict[str, Any]]:
+    """Note that a run's test part was looked at; every such use so far, each with its weights and decision."""
     if restored.run is None or part.name != "test" or not part.own:
         return []
     use = {

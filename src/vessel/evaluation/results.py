@@ -13,11 +13,13 @@ from typing import Any
 from vessel.data.catalog import digest
 from vessel.errors import VesselError
 from vessel.metrics.summary import ImageScore, read_per_image_csv, summarise
+from vessel.model.weights.files import read_json
 from vessel.places import expanded, option
 from vessel.run import MANIFEST
 
 METRICS_FILE = "metrics.json"
 ROWS_FILE = "per_image.csv"
+_ANEW = "evaluate again, with overwrite=true"
 POOLED = "pooled"  # in place of the number of a fold: every image by the run that did not train on it
 # What everything that reads results relies on.
 _KEYS = {
@@ -63,8 +65,8 @@ def read_results(place: str | Path, part: str = "test") -> Results:
         VesselError: nothing there, of another version, or changed after it was written.
     """
     folder = _folder(expanded(place), part)
-    report = _read(folder / METRICS_FILE)
-    again = f"evaluate again, with overwrite=true: {_command(report, part)}"
+    report = read_json(folder / METRICS_FILE, _ANEW)
+    again = f"{_ANEW}: {_command(report, part)}"
     if lacking := sorted(_KEYS - report.keys()):
         raise VesselError(f"{folder / METRICS_FILE} lacks {', '.join(lacking)}; another vessel wrote it: {again}")
     if not (folder / ROWS_FILE).is_file():
@@ -109,16 +111,6 @@ def _folder(place: Path, part: str) -> Path:
     )
 
 
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        report = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise VesselError(f"{file} cannot be read ({error}); evaluate again, with overwrite=true") from error
-    if not isinstance(report, dict):
-        raise VesselError(f"{file} is not what vessel.evaluate writes; evaluate again, with overwrite=true")
-    return report
-
-
 def _command(report: Mapping[str, Any], part: str) -> str:
     source = report.get("source", "…")
     told = f"folds={source}" if report.get("fold") == POOLED else f"ckpt={source} split={report.get('split', part)}"
@@ -148,7 +140,7 @@ def _differences_from_manifest(results: Results) -> Iterator[str]:
         return
     manifests = {"its manifest": report["manifest"]}
     if results.folder.parent.name == "evaluate" and run.is_file():
-        manifests[str(run)] = _read(run)
+        manifests[str(run)] = read_json(run, _ANEW)
     for where, manifest in manifests.items():
         yield from _unequal(report["run"], manifest.get("name"), "run", where)
         if manifest.get("fingerprint"):  # the manifest of a run does not know it

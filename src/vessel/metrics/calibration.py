@@ -51,6 +51,12 @@ class Reliability:
         self.probability += np.bincount(bins, weights=values, minlength=BINS)
         self.true += np.bincount(bins[pixel], minlength=BINS)
 
+    def merge(self, other: Reliability) -> None:
+        """Count the pixels of another one too."""
+        self.n += other.n
+        self.probability += other.probability
+        self.true += other.true
+
     @property
     def ece(self) -> float | None:
         """Expected calibration error in [0, 1]; None before the first pixel.

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import base64
-import json
 import re
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from vessel.errors import VesselError
+from vessel.model.weights.files import read_json
 from vessel.reporting.blocks import Page, drawings
 from vessel.reporting.compared import comparison_page
 from vessel.reporting.evaluated import report_page
 from vessel.reporting.figures import themed
 
+_WRITTEN = "vessel.evaluate writes it"
 _TEMPLATES = Path(__file__).parent / "templates"
 
 
@@ -33,7 +31,7 @@ def write_report(folder: Path) -> list[Path]:
     Raises:
         VesselError: metrics.json is not there or cannot be read, or per_image.csv is not the one it was made with.
     """
-    return _write(report_page(_content(folder / "metrics.json"), folder), folder, "report")
+    return _write(report_page(read_json(folder / "metrics.json", _WRITTEN), folder), folder, "report")
 
 
 def write_comparison(folder: Path) -> list[Path]:
@@ -45,17 +43,7 @@ def write_comparison(folder: Path) -> list[Path]:
     Raises:
         VesselError: comparison.json is not there or cannot be read.
     """
-    return _write(comparison_page(_content(folder / "comparison.json")), folder, "comparison")
-
-
-def _content(file: Path) -> Mapping[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise VesselError(f"{file} cannot be read ({error}); vessel.evaluate writes it") from error
-    if not isinstance(content, dict):
-        raise VesselError(f"{file} holds no object; vessel.evaluate writes it anew")
-    return content
+    return _write(comparison_page(read_json(folder / "comparison.json", _WRITTEN)), folder, "comparison")
 
 
 def _write(page: Page, folder: Path, name: str) -> list[Path]:

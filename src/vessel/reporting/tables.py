@@ -11,7 +11,6 @@ ALL, HEADLINE, POOLED = "all", "dice", "pooled"
 NBSP = "\N{NO-BREAK SPACE}"
 ARROWS = "↑ higher is better, ↓ lower is better."
 _COLUMNS = 5  # a page of A4 holds no more beside the names
-_WHERE_PRESENT = ("dice", "iou")
 
 
 class Units:
@@ -91,7 +90,7 @@ def _score_table(summary: Mapping[str, Any], phrases: Sequence[str], units: Unit
         name = units.named(metric, rules.index(units.metrics[metric]["rule"]) + 1)
         scores = [_score(entry, usual[p], metric, units) for entry, p in zip(entries, phrases, strict=True)]
         rows.append([name, *scores])
-        if metric in _WHERE_PRESENT and any(_lost(entry) for entry in entries):
+        if any(_lost(entry) for entry in entries):
             shown = Cell((f"{units.title(metric)} where present",), tone="quiet")
             rows.append([shown, *_present(entries, metric, units)])
     head = [cell(""), *(Cell((phrase_name(p),), _counts(usual[p])) for p in phrases)]
@@ -126,8 +125,8 @@ def _score(entry: Mapping[str, Any] | None, usual: Mapping[str, Any], metric: st
 
 
 def _lost(entry: Mapping[str, Any] | None) -> bool:
-    """Whether the mean counts images that do not show the phrase."""
-    return bool(entry) and entry is not None and entry["n_present"] < entry["n_images"]
+    """Whether the mean counts images that do not show the phrase, and there is one that does not."""
+    return entry is not None and "mean_present" in entry and entry["n_present"] < entry["n_images"]
 
 
 def _present(entries: Sequence[Mapping[str, Any] | None], metric: str, units: Units) -> list[Cell]:

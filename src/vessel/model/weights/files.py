@@ -173,18 +173,18 @@ def load_pickle(file: Path, passed_over: Sequence[str] = ()) -> Any:
         raise VesselError(f"{file}: damaged, or not a file of tensors ({error}); copy it again") from error
 
 
-def read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path, remedy: str = "copy it again") -> dict[str, Any]:
     """A JSON object from a file.
 
     Raises:
-        VesselError: no JSON object.
+        VesselError: no JSON object; ends with the remedy.
     """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise VesselError(f"{file}: not readable as JSON ({error}); copy it again") from error
+        raise VesselError(f"{file} cannot be read ({error}); {remedy}") from error
     if not isinstance(content, dict):
-        raise VesselError(f"{file}: not a JSON object; copy it again")
+        raise VesselError(f"{file} holds no object; {remedy}")
     return content
 
 
