@@ -6,6 +6,7 @@ T tiles of one image, L tokens, P supervised tokens, S side of the SAM2 frame, H
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
@@ -41,6 +42,36 @@ class Views:
     frame: int
 
 
+class Pyramid(NamedTuple):
+    """What SAM2's image encoder makes of B frames, before anything that trains when the encoder does not.
+
+    Attributes:
+        high: [B, C, S/4, S/4].
+        middle: [B, C, S/8, S/8].
+        top: [B, C, S/16, S/16].
+    """
+
+    high: Tensor
+    middle: Tensor
+    top: Tensor
+
+
+class Features(NamedTuple):
+    """What the frozen encoders make of one image.
+
+    Attributes:
+        seen: [T, P, v], features of its tiles before the projector.
+        pyramid: of its frame alone, B = 1.
+    """
+
+    seen: Tensor
+    pyramid: Pyramid
+
+    def map(self, move: Callable[[Tensor], Tensor]) -> Features:
+        """The same with every tensor moved."""
+        return Features(move(self.seen), Pyramid(*map(move, self.pyramid)))
+
+
 @dataclass(frozen=True)
 class Sample:
     """One image with its phrases, ready to be collated.
@@ -50,14 +81,15 @@ class Sample:
         patient: pseudonym of the patient; the unit of splits and intervals.
         video: pseudonym of the pullback or angiography run.
         phrases: K phrases, in the order of their `[SEG]` tokens.
-        tiles: uint8 [T, 3, t, t], RGB tiles for the vision encoder (thumbnail last when T > 1).
-        frame: uint8 [3, S, S], the whole image for SAM2, aspect ratio not kept.
+        tiles: uint8 [T, 3, t, t], RGB tiles for the vision encoder (thumbnail last when T > 1); none with features.
+        frame: uint8 [3, S, S], the whole image for SAM2, aspect ratio not kept; [3, 0, 0] with features.
         input_ids: int64 [L].
         labels: int64 [L], -100 where a token is not supervised.
         size: native (H, W); masks and predictions have this size.
         masks: bool [K, H, W], an all-false mask says that the phrase is absent; None when there is no truth.
         regions: bool [R, s, s], what of the last tile's s x s features each region that is pointed at holds; None when
             nothing is pointed at.
+        features: in place of tiles and frame, when they are known already.
     """
 
     id: str
@@ -71,6 +103,7 @@ class Sample:
     size: tuple[int, int]
     masks: Tensor | None = None
     regions: Tensor | None = None
+    features: Features | None = None
 
 
 @dataclass  # not frozen: Lightning's half and DeepSpeed precisions refuse a frozen dataclass
@@ -79,13 +112,14 @@ class Batch:
 
     Attributes:
         ids, patients, videos, phrases, sizes: as in `Sample`, one entry an image.
-        tiles: uint8 [sum of T, 3, t, t].
-        frames: uint8 [B, 3, S, S].
+        tiles: uint8 [sum of T, 3, t, t], of the images without features.
+        frames: uint8 [B, 3, S, S], of the images without features.
         input_ids: int64 [B, L], right-padded.
         attention_mask: bool [B, L].
         labels: int64 [B, L], -100 where a token is not supervised.
         masks: one bool [K, H, W] an image, or None when there is no truth.
         regions: one bool [R, s, s] an image, or None when nothing is pointed at.
+        features: an entry an image, None where its tiles and frame are to be encoded; None when all are.
     """
 
     ids: tuple[str, ...]
@@ -100,6 +134,7 @@ class Batch:
     labels: Tensor
     masks: tuple[Tensor, ...] | None = None
     regions: tuple[Tensor, ...] | None = None
+    features: tuple[Features | None, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -111,6 +146,8 @@ class Batch:
             moved["masks"] = tuple(move(m) for m in self.masks)
         if self.regions is not None:
             moved["regions"] = tuple(move(r) for r in self.regions)
+        if self.features is not None:
+            moved["features"] = tuple(known and known.map(move) for known in self.features)
         return replace(self, **moved)
 
     def to(self, *args: Any, **kwargs: Any) -> Batch:
@@ -164,6 +201,7 @@ def collate(samples: list[Sample], pad_id: int) -> Batch:
         if 0 < len(missing) < len(samples):
             raise ValueError(f"samples with and without {what} in one batch; without: {missing}")
     lengths = torch.tensor([len(s.input_ids) for s in samples])
+    shown = [s for s in samples if s.features is None]
 
     def padded(rows: list[Tensor], value: int) -> Tensor:
         return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
@@ -175,12 +213,13 @@ def collate(samples: list[Sample], pad_id: int) -> Batch:
         phrases=tuple(s.phrases for s in samples),
         sizes=tuple(s.size for s in samples),
         tiles=torch.cat([s.tiles for s in samples]),
-        frames=torch.stack([s.frame for s in samples]),
+        frames=torch.stack([s.frame for s in shown]) if shown else samples[0].frame[None][:0],
         input_ids=padded([s.input_ids for s in samples], pad_id),
         attention_mask=torch.arange(int(lengths.max()))[None] < lengths[:, None],
         labels=padded([s.labels for s in samples], -100),
         masks=tuple(s.masks for s in samples if s.masks is not None) or None,
         regions=tuple(s.regions for s in samples if s.regions is not None) or None,
+        features=tuple(s.features for s in samples) if len(shown) < len(samples) else None,
     )
 
 

@@ -22,7 +22,8 @@ HYDRA = f"{RECORD}/hydra.yaml"
 
 # What may differ between a run and its continuation: how it runs and what it shows, not what it computes.
 FREE = (
-    *("logger", "callbacks", "resume", "run", "plan", "force", "gpu_gb", "checkpointing", "data.workers"),
+    *("logger", "callbacks", "cache", "resume", "run", "plan", "force", "gpu_gb", "checkpointing", "compile"),
+    "data.workers",
     *(f"trainer.{key}" for key in ("accelerator", "devices", "num_nodes", "strategy", "plugins", "enable_*")),
     *(f"trainer.{key}" for key in ("max_epochs", "max_steps", "max_time", "val_check_interval", "limit_val_batches")),
     *(f"trainer.{key}" for key in ("check_val_every_n_epoch", "num_sanity_val_steps", "log_every_n_steps")),

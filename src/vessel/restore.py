@@ -45,11 +45,13 @@ class Reading:
         dtype: of parameters that a run did not train.
         base: for an adapter folder whose base is not on the hub: the weights it was trained on.
         grounding: sizes of SAM2, for a public folder whose SAM2 is none of the four public ones.
+        compile: have torch compile what takes most of the time.
     """
 
     dtype: torch.dtype = torch.float32
     base: Sequence[Weights] = ()
     grounding: GroundingSizes | None = None
+    compile: bool = False
 
 
 @dataclass
@@ -60,6 +62,7 @@ class NetworkOptions:
     device_map: Any
     base: Any
     grounding: Any
+    compile: bool = False
 
     def reading(self, device: torch.device) -> Reading:
         """How to read for a device; `auto` is bf16 on a GPU, as the public code, and fp32 on a CPU.
@@ -75,7 +78,7 @@ class NetworkOptions:
         except TypeError as error:
             known = ", ".join(GroundingSizes.__dataclass_fields__)
             raise VesselError(f"network.grounding={self.grounding}: {error}; the sizes are {known}") from error
-        return Reading(dtypes[self.dtype], Weights.listed(self.base), grounding)
+        return Reading(dtypes[self.dtype], Weights.listed(self.base), grounding, self.compile)
 
 
 @dataclass(frozen=True)
@@ -234,7 +237,7 @@ def _from_public(source: Source, reading: Reading) -> Restored:
     sizes = read_sizes(source.config, shapes, grounding=reading.grounding)
     plan = NetworkPlan(
         sizes, prompt.token_ids, prompt.new_tokens, trainable="nothing", weights=[source.entry],
-        frozen_dtype=reading.dtype,
+        frozen_dtype=reading.dtype, compile=reading.compile,
     )  # fmt: skip
     _check_memory(plan)
     manifest = Manifest(
@@ -260,12 +263,7 @@ def _prompt(config: Mapping[str, Any], tokenizer: str | None) -> Prompt:
 
 
 def _plan(
-    manifest: Manifest,
-    prompt: Prompt,
-    reading: Reading,
-    weights: Sequence[Weights],
-    *,
-    lora: Lora | None = None,
+    manifest: Manifest, prompt: Prompt, reading: Reading, weights: Sequence[Weights], *, lora: Lora | None = None
 ) -> NetworkPlan:
     config = manifest.config
     parts = OmegaConf.create({k: config[k] for k in ("model", "lora")})
@@ -278,6 +276,7 @@ def _plan(
         trainable=config["trainable"],
         weights=weights,
         frozen_dtype=reading.dtype,
+        compile=reading.compile,
     )
     _check_memory(plan)
     return plan

@@ -14,10 +14,11 @@ from vessel.model.weights.sources import open_source
 from vessel.places import expanded
 from vessel.run import Manifest
 
+AUTO = "auto"  # of checkpointing: where the memory of the GPU needs it
 WEIGHTS = "weights"  # of prompt.tokenizer and prompt.template: those of the weights
 ROOT_KEYS = (
-    *("model", "prompt", "lora", "objective", "optimizer", "data", "trainer", "callbacks", "logger"),
-    *("name", "seed", "ckpt", "resume", "weights", "trainable", "checkpointing", "run"),
+    *("model", "prompt", "lora", "objective", "optimizer", "data", "trainer", "callbacks", "logger", "cache"),
+    *("name", "seed", "ckpt", "resume", "weights", "trainable", "checkpointing", "compile", "run"),
     *("plan", "gpu_gb", "force"),
 )
 
@@ -26,8 +27,10 @@ def check(config: DictConfig) -> None:
     """Refuse a configuration that cannot be what was meant.
 
     Raises:
-        VesselError: a key that nothing reads, or a mandatory value not given.
+        VesselError: a key that nothing reads, a mandatory value not given, or an unknown choice.
     """
+    if config.checkpointing not in (True, False, AUTO):
+        raise VesselError(f"checkpointing={config.checkpointing}: choose true, false or auto")
     if unknown := sorted(set(map(str, config)).difference(ROOT_KEYS)):
         raise VesselError(f"unknown configuration key(s) {unknown}; the known ones are {sorted(ROOT_KEYS)}")
     missing = sorted(OmegaConf.missing_keys(config))

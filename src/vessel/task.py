@@ -130,7 +130,11 @@ class VesselTask(LightningModule):
             {"params": [p for p in trainable if len(whole_shape(p)) > 1], "weight_decay": settings.weight_decay},
             {"params": [p for p in trainable if len(whole_shape(p)) <= 1], "weight_decay": 0.0},
         ]
-        optimizer: Optimizer = AdamW([g for g in groups if g["params"]], lr=settings.lr, betas=settings.betas)
+        optimizer: Optimizer = AdamW(
+            [g for g in groups if g["params"]], lr=settings.lr, betas=settings.betas, fused=True
+        )
+        # It could unscale gradients itself, for which Lightning would refuse to clip them.
+        optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
         steps = int(self.trainer.estimated_stepping_batches)
         scheduler = LambdaLR(optimizer, lambda step: settings.factor(step, steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

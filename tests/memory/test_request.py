@@ -50,6 +50,22 @@ def test_guard_T7_what_cannot_fit_is_refused_with_the_settings_that_help(monkeyp
     assert require_memory(config) is None
 
 
+def test_layers_are_computed_again_where_only_that_fits(monkeypatch):
+    monkeypatch.setattr("vessel.memory.plan._CONTEXT", 0)
+    config = configuration("data.root=nowhere", "trainer=cpu", "gpu_gb=24")
+    assert not require_memory(config).setup.checkpointing
+    setup = setup_of(config)
+    kept, again = (memory_plan(replace(setup, checkpointing=choice)).gigabytes for choice in (False, True))
+    config.gpu_gb = (kept + again) / 2
+    assert require_memory(config).setup.checkpointing
+    config.checkpointing = False
+    with pytest.raises(VesselError, match=r"checkpointing=true.*fits"):
+        require_memory(config)
+    config.checkpointing, config.gpu_gb = "auto", again / 2
+    with pytest.raises(VesselError, match="does not fit"):
+        require_memory(config)
+
+
 def test_the_gpu_that_is_there_is_what_counts(monkeypatch):
     judged = []
     monkeypatch.setattr("vessel.memory.request.gpu_size", lambda count: 11.0)

@@ -35,10 +35,11 @@ def test_state_embedding_logits_and_mask_are_the_recorded_ones(golden, case):
     tiles = cut_tiles(image, views)
     ids, _ = prompt.conversation([golden.cases[case]["text"]], ["[SEG]"], len(tiles) * 256)
     with torch.no_grad():
-        hidden = network.mllm.model.language_model(inputs_embeds=network.embed(ids[None], tiles)).last_hidden_state
+        embeddings = network.embed(ids[None], network.see(tiles))
+        hidden = network.mllm.model.language_model(inputs_embeds=embeddings).last_hidden_state
         state = hidden[ids[None] == prompt.token_ids.seg]
         embedding = network.text_hidden_fcs(state)
-        logits = network.masks(whole_frame(image, views)[None], state, torch.tensor([0]))
+        logits = network.masks(network.pyramid(whole_frame(image, views)[None]), state, torch.tensor([0]))
         at_1024 = upsample(logits, 1024, (1024, 1024))
         mask = upsample(logits, 1024, image.shape[:2]).sigmoid() > 0.5
     asked = int((ids == prompt.token_ids.seg).nonzero()[0])

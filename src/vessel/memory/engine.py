@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vessel.memory.step import GRADIENTS, How, step_of_optimizer
+from vessel.memory.step import GRADIENTS, How
 from vessel.ranks import device_count
 
 PARAMETERS, OPTIMIZER, UPDATE = "parameters", "moments of the optimizer", "temporaries of the optimizer step"
 BUCKETS = "buckets of communication"
 MASTERS = "parameters of the optimizer, float32"
+_MOMENTS = 2  # of AdamW, in the dtype of the parameter; its fused step takes nothing beside them
 
 
 @dataclass(frozen=True)
@@ -100,16 +101,15 @@ class Engine:
         buffers = sum(buffer.nbytes for buffer in network.buffers())
         if self.stage == 0:
             gradients = sum(p.nbytes for p in trained)
-            state, update = step_of_optimizer(trained)
-            held = {PARAMETERS: sum(p.nbytes for p in everything) + buffers, OPTIMIZER: state}
+            held = {PARAMETERS: sum(p.nbytes for p in everything) + buffers, OPTIMIZER: _MOMENTS * gradients}
             if self.ranks > 1:
                 held[BUCKETS] = gradients
-            return States(held, {}, {GRADIENTS: gradients, UPDATE: update}, 0)
+            return States(held, {}, {GRADIENTS: gradients}, 0)
         return self._cut(everything, trained, buffers)
 
     def _cut(self, everything: Sequence[Tensor], trained: Sequence[Tensor], buffers: int) -> States:
         own = sum(math.ceil(p.numel() / self.ranks) for p in trained)
-        state, update = step_of_optimizer([torch.empty(own, device="meta")])
+        state = _MOMENTS * 4 * own
         size, halved = self.dtype.itemsize, (self.stage == 3)
         parts = sum(math.ceil(p.numel() / self.ranks) if halved else p.numel() for p in everything) * size
         whole = sum(p.numel() for p in everything if halved and p.numel() <= self.persistent) * size
@@ -123,8 +123,8 @@ class Engine:
         if self.offload_optimizer:
             return States(held, {}, {}, on_host + state + 4 * own + accumulated)
         held |= {MASTERS: 4 * own, OPTIMIZER: state}
-        # the flat copy of the gradients that the optimizer is given, and what it takes itself
-        return States(held, {GRADIENTS: accumulated}, {GRADIENTS: accumulated, UPDATE: update + 4 * own}, on_host)
+        # the flat copy of the gradients that the optimizer is given
+        return States(held, {GRADIENTS: accumulated}, {GRADIENTS: accumulated, UPDATE: 4 * own}, on_host)
 
 
 @dataclass(frozen=True)

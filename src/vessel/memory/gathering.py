@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from peft.utils.other import TrainableTokensWrapper
 from torch import nn
 
 from vessel.memory.engine import Engine
@@ -32,6 +31,8 @@ def gathered_elements(order: Sequence[tuple[nn.Module, bool]], engine: Engine) -
 
 
 def _own(module: nn.Module, persistent: int) -> tuple[tuple[int, int], ...]:
+    from peft.utils.other import TrainableTokensWrapper
+
     # the wrapper of token rows reads its table itself, without running the module that has it
     tensors = module.parameters(recurse=isinstance(module, TrainableTokensWrapper))
     return tuple((id(p), p.numel()) for p in tensors if p.numel() > persistent)

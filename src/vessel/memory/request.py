@@ -9,18 +9,21 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from vessel.data.catalog import Catalog
+from vessel.errors import VesselError
 from vessel.memory.advice import advice, gpu_size, require_room
 from vessel.memory.engine import Engine
 from vessel.memory.plan import Images, MemoryPlan, Setup, memory_plan
 from vessel.places import expanded
+from vessel.settings import AUTO
 
 _USUAL_GB = 24.0  # of the GPU that is meant where none is there and none is named
 
 
 def show(config: DictConfig) -> None:
     """Print the plan of a training configuration and its verdict; neither data, weights nor a GPU have to be there."""
-    plan, size = memory_plan(setup_of(config)), _size(config)
+    size = _size(config)
     known = _USUAL_GB if size is None else size
+    plan = _plan(config, known)
     console = Console()
     console.print(plan.table())
     console.print(plan.verdict(known), markup=False, highlight=False)
@@ -32,7 +35,8 @@ def require_memory(config: DictConfig) -> MemoryPlan | None:
     """Refuse a training configuration that the GPU cannot hold.
 
     Returns:
-        the plan; None where there is nothing to judge by: on the CPU without `gpu_gb`, or with `force`.
+        the plan, whose setup tells what `checkpointing=auto` comes to; None where there is nothing to judge by: on the
+        CPU without `gpu_gb`, or with `force`.
 
     Raises:
         VesselError: it does not fit; the message says what would help.
@@ -40,9 +44,21 @@ def require_memory(config: DictConfig) -> MemoryPlan | None:
     size = _size(config)
     if size is None or config.force:
         return None
-    plan = memory_plan(setup_of(config))
+    plan = _plan(config, size)
     require_room(plan, size)
     return plan
+
+
+def _plan(config: DictConfig, gpu_gb: float) -> MemoryPlan:
+    """The plan; with `checkpointing=auto` layers are computed again where the step fits only so."""
+    plan = memory_plan(setup_of(config))
+    if config.checkpointing != AUTO or plan.fits(gpu_gb):
+        return plan
+    try:
+        saving = memory_plan(replace(plan.setup, checkpointing=True), like=plan)
+    except VesselError:  # this network cannot
+        return plan
+    return saving if saving.fits(gpu_gb) else plan
 
 
 def setup_of(config: DictConfig) -> Setup:
@@ -54,7 +70,7 @@ def setup_of(config: DictConfig) -> Setup:
         trainable=config.trainable,
         objective=instantiate(config.objective),
         engine=Engine.of(OmegaConf.to_container(config.trainer, resolve=True)),  # type: ignore[arg-type]  # a mapping
-        checkpointing=config.checkpointing,
+        checkpointing=config.checkpointing is True,
         batch_size=config.data.batch_size,
     )
     return _with_images(setup, config.data)

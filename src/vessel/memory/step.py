@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import AdamW
 from torch.utils._pytree import tree_iter
 
 from vessel.batch import Batch
@@ -116,23 +115,6 @@ def _backward(loss: Tensor) -> None:
     engine.run_backward(
         (loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True
     )
-
-
-def step_of_optimizer(trained: Sequence[Tensor]) -> tuple[int, int]:
-    """Bytes of AdamW's state, and of what one of its steps takes on a GPU for a while, for that many elements."""
-    elements = Counter[torch.dtype]()
-    for tensor in trained:
-        elements[tensor.dtype] += tensor.numel()
-    own = [nn.Parameter(torch.empty(count, dtype=dtype, device="meta")) for dtype, count in elements.items()]
-    for parameter in own:
-        parameter.grad = torch.empty_like(parameter)
-    optimizer = AdamW(own, foreach=True)  # what torch chooses on a GPU: all tensors at once
-    optimizer.step()
-    states = [tensor for values in optimizer.state.values() for tensor in values.values()]
-    live = Live([*own, *(p.grad for p in own if p.grad is not None), *states])
-    with live:
-        optimizer.step()
-    return sum(tensor.nbytes for tensor in states if tensor.ndim), live.fullest.total()
 
 
 def _with_gradients_before(live: Live, trained: Sequence[Tensor], how: How) -> Mapping[str, int]:

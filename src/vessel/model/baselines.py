@@ -134,6 +134,10 @@ class PromptedSam2(Baseline):
         own = self.grounding
         return {"SAM2 image encoder": own.image_encoder, "mask decoder": own.sam_mask_decoder}
 
+    def costly(self) -> Sequence[nn.Module]:
+        """The trunk of the image encoder."""
+        return [self.grounding.image_encoder.trunk]
+
     def checkpoint_layers(self) -> None:
         """For the image encoder where it trains; in a frozen one nothing is kept anyway."""
         if trains(self.grounding.image_encoder):
@@ -216,6 +220,10 @@ class UNet(Baseline):
             "U-Net encoder": self.unet.get_submodule("encoder"),
             "U-Net decoder": self.unet.get_submodule("decoder"),
         }
+
+    def costly(self) -> Sequence[nn.Module]:
+        """All of it."""
+        return [self.unet]
 
     def checkpoint_layers(self) -> None:
         """Batch normalisation would count a batch twice.

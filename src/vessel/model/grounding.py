@@ -12,6 +12,8 @@ from hydra.core.global_hydra import GlobalHydra
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from vessel.batch import Pyramid
+
 
 @contextmanager
 def _hydra_as_found() -> Iterator[None]:
@@ -83,11 +85,19 @@ class Grounding(SAM2Base):
     """
 
     def encode(self, frames: Tensor) -> FrameFeatures:
-        """Features of normalised frames [B, 3, S, S]; no graph is kept through a frozen image encoder."""
+        """Features of normalised frames [B, 3, S, S]."""
+        return self.features(self.pyramid(frames))
+
+    def pyramid(self, frames: Tensor) -> Pyramid:
+        """What the image encoder makes of normalised frames [B, 3, S, S]; no graph is kept through a frozen one."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and trains(self.image_encoder)):
-            # the pyramid's upsampling returns float32 whatever it is given
-            s0, s1, top = (level.to(frames.dtype) for level in self.image_encoder(frames)["backbone_fpn"])
-        return FrameFeatures(top, (self.sam_mask_decoder.conv_s0(s0), self.sam_mask_decoder.conv_s1(s1)))
+            # its upsampling returns float32 whatever it is given
+            return Pyramid(*(level.to(frames.dtype) for level in self.image_encoder(frames)["backbone_fpn"]))
+
+    def features(self, pyramid: Pyramid) -> FrameFeatures:
+        """What the mask decoder reads, by two layers of its own."""
+        decoder = self.sam_mask_decoder
+        return FrameFeatures(pyramid.top, (decoder.conv_s0(pyramid.high), decoder.conv_s1(pyramid.middle)))
 
     def checkpoint_blocks(self) -> None:
         """Where gradients are wanted, keep only what enters each block of the image encoder."""

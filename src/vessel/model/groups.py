@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from vessel.errors import VesselError
@@ -85,7 +84,7 @@ def choose_trainable(network: nn.Module, choice: str) -> None:
         VesselError: unknown choice.
     """
     groups = trained_by(choice)
-    adapted = any(isinstance(m, BaseTunerLayer) for m in network.modules())
+    adapted = any(group_of(name) == "lora" or _is_token_adapter(name) for name, _ in network.named_parameters())
     for name, parameter in network.named_parameters():
         group = group_of(name)
         is_base = adapted and (group == "language" or (group == "tokens" and not _is_token_adapter(name)))

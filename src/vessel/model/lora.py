@@ -5,15 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import Linear as LoraLinear
-from peft.utils.other import TrainableTokensWrapper
 from torch import Tensor, nn
 
 from vessel.errors import VesselError
 from vessel.model.network import Network
 from vessel.model.sa2va import Sa2VA
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 _ADAPTER = "default"
 _ADAPTED = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -60,6 +61,8 @@ def add_lora(network: Network, lora: Lora, *, new_tokens: range, seg_is_trained:
             "lora.tokens=frozen leaves the rows of [SEG] random for ever: the token would never be emitted. "
             "Use lora.tokens=full or new, or start from the weights of a Sa2VA"
         )
+    from peft import LoraConfig, inject_adapter_in_model
+
     rows = list(new_tokens)
     config = LoraConfig(
         r=lora.r,
@@ -92,6 +95,9 @@ def merged_state(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
     Yields:
         name and tensor, on the CPU; float32 for merged weights, as stored otherwise.
     """
+    from peft.tuners.lora import Linear as LoraLinear
+    from peft.utils.other import TrainableTokensWrapper
+
     merged = set()
     for prefix, module in network.named_modules():
         if isinstance(module, LoraLinear):

@@ -68,13 +68,22 @@ class Network(nn.Module):
         """
         raise NotImplementedError
 
+    def costly(self) -> Sequence[nn.Module]:
+        """Modules that take most of the time; those of one kind share what is compiled of them."""
+        raise NotImplementedError
+
+    def compile_layers(self, backend: str = "inductor") -> None:
+        """Have torch compile the costly modules at their first use; names of tensors stay as they are."""
+        for module in self.costly():
+            module.compile(backend=backend)
+
     def require_frames(self, batch: Batch) -> None:
         """Refuse frames of another size.
 
         Raises:
             VesselError: with both sizes.
         """
-        if tuple(batch.frames.shape[-2:]) != (self.frame, self.frame):
+        if len(batch.frames) and tuple(batch.frames.shape[-2:]) != (self.frame, self.frame):
             raise VesselError(
                 f"frames of {tuple(batch.frames.shape[-2:])} pixels for a network of {self.frame} x {self.frame}: "
                 "train and predict with the one resolution of the run's `model`"

@@ -40,6 +40,7 @@ class NetworkPlan:
         weights: sources in the order of loading, a later one on top of those before; empty for random weights.
         frozen_dtype: dtype of parameters that do not train; under ZeRO-3 all have the one that DeepSpeed is set to.
         checkpointing: keep only what enters each layer that gradients pass, and compute the layer again for them.
+        compile: have torch compile what takes most of the time.
         seg_is_trained: whether a source gave rows of `[SEG]` that it trained; known when the network is made.
     """
 
@@ -52,6 +53,7 @@ class NetworkPlan:
     weights: Sequence[Weights] = ()
     frozen_dtype: torch.dtype = torch.float32
     checkpointing: bool = False
+    compile: bool = False
     reports: list[LoadReport] = field(default_factory=list)
     seg_is_trained: bool = False
 
@@ -101,11 +103,41 @@ class NetworkPlan:
         choose_trainable(network, self.trainable)
         if self.checkpointing:
             network.checkpoint_layers()
+        if self.compile:
+            if ranks is not None:
+                raise VesselError(
+                    "compile=true: ZeRO-3 gathers layers one by one, around torch's compiler; leave it false"
+                )
+            network.compile_layers()
         for parameter in network.parameters() if ranks is None else ():
             dtype = torch.float32 if parameter.requires_grad else self.frozen_dtype
             if parameter.dtype != dtype:
                 parameter.data = parameter.data.to(dtype)
         return network
+
+    def require_learning(self, network: Network) -> None:
+        """Refuse what would train nothing, or leave random for ever what it does not train.
+
+        Raises:
+            VesselError: with the choices there are.
+        """
+        groups, speaks = network.trainable_groups(), network.phrases is None
+        if self.trainable == "lora" and "lora" not in groups:
+            told = ", but lora=none: choose adapters, such as lora=r128, or another trainable="
+            raise VesselError("trainable=lora" + (told if speaks else ": no language model here; choose trainable=all"))
+        if not groups:
+            others = "lora, decoder_only or all" if speaks else "all"
+            raise VesselError(f"trainable={self.trainable}: nothing would train; choose {others}")
+        if speaks and not self.seg_is_trained and "tokens" not in groups:
+            raise VesselError(
+                f"trainable={self.trainable} from weights that do not know [SEG]: it would stay random for ever. Start "
+                "from the weights of a Sa2VA, weights=[...], or choose trainable=all"
+            )
+        if not speaks and not self.weights and self.trainable != "all":
+            raise VesselError(
+                f"trainable={self.trainable} from random weights: what does not train would stay random for ever. "
+                "Start from the weights of a SAM2, weights=[...], or choose trainable=all"
+            )
 
     def nbytes(self) -> int:
         """Bytes of the parameters when built, adapters not counted, in the dtypes that the sources' headers tell."""

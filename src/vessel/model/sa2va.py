@@ -5,7 +5,8 @@ Letters: B images, N `[SEG]` tokens of the batch, T tiles, L tokens, d width of 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import InternVLForConditionalGeneration
 
-from vessel.batch import Batch, Output, TokenIds, Views
+from vessel.batch import Batch, Output, Pyramid, TokenIds, Views
 from vessel.errors import VesselError
 from vessel.model.grounding import Grounding, GroundingSizes, best_candidate, build_grounding, trains
 from vessel.model.mllm import LanguageSizes, VisionSizes, build_mllm
@@ -80,34 +81,47 @@ class Sa2VA(Network):
         at_seg = (batch.input_ids == self.tokens.seg).nonzero(as_tuple=True)
         supervised = (batch.labels[:, 1:] != -100).nonzero(as_tuple=True)
         return Output(
-            mask_logits=self.masks(batch.frames, _at(hidden, at_seg), at_seg[0]),
+            mask_logits=self.masks(self.pyramids(batch), _at(hidden, at_seg), at_seg[0]),
             seg_to_image=at_seg[0],
             lm_logits=self.mllm.lm_head(_at(hidden, supervised)),
             lm_targets=batch.labels[:, 1:][supervised],
         )
 
-    def embed(self, input_ids: Tensor, tiles: Tensor, regions: Sequence[Tensor] | None = None) -> Tensor:
-        """Token embeddings [B, L, d] with the tiles' features (uint8 [T, 3, t, t]) in place of image tokens.
+    def see(self, tiles: Tensor) -> Tensor:
+        """What the vision encoder makes of tiles uint8 [T, 3, t, t]: [T, P, v], four patches a feature, not projected.
+
+        No graph is kept through a frozen one.
+        """
+        own = self.mllm.model
+        tower = own.vision_tower
+        pixels = normalise(tiles.to(_device(tower))).to(tower.dtype)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and trains(tower)):
+            patches = tower(pixel_values=pixels, return_dict=True).last_hidden_state[:, 1:]  # the first is of no place
+            side = math.isqrt(patches.shape[1])
+            four = own.pixel_shuffle(patches.unflatten(1, (side, side)), scale_factor=own.config.downsample_ratio)
+            return four.flatten(1, 2).to(tower.dtype)
+
+    def embed(self, input_ids: Tensor, seen: Tensor, regions: Sequence[Tensor] | None = None) -> Tensor:
+        """Token embeddings [B, L, d] with the projected features of tiles in place of image tokens.
 
         Args:
             input_ids: int64 [B, L].
-            tiles: of all images, in their order.
+            seen: [T, P, v], as `see` makes them of the tiles of all images, in their order.
             regions: one bool [R, s, s] an image; the features of its last tile that a region holds come once more,
                 region by region, after those of its tiles.
 
         Raises:
             VesselError: the number of image tokens is not the number of features.
         """
-        seeing, reading = _device(self.mllm.model.vision_tower), self.mllm.get_input_embeddings()
-        pixels = normalise(tiles.to(seeing)).to(self.mllm.dtype)
-        features = self.mllm.model.get_image_features(pixels).pooler_output
+        reading = self.mllm.get_input_embeddings()
+        features = self.mllm.model.multi_modal_projector(seen)
         embeddings = reading(input_ids.to(_device(reading)))
         is_image = input_ids == self.tokens.image
         count = features.shape[0] * features.shape[1] + sum(int(held.sum()) for held in regions or ())
         if int(is_image.sum()) != count:
             raise VesselError(
                 f"the prompt holds {int(is_image.sum())} image tokens but the vision encoder made {count} features of "
-                f"{len(tiles)} tiles; build prompts with vessel.data.prompt and the network's own views"
+                f"{len(seen)} tiles; build prompts with vessel.data.prompt and the network's own views"
             )
         if regions is not None:
             features = _with_regions(features, is_image.sum(1).tolist(), regions)
@@ -117,17 +131,49 @@ class Sa2VA(Network):
     def language_states(self, batch: Batch) -> Tensor:
         """Last hidden states after the final norm, [B, L, d]."""
         return self.mllm.model.language_model(
-            inputs_embeds=self.embed(batch.input_ids, batch.tiles, batch.regions),
+            inputs_embeds=self.embed(batch.input_ids, self.seen(batch), batch.regions),
             attention_mask=batch.attention_mask.to(_device(self.mllm.get_input_embeddings())),
             use_cache=False,
         ).last_hidden_state
 
-    def masks(self, frames: Tensor, seg_states: Tensor, seg_to_image: Tensor) -> Tensor:
-        """Mask logits float32 [N, S/4, S/4] of frames uint8 [B, 3, S, S], by states [N, d] of images int64 [N]."""
-        here, dtype = self.grounding.no_mem_embed.device, self.grounding.no_mem_embed.dtype
-        features = self.grounding.encode(normalise(frames.to(here)).to(dtype))
+    def pyramid(self, frames: Tensor) -> Pyramid:
+        """What SAM2's image encoder makes of frames uint8 [B, 3, S, S]."""
+        here = self.grounding.no_mem_embed
+        return self.grounding.pyramid(normalise(frames.to(here.device)).to(here.dtype))
+
+    def masks(self, pyramid: Pyramid, seg_states: Tensor, seg_to_image: Tensor) -> Tensor:
+        """Mask logits float32 [N, S/4, S/4] of B frames, by states [N, d] of images int64 [N]."""
+        here = self.grounding.no_mem_embed.device
         prompts = self.text_hidden_fcs(seg_states.to(_device(self.text_hidden_fcs))).to(here)
+        features = self.grounding.features(pyramid)
         return best_candidate(*self.grounding.decode(features.of(seg_to_image.to(here)), prompts))
+
+    def seen(self, batch: Batch) -> Tensor:
+        """`see` of a batch, as far as its features are not known: [sum of T, P, v]."""
+        if batch.features is None:
+            return self.see(batch.tiles)
+        tower = self.mllm.model.vision_tower
+        tiles = (batch.input_ids == self.tokens.image).sum(1) // self.mllm.config.image_seq_length
+        unknown = [int(n) for n, known in zip(tiles, batch.features, strict=True) if known is None]
+        fresh = iter(self.see(batch.tiles).split(unknown) if unknown else ())
+        known_or_fresh = (
+            next(fresh) if known is None else known.seen.to(_device(tower), tower.dtype) for known in batch.features
+        )
+        return torch.cat(list(known_or_fresh))
+
+    def pyramids(self, batch: Batch) -> Pyramid:
+        """`pyramid` of a batch, as far as its features are not known."""
+        if batch.features is None:
+            return self.pyramid(batch.frames)
+        here = self.grounding.no_mem_embed
+        fresh: Iterator[Iterable[Tensor]] = iter(())
+        if len(batch.frames):
+            fresh = zip(*(level.split(1) for level in self.pyramid(batch.frames)), strict=True)
+        images = (
+            next(fresh) if known is None else (level.to(here.device, here.dtype) for level in known.pyramid)
+            for known in batch.features
+        )
+        return Pyramid(*(torch.cat(levels) for levels in zip(*images, strict=True)))
 
     def emitted(self, output: Output) -> Tensor:
         """Whether the language model itself would have chosen `[SEG]` where the answer holds it: bool [N]."""
@@ -162,6 +208,11 @@ class Sa2VA(Network):
             own.vision_tower.activation_checkpointing_enable({"use_reentrant": False})
         if trains(self.grounding.image_encoder):
             self.grounding.checkpoint_blocks()
+
+    def costly(self) -> Sequence[nn.Module]:
+        """Layers of both encoders and of the language model; Hiera's differ too much to share, so they are one."""
+        own = self.mllm.model
+        return [*own.vision_tower.encoder.layer, self.grounding.image_encoder.trunk, *own.language_model.layers]
 
     def _check(self, batch: Batch) -> None:
         self.require_frames(batch)

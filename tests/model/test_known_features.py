@@ -1,0 +1,102 @@
+"""Features of the frozen encoders, given instead of tiles and frames, and layers compiled: the same results."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from vessel.batch import Features, Pyramid, Sample, collate
+from vessel.losses import NativeObjective, lm_loss
+from vessel.model.lora import Lora
+
+
+@pytest.fixture
+def samples(prompt, plan):
+    """Two images with truth, of one and of three tiles."""
+    views, generator = plan().sizes.views, torch.Generator().manual_seed(1)
+
+    def pixels(*shape):
+        return torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+
+    def make(name, count, phrases):
+        ids, labels = prompt.encode(phrases, count * views.tokens_per_tile)
+        tiles, frame = pixels(count, 3, views.tile, views.tile), pixels(3, views.frame, views.frame)
+        masks = pixels(len(phrases), 24, 20) > 127
+        return Sample(name, "p", "v", tuple(phrases), tiles, frame, ids, labels, (24, 20), masks)
+
+    return [make("a", 1, ["lumen"]), make("b", 3, ["lumen", "cap"])]
+
+
+def without_pixels(network, sample):
+    """The sample with features in place of tiles and frame."""
+    with torch.no_grad():
+        features = Features(network.see(sample.tiles), network.pyramid(sample.frame[None]))
+    return replace(sample, tiles=sample.tiles[:0], frame=sample.frame[:, :0, :0], features=features)
+
+
+def learnt(network, batch):
+    """Losses of a batch, and the gradients of what trains."""
+    network.zero_grad()
+    output = network(batch)
+    losses = dict(NativeObjective()(output.mask_logits, batch.masks, network.frame))
+    losses["lm_loss"] = lm_loss(output.lm_logits, output.lm_targets)
+    sum(losses.values()).backward()
+    gradients = {name: p.grad.clone() for name, p in network.named_parameters() if p.grad is not None}
+    return losses, gradients, output
+
+
+@pytest.mark.parametrize("known", [(True, True), (True, False), (False, True)], ids=["all", "first", "last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_features_stand_for_tiles_and_frames(plan, samples, prompt, known, dtype):
+    network = plan(lora=Lora(r=4), trainable="lora").build().to(dtype).eval()
+    given = [without_pixels(network, s) if there else s for s, there in zip(samples, known, strict=True)]
+    expected = learnt(network, collate(samples, prompt.token_ids.pad))
+    batch = collate(given, prompt.token_ids.pad)
+    assert len(batch.frames) == 2 - sum(known)
+    found = learnt(network, batch)
+    assert found[1].keys() == expected[1].keys()
+    close = {"rtol": 1e-4, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 0.1, "atol": 0.02}
+    for one, other in zip(found, expected, strict=True):
+        assert_close(one, other, **close)
+
+
+def test_encoders_do_not_run_on_what_is_known(plan, samples, prompt):
+    network = plan(trainable="decoder_only").build().eval()
+    calls = []
+    for part in ("vision encoder", "SAM2 image encoder"):
+        network.parts()[part].register_forward_hook(lambda *_, part=part: calls.append(part))
+    batch = collate([without_pixels(network, sample) for sample in samples], prompt.token_ids.pad)
+    calls.clear()
+    with torch.no_grad():
+        network(batch)
+    assert calls == []
+
+
+def test_features_that_are_not_those_of_the_prompt_are_noticed(plan, samples, prompt):
+    network = plan().build().eval()
+    wrong = without_pixels(network, samples[1])
+    wrong = replace(wrong, features=wrong.features._replace(seen=wrong.features.seen[:1]))
+    with pytest.raises(ValueError, match="12 image tokens but the vision encoder made 4 features"):
+        network(collate([wrong], prompt.token_ids.pad))
+
+
+def test_a_batch_moves_whole(plan, samples, prompt):
+    network = plan().build().eval()
+    batch = collate([samples[0], without_pixels(network, samples[1])], prompt.token_ids.pad).to("meta")
+    nothing, known = batch.features
+    assert nothing is None
+    assert isinstance(known.pyramid, Pyramid)
+    assert all(tensor.is_meta for tensor in (known.seen, *known.pyramid))
+
+
+@pytest.mark.slow
+def test_compiled_layers_give_the_same(plan, samples, prompt):
+    network = plan(lora=Lora(r=4), trainable="lora").build().eval()
+    batch = collate(samples, prompt.token_ids.pad)
+    names, expected = list(network.state_dict()), learnt(network, batch)
+    network.compile_layers("aot_eager")  # all of torch's compiler but the code generator
+    found = learnt(network, batch)
+    assert list(network.state_dict()) == names
+    for one, other in zip(found, expected, strict=True):
+        assert_close(one, other, rtol=1e-4, atol=1e-6)
