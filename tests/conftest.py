@@ -29,14 +29,15 @@ SIZES = Sizes(
 )  # fmt: skip
 
 
-def scripted(network, ids):
-    """Make a network say these ids, whatever it sees; after them it speaks for itself."""
-    script = iter(ids)
+def scripted(network, *scripts):
+    """Make a network say ids, whatever it sees: each image of a batch its own. After them it speaks for itself."""
+    scripts = [iter(ids) for ids in scripts]
 
     def speak(_module, _inputs, logits):
-        if (token := next(script, None)) is not None:
-            logits = torch.zeros_like(logits)
-            logits[..., token] = 1
+        logits = logits.clone()
+        for row, script in zip(logits, scripts, strict=False):
+            if (token := next(script, None)) is not None:
+                row.zero_()[token] = 1
         return logits
 
     return network.mllm.lm_head.register_forward_hook(speak)

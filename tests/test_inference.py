@@ -1,6 +1,7 @@
 """A trained network that is asked: failures, batches, and answers given or generated."""
 
 from dataclasses import replace
+from itertools import cycle
 
 import numpy as np
 import pytest
@@ -168,20 +169,78 @@ def speaking(restored, scans):
     return replace(restored, network=network.eval())
 
 
-def test_the_same_words_give_the_same_masks_to_the_bit(speaking, scans):
-    taught, said = ask(speaking, scans), ask(speaking, scans, decode="generate")
+def test_the_same_words_give_the_same_masks(speaking, scans):
+    taught, said = ask(speaking, scans), ask(speaking, scans, decode="generate", batch_size=3)
     for a, b in zip(taught, said, strict=True):
         if isinstance(a, Prediction):
             assert a.answers == ("Sure, [SEG].",) * 2
             assert b.answers == ("Sure, [SEG].<|im_end|>",) * 2
             assert b.emitted == (True, True)
+            assert torch.allclose(torch.stack(a.probabilities), torch.stack(b.probabilities), atol=1e-5)
+
+
+def always_seg(restored, images):
+    """Make a network answer every question with `[SEG]` alone, in batches of so many images at most."""
+    tokens = restored.prompt.token_ids
+    scripted(restored.network, *(cycle([tokens.seg, tokens.eos]) for _ in range(images)))
+
+
+@pytest.mark.parametrize("decode", ["forced", "generate"])
+def test_an_image_is_encoded_once_whatever_the_phrases(restored, scans, decode):
+    always_seg(restored, 3)
+    seen, drawn = [], []
+    vision, frames = restored.network.mllm.model.vision_tower, restored.network.grounding.image_encoder
+    vision.register_forward_hook(lambda _, __, output: seen.append(len(output.last_hidden_state)))
+    frames.register_forward_hook(lambda _, images, __: drawn.append(len(images[0])))
+    targets = [target for target in find_images(str(scans)) if target.id != "scan 2"]
+    predictor = Predictor(restored, device="cpu", decode=decode)
+    for phrases in (PHRASES, (*PHRASES, "cap", "wire")):
+        answers = list(predictor.predict(targets, without_truth(targets, phrases, restored), batch_size=3))
+        assert [len(answer.probabilities) for answer in answers] == [len(phrases)] * 4
+    assert seen == drawn == [3, 1] * 2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 1, reason="needs a GPU")
+@pytest.mark.parametrize("decode", ["forced", "generate"])
+def test_a_gpu_draws_what_the_cpu_draws(restored, scans, decode):
+    always_seg(restored, 2)
+    targets = find_images(str(scans))
+    maps = []
+    for device in ("cpu", "cuda"):
+        predictor = Predictor(restored, device=device, decode=decode)
+        answers = list(predictor.predict(targets, without_truth(targets, PHRASES, restored), batch_size=2))
+        maps.append([torch.stack(answer.probabilities) for answer in answers if isinstance(answer, Prediction)])
+    assert len(maps[0]) == 4
+    assert all(torch.allclose(a, b, atol=0.05) for a, b in zip(*maps, strict=True))  # bf16
+
+
+def test_guard_I3_a_network_in_parts_says_and_draws_the_same(restored, scans):
+    options = {"decode": "generate", "max_new_tokens": 6}
+    always_seg(restored, 2)
+    whole = ask(restored, scans, **options)
+    parts = ask(restored, scans, device_map={"mllm": "cpu", "text_hidden_fcs": "cpu", "grounding": "cpu"}, **options)
+    for a, b in zip(whole, parts, strict=True):
+        if isinstance(a, Prediction):
+            assert a.answers == b.answers == ("[SEG]<|im_end|>",) * 2
             assert all(torch.equal(x, y) for x, y in zip(a.probabilities, b.probabilities, strict=True))
+
+
+def test_guard_I7_answers_too_long_for_the_memory_are_asked_for_image_by_image(restored, scans):
+    def small_memory(_, __, given):
+        if len(given["inputs_embeds"]) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    always_seg(restored, 1)
+    restored.network.mllm.model.language_model.register_forward_pre_hook(small_memory, with_kwargs=True)
+    answers = ask(restored, scans, decode="generate", batch_size=4)
+    assert [type(answer) for answer in answers] == [Prediction, Prediction, Failure, Prediction, Prediction]
+    assert all(answer.emitted == (True, True) for answer in answers if isinstance(answer, Prediction))
 
 
 def ask_freely(restored, scans, question, answers, *, regions=None):
     """What comes of a question when the network answers these words, image by image."""
-    ids = [token for answer in answers for token in restored.prompt.tokenizer(answer).input_ids]
-    hook = scripted(restored.network, ids)
+    hook = scripted(restored.network, *(restored.prompt.tokenizer(answer).input_ids for answer in answers))
     targets = [target for target in find_images(str(scans)) if target.id != "scan 2"][: len(answers)]
     predictor = Predictor(restored, device="cpu", decode="generate")
     found = list(predictor.predict(targets, asking(targets, question, restored, regions=regions), batch_size=4))

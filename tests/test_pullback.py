@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tests.conftest import scripted
 from tests.golden import NETWORKS, open_golden
 
 from vessel import pullback as pullback_module
@@ -121,7 +122,8 @@ def test_golden_pullback_from_images_to_masks(shared, monkeypatch, name, decode)
 def embeddings(predictor, ids, tiles):
     """What the `[SEG]` of a conversation mean, [N, C]."""
     network = predictor.network
-    hidden = network.mllm.model.language_model(inputs_embeds=network.embed(ids[None], tiles)).last_hidden_state[0]
+    embeddings = network.embed(ids[None], network.see(tiles))
+    hidden = network.mllm.model.language_model(inputs_embeds=embeddings).last_hidden_state[0]
     return network.text_hidden_fcs(hidden[ids == predictor.prompt.token_ids.seg])
 
 
@@ -272,9 +274,8 @@ def test_the_network_may_answer_itself(tiny_run, tmp_path):
 @pytest.mark.slow
 def test_of_an_answer_the_first_seg_is_followed(predictor, tmp_path, monkeypatch):
     [series] = found(paint(tmp_path, 2))
-    said = iter(["two [SEG] [SEG]<|im_end|>", "none<|im_end|>", "one [SEG]<|im_end|>"])
-    ids = predictor.prompt.tokenizer
-    monkeypatch.setattr("vessel.inference.say", lambda *_, **__: ids(next(said), add_special_tokens=False).input_ids)
+    said = "two [SEG] [SEG]<|im_end|>" + "none<|im_end|>" + "one [SEG]<|im_end|>"
+    scripted(predictor.network, predictor.prompt.tokenizer(said, add_special_tokens=False).input_ids)
     monkeypatch.setattr(pullback_module, "Tracker", lambda grounding, p: heard.update(p=p) or Tracker(grounding, p))
     heard = {}
     predictor.decode = "generate"
@@ -283,7 +284,7 @@ def test_of_an_answer_the_first_seg_is_followed(predictor, tmp_path, monkeypatch
     with torch.inference_mode():
         meant = embeddings(predictor, answer.sample.input_ids, answer.sample.tiles)
     assert len(meant) == 3
-    assert torch.allclose(heard["p"], meant[[0, 2]], atol=1e-6)
+    assert torch.allclose(heard["p"], meant[[0, 2]], atol=1e-5)
 
 
 @pytest.mark.slow
@@ -295,10 +296,10 @@ def test_a_wide_frame_is_one_tile_too(predictor, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_free_question_follows_each_seg_of_its_answer(predictor, tmp_path, monkeypatch):
+def test_a_free_question_follows_each_seg_of_its_answer(predictor, tmp_path):
     [series] = found(paint(tmp_path, 6))
     words = predictor.prompt.tokenizer("both [SEG] and [SEG]<|im_end|>", add_special_tokens=False).input_ids
-    monkeypatch.setattr("vessel.inference.say", lambda *_, **__: words)
+    scripted(predictor.network, words)
     predictor.decode = "generate"
     answers = list(follow(predictor, series, (), question="What is here?"))
     assert [answer.sample.phrases for answer in answers] == [("seg_1", "seg_2")] * 6

@@ -11,16 +11,15 @@ from dataclasses import dataclass, replace
 from itertools import chain, islice
 
 import torch
-from lightning.pytorch.utilities.memory import is_oom_error
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from vessel.augmented_views import averaged, check_views
-from vessel.batch import Sample, collate
+from vessel.batch import Batch, Output, Sample, collate
 from vessel.data.inputs import Target
-from vessel.data.prompt import ANSWERS, QUESTIONS
+from vessel.data.prompt import ANSWERS
 from vessel.errors import VesselError
-from vessel.generation import MAX_NEW_TOKENS, say
+from vessel.generation import MAX_NEW_TOKENS, Spoken, converse
 from vessel.model.placement import place
 from vessel.model.sa2va import Sa2VA
 from vessel.queries import Cutter, Failure, Guarded
@@ -141,6 +140,8 @@ class Predictor:
         try:
             return self._pass(asked)
         except (RuntimeError, MemoryError) as error:
+            from lightning.pytorch.utilities.memory import is_oom_error  # seconds, which only a failure costs
+
             if not (isinstance(error, MemoryError | torch.OutOfMemoryError) or is_oom_error(error)):
                 raise
         if self.device.type == "cuda":
@@ -153,104 +154,64 @@ class Predictor:
     @torch.inference_mode()
     def _pass(self, asked: list[tuple[Target, Sample]]) -> list[Prediction | Failure]:
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.device.type == "cuda"):
-            spoken = [self.converse(sample) for _, sample in asked]
-            drawn = iter(self._draw([said.sample for said in spoken if said.sample.phrases]))
+            spoken = self.converse([sample for _, sample in asked])
+            drawn = iter(self._draw([said for said in spoken if said.sample.phrases]))
         nothing = (torch.empty(0), torch.empty(0, dtype=torch.bool))
         return [
             _result(target, sample, said, *(next(drawn) if said.sample.phrases else nothing))
             for (target, sample), said in zip(asked, spoken, strict=True)
         ]
 
-    def _draw(self, samples: list[Sample]) -> list[tuple[Tensor, Tensor | None]]:
+    def converse(self, samples: Sequence[Sample], *, frames: int = 1) -> list[Spoken]:
+        """The conversation about each sample: taught, or the network's own, each answer in the light of those before.
+
+        Args:
+            samples: one with a free question has no phrases.
+            frames: of a pullback, one tile each.
+        """
+        if self.decode == "generate":
+            return converse(self.sa2va, self.prompt, samples, frames=frames, max_new_tokens=self.max_new_tokens)
+        imposed = ANSWERS[:1] if self.network.phrases is None else ()
+        return [
+            Spoken(replace(sample, masks=None), asked, imposed * len(asked), tuple(range(len(asked))))
+            for sample, asked in ((sample, sample.phrases) for sample in samples)
+        ]
+
+    def _draw(self, spoken: Sequence[Spoken]) -> list[tuple[Tensor, Tensor | None]]:
         """For each conversation with its N `[SEG]`: probabilities float32 [N, H, W], and `emitted` bool [N].
 
         A network without a language model has emitted None.
         """
-        if not samples:
+        if not spoken:
             return []
-        batch = collate(samples, self.prompt.token_ids.pad).to(self.device)
-        output = self.network(batch)
-        emitted: Sequence[Tensor | None] = [None] * len(samples)
-        if self.network.phrases is None:
-            emitted = self.network.emitted(output).cpu().split([len(sample.phrases) for sample in samples])
+        batch = collate([said.sample for said in spoken], self.prompt.token_ids.pad)
+        if self.device.type == "cuda":
+            batch = batch.pin_memory().to(self.device, non_blocking=True)
+        counts = [len(said.sample.phrases) for said in spoken]
+        emitted: Sequence[Tensor | None] = [None] * len(spoken)
+        if self.decode == "generate":
+            output = self._drawn(batch, torch.cat([said.states for said in spoken if said.states is not None]))
+            emitted = [torch.ones(n, dtype=torch.bool) for n in counts]
+        else:
+            output = self.network(batch)
+            if self.network.phrases is None:
+                emitted = self.network.emitted(output).cpu().split(counts)
         maps = [probabilities.cpu() for probabilities in self.network.probabilities(output, batch)]
         return list(zip(maps, emitted, strict=True))
 
-    def converse(self, sample: Sample, *, frames: int = 1) -> Spoken:
-        """The conversation about a sample: taught, or the network's own, each answer in the light of those before.
-
-        Args:
-            sample: a free question has no phrases.
-            frames: of a pullback, one tile each.
-        """
-        if self.decode == "forced":
-            n = len(sample.phrases)
-            taught = (ANSWERS[0],) * n if self.network.phrases is None else ()
-            return Spoken(replace(sample, masks=None), sample.phrases, taught, tuple(range(n)))
-        if not sample.phrases:
-            return self._speak_freely(sample)
-        image_tokens = len(sample.tiles) // frames * self.views.tokens_per_tile
-        questions = [QUESTIONS[0].format(phrase=phrase) for phrase in sample.phrases]
-        answers: list[list[int]] = []
-        for turn in range(len(questions)):
-            asked, _ = self.prompt.conversation(questions[: turn + 1], answers, image_tokens, frames=frames)
-            answers.append(self._say(asked, sample))
-        found = [answer.count(self.prompt.token_ids.seg) for answer in answers]
-        first = [sum(found[:turn]) if n else None for turn, n in enumerate(found)]
-        said, labels = self.prompt.conversation(questions, answers, image_tokens, frames=frames)
-        owners = tuple(phrase for phrase, n in zip(sample.phrases, found, strict=True) for _ in range(n))
-        shown = replace(sample, phrases=owners, input_ids=said, labels=labels, masks=None)
-        return Spoken(shown, sample.phrases, tuple(map(self._text, answers)), tuple(first))
-
-    def _speak_freely(self, sample: Sample) -> Spoken:
-        answer = self._say(sample.input_ids, sample)
-        count = answer.count(self.prompt.token_ids.seg)
-        names = tuple(f"seg_{i}" for i in range(1, count + 1))
-        ids = torch.tensor(answer)
-        shown = replace(
-            sample,
-            phrases=names,
-            input_ids=torch.cat([sample.input_ids, ids]),
-            labels=torch.cat([sample.labels, ids]),
-            masks=None,
-        )
-        return Spoken(shown, names, (self._text(answer),), tuple(range(count)))
+    def _drawn(self, batch: Batch, states: Tensor) -> Output:
+        """Masks by the states [N, d] of the `[SEG]` that the network said; its words are behind it."""
+        self.network.require_frames(batch)
+        images = [i for i, phrases in enumerate(batch.phrases) for _ in phrases]
+        of_image, nothing = torch.tensor(images), torch.empty(0, dtype=torch.int64)
+        logits = self.sa2va.masks(self.sa2va.pyramids(batch), states, of_image)
+        return Output(logits, of_image, lm_logits=logits.new_empty(0, 0), lm_targets=nothing)
 
     @property
     def sa2va(self) -> Sa2VA:
         """The network, of which only that kind speaks and follows pullbacks."""
         assert isinstance(self.network, Sa2VA)
         return self.network
-
-    def _say(self, asked: Tensor, sample: Sample) -> list[int]:
-        return say(
-            self.sa2va,
-            self.prompt,
-            asked,
-            sample.tiles,
-            regions=sample.regions,
-            max_new_tokens=self.max_new_tokens,
-        )
-
-    def _text(self, answer: Sequence[int]) -> str:
-        return self.prompt.decode(answer).strip()
-
-
-@dataclass(frozen=True)
-class Spoken:
-    """A conversation with its answers.
-
-    Attributes:
-        sample: without truth; a phrase for every `[SEG]` of the answers.
-        phrases: what results are for.
-        answers: as in `Prediction`.
-        at: for each phrase its `[SEG]`, counted over the conversation; None without one.
-    """
-
-    sample: Sample
-    phrases: tuple[str, ...]
-    answers: tuple[str, ...]
-    at: tuple[int | None, ...]
 
 
 def _checked(views: Sequence[str], decode: str) -> tuple[str, ...]:

@@ -14,7 +14,6 @@ from pathlib import PurePosixPath
 
 import numpy as np
 import torch
-from lightning.pytorch.utilities.memory import is_oom_error
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -25,6 +24,7 @@ from vessel.data.inputs import Target
 from vessel.data.prompt import ANSWERS, QUESTIONS
 from vessel.data.transforms import cut_tiles, whole_frame
 from vessel.errors import VesselError
+from vessel.generation import Spoken
 from vessel.inference import Failure, Prediction, Predictor
 from vessel.model.network import normalise
 from vessel.model.tracking import PROMPTED_FRAMES, Tracker
@@ -96,6 +96,8 @@ def follow(
         folder = str(first.file).removesuffix(first.name)
         yield _failure(pullback, str(error).replace(folder, "") if folder else str(error))
     except (RuntimeError, MemoryError) as error:
+        from lightning.pytorch.utilities.memory import is_oom_error  # seconds, which only a failure costs
+
         if not (isinstance(error, MemoryError | torch.OutOfMemoryError) or is_oom_error(error)):
             raise
         yield _failure(pullback, f"out of memory on {predictor.device.type}")
@@ -113,8 +115,7 @@ def _predictions(
     shown = list(islice(frames, PROMPTED_FRAMES))
     tiles = torch.cat([cut_tiles(image, replace(views, max_tiles=1)) for _, image in shown])
     sample = _sample(predictor, tiles, phrases, question, size=shown[0][1].shape[:2])
-    told = predictor.converse(sample, frames=len(tiles))
-    prompts, emitted = _listen(predictor, told.sample)
+    prompts, emitted, told = _listen(predictor, sample, frames=len(tiles))
     drawn = [at for at in told.at if at is not None]
     grounding = predictor.sa2va.grounding
     tracker = Tracker(grounding, prompts[drawn].to(grounding.device))
@@ -163,16 +164,22 @@ def _sample(
 
 
 @torch.inference_mode()
-def _listen(predictor: Predictor, sample: Sample) -> tuple[Tensor, Tensor]:
-    """Of the N `[SEG]` of the conversation: their embeddings [N, C], and whether the network would have said them."""
+def _listen(predictor: Predictor, sample: Sample, *, frames: int) -> tuple[Tensor, Tensor, Spoken]:
+    """The conversation; of its N `[SEG]` the embeddings [N, C], and whether the network itself would say them."""
     network, seg = predictor.sa2va, predictor.prompt.token_ids.seg
-    batch = collate([sample], predictor.prompt.token_ids.pad).to(predictor.device)
-    is_seg = sample.input_ids == seg
     with _precision(predictor):
-        hidden = network.language_states(batch)[0]
-        prompts = network.text_hidden_fcs(hidden[is_seg])
-        said = network.mllm.lm_head(hidden[:-1][is_seg[1:]]).argmax(-1) == seg
-    return prompts, said.cpu()
+        [told] = predictor.converse([sample], frames=frames)
+        states = told.states
+        if states is None:
+            batch = collate([told.sample], predictor.prompt.token_ids.pad).to(predictor.device)
+            hidden = network.language_states(batch)[0]
+            is_seg = told.sample.input_ids == seg
+            states = hidden[is_seg]
+            emitted = network.mllm.lm_head(hidden[:-1][is_seg[1:]]).argmax(-1) == seg
+        else:
+            emitted = torch.ones(len(states), dtype=torch.bool)
+        prompts = network.text_hidden_fcs(states)
+    return prompts, emitted.cpu(), told
 
 
 @torch.inference_mode()

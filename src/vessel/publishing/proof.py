@@ -24,7 +24,7 @@ from vessel.data.dataset import make_sample
 from vessel.data.inputs import Target
 from vessel.data.prompt import IGNORED, QUESTIONS
 from vessel.errors import VesselError, told_to_the_user
-from vessel.generation import say
+from vessel.generation import Conversations
 from vessel.inference import Failure, Predictor
 from vessel.model.grounding import GroundingSizes
 from vessel.model.weights.entry import Weights
@@ -102,13 +102,14 @@ def _ask(restored: Restored, sample: Sample, phrase: str) -> Said:
     network, prompt = restored.sa2va, restored.prompt
     question, image_tokens = QUESTIONS[0].format(phrase=phrase), len(sample.tiles) * restored.views.tokens_per_tile
     asked, _ = prompt.conversation([question], [], image_tokens)
-    tokens = say(network, prompt, asked, sample.tiles, max_new_tokens=_MAX_NEW_TOKENS)
+    batch = collate([sample], prompt.token_ids.pad)
+    [tokens] = Conversations(network, prompt, batch, max_new_tokens=_MAX_NEW_TOKENS).ask([asked])
     ids, labels = prompt.conversation([question], [tokens], image_tokens)
     batch = collate([replace(sample, input_ids=ids, labels=labels)], prompt.token_ids.pad)
     with torch.inference_mode():
         before = network.language_states(batch)[0, :-1][labels[1:] != IGNORED][: len(tokens)]
         logits = network.mllm.lm_head(before).float()
-        logits[:, prompt.token_ids.image] = -torch.inf  # which `say` does not choose from
+        logits[:, prompt.token_ids.image] = -torch.inf  # which no answer holds
     best, second = logits.topk(2).values.T
     return Said(phrase, prompt.decode(tokens), tuple(tokens), tuple((best - second).tolist()))
 
