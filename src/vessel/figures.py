@@ -6,12 +6,13 @@ Matplotlib without pyplot, so no global state. Colours are those of Okabe and It
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.patches import Patch
-from skimage.segmentation import find_boundaries
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 BLUE, ORANGE, GREEN = "#0072B2", "#E69F00", "#009E73"
 VERMILLION, PURPLE, SKY, YELLOW = "#D55E00", "#CC79A7", "#56B4E9", "#F0E442"
@@ -30,6 +31,8 @@ def sweep_figure(curve: Mapping[str, Sequence[float]], best: float) -> Figure:
         curve: `threshold`, `dice`, `iou`, `precision`, `recall`, each T numbers in [0, 1].
         best: the chosen one of the thresholds, marked.
     """
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(5.6, 3.8), dpi=DPI, layout="constrained")
     axes = figure.add_subplot()
     for name, (colour, style) in CURVES.items():
@@ -66,6 +69,9 @@ def panel_figure(
         title: of the figure.
         predicted: bool [K, H, W]; without it, where the probability is greater than the threshold.
     """
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
     height = PANEL_INCHES * image.shape[0] / image.shape[1]
     figure = Figure(
         figsize=(4 * PANEL_INCHES + 0.9, len(labels) * (height + 0.08) + 0.85), dpi=DPI, layout="constrained"
@@ -103,11 +109,15 @@ def overlay(
     Returns:
         uint8 [H, W, 3].
     """
+    import cv2
+
     blended = image.astype(np.float32)
+    cross = cv2.getStructuringElement(cv2.MORPH_CROSS, (3, 3))
     for i, mask in enumerate(masks):
         colour = np.array(list(bytes.fromhex(colours[i % len(colours)][1:])), dtype=np.float32)
-        opacity = np.where(find_boundaries(mask, mode="inner"), 1.0, alpha)[mask, None]
-        blended[mask] += opacity * (colour - blended[mask])
+        inside = cv2.erode(mask.astype(np.uint8), cross)  # what lies outside the image takes nothing away
+        opacity = (mask * np.where(inside, alpha, 1.0)).astype(np.float32)[..., None]
+        blended += opacity * (colour - blended)
     return blended.round().astype(np.uint8)
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import av
 import numpy as np
-from av.container import OutputContainer
-from av.video import VideoStream
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from av.container import OutputContainer
+    from av.video import VideoStream
 
 FRAMES_PER_SECOND = 15
 _QUALITY = {"crf": "18"}  # x264's scale; no loss that an eye sees
@@ -30,6 +32,8 @@ class Film:
 
     def add(self, picture: NDArray[np.uint8]) -> None:
         """Write the next picture, uint8 [H, W, 3], RGB, all of one size."""
+        import av
+
         height, width = picture.shape[:2]
         # Colours are stored at half the resolution: an odd side repeats its last line.
         even = np.pad(picture, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")

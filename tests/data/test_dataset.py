@@ -9,7 +9,7 @@ from vessel.data.catalog import Catalog
 from vessel.data.dataset import VesselDataset
 from vessel.data.images import read_rgb
 from vessel.data.module import VesselDataModule
-from vessel.data.transforms import Augmentation
+from vessel.data.transforms import Augmentation, QuarterTurns
 from vessel.errors import VesselError
 
 VIEWS = Views(tile=56, tokens_per_tile=4, max_tiles=1, frame=64)
@@ -107,3 +107,16 @@ def test_phrases_are_normalised_and_unknown_ones_refused(make_module):
         make_module(phrases=["aorta"])
     with pytest.raises(VesselError, match="empty list"):
         make_module(phrases=[])
+
+
+def test_what_an_image_can_look_like_is_known_without_endless_changes(make_dataset):
+    turned = make_dataset(augmentation=QuarterTurns(), seed=1)
+    assert turned.is_finite
+    looks = [torch.from_numpy(look).permute(2, 0, 1) for look in turned.looks(3)]
+    served = [turned[3 + epoch * len(turned)].frame for epoch in range(30)]  # 64 px as it is
+    assert all(any(torch.equal(one, look) for look in looks) for one in served)
+    assert all(any(torch.equal(one, look) for one in served) for look in looks)
+    plain = make_dataset()
+    assert plain.is_finite
+    assert torch.equal(torch.from_numpy(plain.looks(3)[0]).permute(2, 0, 1), plain[3].frame)
+    assert not make_dataset(augmentation=Augmentation()).is_finite

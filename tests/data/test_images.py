@@ -1,10 +1,12 @@
 """Image files of every kind become upright RGB, or a message."""
 
+import os
+
 import numpy as np
 import pytest
 from PIL import Image
 
-from vessel.data.images import common_depth, pixel_hash, read_rgb
+from vessel.data.images import PreparedImages, common_depth, pixel_hash, read_rgb
 from vessel.errors import VesselError
 
 RNG = np.random.default_rng(0)
@@ -105,3 +107,23 @@ def test_hash_sees_pixels_and_shape():
     flat = np.arange(12, dtype=np.uint8)
     assert pixel_hash(flat.reshape(2, 2, 3)) == pixel_hash(flat.reshape(2, 2, 3).copy())
     assert pixel_hash(flat.reshape(1, 4, 3)) != pixel_hash(flat.reshape(2, 2, 3))
+
+
+def test_a_prepared_image_is_hashed_again_only_when_its_file_has_changed(tmp_path, monkeypatch):
+    file, hashed = tmp_path / "a.png", []
+    monkeypatch.setattr("vessel.data.images.pixel_hash", lambda image: hashed.append(1) or pixel_hash(image))
+    first, second = (RNG.integers(0, 256, (8, 8, 3), dtype=np.uint8) for _ in range(2))
+    Image.fromarray(first).save(file)
+    images = PreparedImages()
+    for _ in range(3):
+        assert np.array_equal(images.read(file, pixel_hash(first)), first)
+    assert len(hashed) == 1
+    before = file.stat()
+    Image.fromarray(second).save(file)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+    for _ in range(2):
+        with pytest.raises(VesselError, match=r"a\.png is not the image that was prepared"):
+            images.read(file, pixel_hash(first))
+    assert len(hashed) == 3
+    with pytest.raises(VesselError, match=r"gone\.png: cannot be read"):
+        images.read(tmp_path / "gone.png", pixel_hash(first))

@@ -1,10 +1,12 @@
 import logging
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 from vessel.batch import Views
+from vessel.data.catalog import Catalog
 from vessel.data.module import VesselDataModule
 from vessel.data.sampler import Cut
 from vessel.loops import Place
@@ -68,3 +70,19 @@ def test_another_global_batch_is_told(make_module, caplog):
     assert caplog.messages == [
         "global batch: 2 samples, 8 in the run before; it goes on with the samples that one left"
     ]
+
+
+def test_images_of_many_tiles_are_served_together(make_module, monkeypatch):
+    """The order knows the shapes of the images: here every other one is twice as wide as high."""
+    part = Catalog.part
+    monkeypatch.setattr(
+        Catalog, "part", lambda *a: [replace(f, width=64 * (1 + i % 2)) for i, f in enumerate(part(*a))]
+    )
+    module = make_module()
+    assert not module.training_sampler().lengths  # of one tile each
+    module = make_module()
+    module.views = replace(VIEWS, max_tiles=2)
+    sampler = module.training_sampler()
+    assert sampler.lengths == [1, 3] * 6  # two tiles and the thumbnail
+    tiles = [sampler.lengths[i] for i in sampler]
+    assert tiles in ([1] * 6 + [3] * 6, [3] * 6 + [1] * 6)

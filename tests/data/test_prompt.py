@@ -2,8 +2,9 @@ import json
 from random import Random
 
 import pytest
+import torch
 
-from vessel.data.prompt import ANSWERS, QUESTIONS, SEG, TEMPLATES, Prompt
+from vessel.data.prompt import ANSWERS, IMAGE, QUESTIONS, SEG, TEMPLATES, Prompt
 from vessel.errors import VesselError
 
 
@@ -156,3 +157,42 @@ def test_bad_input_is_refused(tmp_path, monkeypatch):
         Prompt(template="llama")
     with pytest.raises(VesselError, match="no tokenizer could be read"):
         Prompt(str(tmp_path))
+
+
+@pytest.mark.parametrize("source", [None, "tokenizer", "golden/sa2va_qwen2", "golden/sa2va_internlm2"])
+@pytest.mark.parametrize("question", ["Where?", "In <image>, where?"])
+def test_ids_are_those_of_the_whole_text(shared, source, question):
+    """What a tokenizer makes of the text with every image token written out, frames and regions included."""
+    prompt = Prompt(None if source is None else str(shared(source)))
+    image = "\n".join([f"<img>{IMAGE * 20}</img>"] * 2)
+    image += f"\nThere are 2 part regions in the picture: region1<vp>{IMAGE * 3}</vp>, region2<vp></vp>.\n"
+    text = question.replace("<image>", image) if "<image>" in question else f"{image}\n{question}"
+    asked = prompt.template.turn.format(question=text)
+    naive = [*prompt._first, *prompt.tokenizer(asked, add_special_tokens=False).input_ids]
+    assert prompt.conversation([question], [], 20, frames=2, regions=[3, 0])[0].tolist() == naive
+
+
+def test_a_text_is_cut_into_tokens_once(monkeypatch):
+    prompt = Prompt()
+    first = prompt.encode(["lumen", "lipid core"], 4)
+    seen = []
+    cut = type(prompt.tokenizer).__call__
+    monkeypatch.setattr(
+        type(prompt.tokenizer), "__call__", lambda self, text, **k: seen.append(text) or cut(self, text, **k)
+    )
+    again, wide = prompt.encode(["lumen", "lipid core"], 4), prompt.encode(["lumen", "lipid core"], 3328)
+    assert not seen
+    assert all(torch.equal(one, two) for one, two in zip(first, again, strict=True))
+    assert len(wide[0]) == len(first[0]) + 3324
+    prompt.encode(["cap"], 4)
+    assert len(seen) == 1  # the answer is known
+
+
+def test_the_texts_that_are_kept_are_bounded(monkeypatch):
+    monkeypatch.setattr("vessel.data.prompt._KNOWN_TEXTS", 16)
+    prompt = Prompt()
+    expected = prompt.encode(["lumen 0"], 4)[0].tolist()
+    for number in range(40):
+        prompt.encode([f"lumen {number}"], 4)
+    assert len(prompt._known) <= 16
+    assert prompt.encode(["lumen 0"], 4)[0].tolist() == expected

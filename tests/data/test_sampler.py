@@ -1,6 +1,8 @@
 from itertools import chain
+from random import Random
 
 import pytest
+import torch
 
 from vessel.data.sampler import Cut, EpochSampler
 
@@ -116,3 +118,60 @@ def test_the_seed_decides_the_order():
 
 def test_one_sample_on_many_ranks():
     assert over_ranks(1, 3) == [[0], [0], [0]]
+
+
+def mixed(size):
+    """Tiles of samples of many shapes."""
+    return Random(0).choices([1, 5, 7, 9, 13], k=size)
+
+
+@pytest.mark.parametrize("size", [1, 7, 33, 600])
+@pytest.mark.parametrize(("ranks", "batch", "accumulated"), [(1, 4, 1), (2, 2, 1), (4, 1, 1), (2, 1, 2), (3, 5, 1)])
+def test_guard_T5_samples_of_like_length_are_each_served_once(size, ranks, batch, accumulated):
+    served = over_ranks(
+        size, ranks, batch=batch, accumulated=accumulated, shuffle=True, seed=1, repeats=2, lengths=mixed(size)
+    )
+    assert len({len(one) for one in served}) == 1
+    assert set(chain(*served)) == set(range(2 * size))
+    alone = over_ranks(size, 1, batch=ranks * batch, accumulated=accumulated, shuffle=True, seed=1, repeats=2,
+                       lengths=mixed(size))  # fmt: skip
+    together = [index for row in zip(*served, strict=True) for index in row]
+    assert together[: 2 * size] == alone[0][: 2 * size]  # the order of an epoch knows of no ranks
+
+
+def test_the_rest_of_an_epoch_of_like_lengths_is_what_another_cut_left():
+    settings = {"shuffle": True, "seed": 3, "lengths": mixed(100)}
+    [whole], [rest] = over_ranks(100, 1, batch=4, **settings), over_ranks(100, 1, batch=5, begin=40, **settings)
+    assert rest == whole[40:]
+
+
+def test_batches_hold_samples_of_like_length():
+    """What a batch is padded to, over what it holds; also on four ranks, each with its own batches."""
+    size, lengths = 1000, mixed(1000)
+
+    def padded(**settings):
+        held = 0
+        for one in over_ranks(size, 4, batch=4, shuffle=True, seed=2, **settings):
+            held += sum(4 * max(lengths[i] for i in one[at : at + 4]) for at in range(0, len(one), 4))
+        return held / sum(lengths)
+
+    assert padded() > 1.4
+    assert padded(lengths=lengths) < 1.06
+
+
+def test_short_samples_do_not_always_come_first():
+    means = []
+    for size in (24, 600):  # less than a run, more than a window
+        lengths, sampler = mixed(size), EpochSampler(size, shuffle=True, lengths=mixed(size))
+        for epoch in range(40):
+            sampler.set_epoch(epoch)
+            first = [lengths[i % size] for i in sampler][: size // 3]
+            means.append(sum(first) / len(first) > sum(lengths) / size)
+        assert 8 <= sum(means[-40:]) <= 32
+
+
+def test_an_epoch_of_one_length_keeps_its_order():
+    for lengths in ([], [5] * 700):
+        sampler = EpochSampler(700, shuffle=True, seed=4, lengths=lengths)
+        expected = torch.randperm(700, generator=torch.Generator().manual_seed(4 * 1_000_003))
+        assert list(sampler) == expected.tolist()

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from vessel.batch import Views
-from vessel.data.transforms import Augmentation, cut_tiles, tile_grid, whole_frame
+from vessel.data.transforms import Augmentation, QuarterTurns, cut_tiles, tile_count, tile_grid, whole_frame
 
 # Width, height -> grid and tiles with thumbnail, the golden table of the specification, section 1.3.
 TILINGS = {
@@ -27,6 +27,7 @@ def test_golden_table_of_image_tokens():
     for (width, height), expected in tokens.items():
         tiles = cut_tiles(np.zeros((height, width, 3), np.uint8), PUBLIC)
         assert len(tiles) * PUBLIC.tokens_per_tile == expected
+        assert tile_count(width, height, PUBLIC) == len(tiles)
 
 
 def test_each_of_the_35_grids_belongs_to_images_of_its_shape():
@@ -112,3 +113,47 @@ def test_nothing_changes_when_everything_is_off():
     same, same_masks = off(image, masks, 1)
     assert _nearly(same, image)
     assert np.array_equal(same_masks, masks)
+
+
+def test_quarter_turns_have_eight_outcomes_equally_often():
+    """Those of numpy, by name; image and masks move together and no pixel is lost."""
+    image, masks = _scene()
+    image[5, 50] = 33  # else a mirror image could look like a turn
+    expected = {
+        "as it is": image, "90": np.rot90(image), "180": image[::-1, ::-1], "270": np.rot90(image, 3),
+        "left-right": image[:, ::-1], "upside down": image[::-1], "transposed": image.swapaxes(0, 1),
+        "the other diagonal": image[::-1, ::-1].swapaxes(0, 1),
+    }  # fmt: skip
+    turns = QuarterTurns()
+    counts = dict.fromkeys(expected, 0)
+    for seed in range(400):
+        moved, moved_masks = turns(image, masks, seed)
+        counts[next(name for name, one in expected.items() if np.array_equal(moved, one))] += 1
+        assert np.array_equal(moved_masks[0], moved[..., 0] == 120)
+        assert np.array_equal(moved_masks[1], moved[..., 0] == 220)
+    assert all(30 <= count <= 70 for count in counts.values()), counts
+    outcomes = turns.outcomes(image)
+    assert len(outcomes) == turns.variants == len(expected)
+    assert np.array_equal(outcomes[0], image)
+    assert all(any(np.array_equal(one, other) for other in outcomes) for one in expected.values())
+
+
+def test_quarter_turns_keep_the_shape_of_an_image():
+    image = np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3)
+    masks = image[None, ..., 0] > 30
+    turns = QuarterTurns()
+    expected = [image, image[::-1, ::-1], image[:, ::-1], image[::-1]]
+    found = [turns(image, masks, seed) for seed in range(40)]
+    assert {one.tobytes() for one, _ in found} == {one.tobytes() for one in expected}
+    assert all(np.array_equal(changed, one[None, ..., 0] > 30) for one, changed in found)
+    assert [one.tobytes() for one in turns.outcomes(image)] == [one.tobytes() for one in expected]
+
+
+def test_the_same_seed_gives_the_same_turn():
+    image, masks = _scene()
+    turns = QuarterTurns()
+    assert all(np.array_equal(turns(image, masks, seed)[0], QuarterTurns()(image, masks, seed)[0]) for seed in range(9))
+
+
+def test_only_quarter_turns_say_how_many_they_are():
+    assert (Augmentation().variants, QuarterTurns().variants) == (None, 8)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -12,17 +12,22 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
-from vessel.batch import Sample, Views
+from vessel.batch import Features, Sample, Views
 from vessel.data.catalog import Frame
-from vessel.data.images import pixel_hash, read_rgb
+from vessel.data.images import PreparedImages, pixel_hash
 from vessel.data.masks import read_mask
 from vessel.data.prompt import Prompt
-from vessel.data.transforms import Augmentation, cut_tiles, whole_frame
-from vessel.errors import VesselError
+from vessel.data.transforms import Augmentation, QuarterTurns, cut_tiles, whole_frame
 
 
 def make_sample(
-    image: NDArray[np.uint8], phrases: Sequence[str], prompt: Prompt, views: Views, *, draw: Random | None = None
+    image: NDArray[np.uint8],
+    phrases: Sequence[str],
+    prompt: Prompt,
+    views: Views,
+    *,
+    draw: Random | None = None,
+    features: Features | None = None,
 ) -> Sample:
     """A sample without truth: what prediction shows the network.
 
@@ -32,13 +37,18 @@ def make_sample(
         prompt: wording that belongs to the network.
         views: cutting that belongs to the network.
         draw: source of the wordings in training.
+        features: of the image, in place of its tiles and frame.
     """
-    tiles = cut_tiles(image, views)
-    ids, labels = prompt.encode(phrases, len(tiles) * views.tokens_per_tile, draw=draw)
+    if features is None:
+        tiles, frame = cut_tiles(image, views), whole_frame(image, views)
+    else:
+        tiles, frame = torch.empty(0, 3, views.tile, views.tile, dtype=torch.uint8), torch.empty(3, 0, 0).byte()
+    count = len(tiles) if features is None else len(features.seen)
+    ids, labels = prompt.encode(phrases, count * views.tokens_per_tile, draw=draw)
     height, width = image.shape[:2]
     return Sample(
-        id="", patient="", video="", phrases=tuple(phrases), tiles=tiles, frame=whole_frame(image, views),
-        input_ids=ids, labels=labels, size=(height, width),
+        id="", patient="", video="", phrases=tuple(phrases), tiles=tiles, frame=frame,
+        input_ids=ids, labels=labels, size=(height, width), features=features,
     )  # fmt: skip
 
 
@@ -55,6 +65,9 @@ class VesselDataset(Dataset[Sample]):
         prompt, views: wording and cutting that belong to the network.
         augmentation: None outside training.
         seed: of wordings and augmentation.
+
+    Attributes:
+        features: where features of an image may be known, by the digest of its pixels; asked where `is_finite`.
     """
 
     def __init__(
@@ -65,13 +78,15 @@ class VesselDataset(Dataset[Sample]):
         phrases: Sequence[str],
         prompt: Prompt,
         views: Views,
-        augmentation: Augmentation | None = None,
+        augmentation: Augmentation | QuarterTurns | None = None,
         varied: bool = False,
         seed: int = 0,
     ) -> None:
         self.root, self.frames, self.phrases = root, list(frames), tuple(phrases)
         self.prompt, self.views = prompt, views
         self.augmentation, self.varied, self.seed = augmentation, varied, seed
+        self.features: Callable[[str], Features | None] | None = None
+        self._images = PreparedImages()
 
     def __len__(self) -> int:
         return len(self.frames)
@@ -79,16 +94,27 @@ class VesselDataset(Dataset[Sample]):
     def __getitem__(self, index: int) -> Sample:
         """The sample of `index`, see the class."""
         frame = self.frames[index % len(self)]
-        image = read_rgb(self.root / frame.image)
-        if pixel_hash(image) != frame.sha256:
-            told = "is not the image that was prepared; copy the data set again, or prepare it anew"
-            raise VesselError(f"{self.root / frame.image} {told}")
+        image = self._images.read(self.root / frame.image, frame.sha256)
         masks = self._masks(frame)
         if self.augmentation is not None:
             image, masks = self.augmentation(image, masks, seed=self.seed * 1_000_003 + index)
+        features = None
+        if self.features is not None and self.is_finite:
+            features = self.features(frame.sha256 if self.augmentation is None else pixel_hash(image))
         draw = Random(f"{self.seed} {index}") if self.varied else None
-        sample = make_sample(image, self.phrases, self.prompt, self.views, draw=draw)
+        sample = make_sample(image, self.phrases, self.prompt, self.views, draw=draw, features=features)
         return replace(sample, id=frame.id, patient=frame.patient, video=frame.video, masks=torch.from_numpy(masks))
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether an image looks like one of a known number of images, however often it is served."""
+        return self.augmentation is None or self.augmentation.variants is not None
+
+    def looks(self, position: int) -> Sequence[NDArray[np.uint8]]:
+        """All of them, each [H, W, 3], of the image at a position."""
+        frame = self.frames[position]
+        image = self._images.read(self.root / frame.image, frame.sha256)
+        return self.augmentation.outcomes(image) if isinstance(self.augmentation, QuarterTurns) else [image]
 
     def _masks(self, frame: Frame) -> NDArray[np.bool_]:
         size = (frame.height, frame.width)

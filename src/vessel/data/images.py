@@ -92,6 +92,36 @@ def _to_8_bit(grey: np.ndarray, path: Path, depth: int | None) -> np.ndarray:
     return np.rint(grey.astype(np.float64) * (255 / (2**bits - 1))).astype(np.uint8)
 
 
+class PreparedImages:
+    """Reads images and compares their pixels to those that were prepared: once, and again when a file has changed."""
+
+    def __init__(self) -> None:
+        self._right: dict[tuple[str, str], tuple[int, int] | None] = {}
+
+    def read(self, path: Path, sha256: str) -> np.ndarray:
+        """Pixels of an image of a prepared data set, uint8 [H, W, 3].
+
+        Args:
+            path: the file.
+            sha256: `pixel_hash` of what was prepared.
+
+        Raises:
+            VesselError: as `read_rgb`, or it is another image.
+        """
+        try:
+            found = path.stat()  # before it is read: a change in between is seen next time
+            state = (found.st_size, found.st_mtime_ns)
+        except OSError:
+            state = None  # reading says what is wrong
+        image = read_rgb(path)
+        if state is None or self._right.get((str(path), sha256)) != state:
+            if pixel_hash(image) != sha256:
+                told = "is not the image that was prepared; copy the data set again, or prepare it anew"
+                raise VesselError(f"{path} {told}")
+            self._right[str(path), sha256] = state
+        return image
+
+
 def pixel_hash(image: np.ndarray) -> str:
     """SHA-256 of decoded pixels and their shape: the same for copies of a picture in different file formats."""
     return hashlib.sha256(repr(image.shape).encode() + np.ascontiguousarray(image).tobytes()).hexdigest()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import atexit
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,13 @@ import torch
 from lightning import LightningDataModule
 from torch.utils.data import DataLoader
 
-from vessel.batch import Batch, Views, collate
+from vessel.batch import Batch, Features, Views, collate
 from vessel.data.annotations import normal_phrase
 from vessel.data.catalog import Catalog
 from vessel.data.dataset import VesselDataset
 from vessel.data.prompt import Prompt
 from vessel.data.sampler import Cut, EpochSampler
-from vessel.data.transforms import Augmentation
+from vessel.data.transforms import Augmentation, QuarterTurns, tile_count
 from vessel.errors import VesselError
 from vessel.loops import Place, place_of
 from vessel.ranks import end_workers, outlive_signals
@@ -58,6 +58,9 @@ class VesselDataModule(LightningDataModule):
         repeats: passes over the training images in an epoch.
         augmentation: changes of training images; None for none.
         seed: of order, wording and augmentation.
+
+    Attributes:
+        features: where features of an image may be known, for the data sets made from then on.
     """
 
     def __init__(
@@ -71,7 +74,7 @@ class VesselDataModule(LightningDataModule):
         batch_size: int = 1,
         workers: int = 0,
         repeats: int = 1,
-        augmentation: Augmentation | None = None,
+        augmentation: Augmentation | QuarterTurns | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -80,12 +83,13 @@ class VesselDataModule(LightningDataModule):
         self.prompt, self.views, self.fold = prompt, views, fold
         self.batch_size, self.workers, self.repeats = batch_size, workers, repeats
         self.augmentation, self.seed = augmentation, seed
+        self.features: Callable[[str], Features | None] | None = None
         self._training: EpochSampler | None = None
 
     def dataset(self, part: str) -> VesselDataset:
         """The samples of `train`, `val` or `test`; only `train` is augmented and worded at random."""
         in_training = part == "train"
-        return VesselDataset(
+        dataset = VesselDataset(
             self.catalog.root,
             self.catalog.part(part, self.fold),
             phrases=self.phrases,
@@ -95,6 +99,8 @@ class VesselDataModule(LightningDataModule):
             varied=in_training,
             seed=self.seed,
         )
+        dataset.features = self.features
+        return dataset
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Augmented, shuffled."""
@@ -127,12 +133,19 @@ class VesselDataModule(LightningDataModule):
             pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
         )
 
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        """Move a batch while the device still computes; its memory is pinned."""
+        return batch.to(device, non_blocking=True)
+
     def training_sampler(self) -> EpochSampler:
         """The one order of training samples, cut over the trainer's ranks and steps."""
         if self._training is None:
             cut = self._cut(self.trainer.accumulate_grad_batches if self.trainer else 1)
-            size = len(self.dataset("train"))
-            self._training = EpochSampler(size, cut, repeats=self.repeats, shuffle=True, seed=self.seed)
+            # Tiles make most of a sample's tokens.
+            lengths = [tile_count(f.width, f.height, self.views) for f in self.dataset("train").frames]
+            self._training = EpochSampler(
+                len(lengths), cut, repeats=self.repeats, shuffle=True, seed=self.seed, lengths=lengths
+            )
         return self._training
 
     def state_dict(self) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -19,6 +19,7 @@ SEG, IMAGE = "[SEG]", "<IMG_CONTEXT>"
 ADDED = (SEG, "<p>", "</p>", "<vp>", "</vp>")
 PLACEHOLDER = "<image>"  # where users of the public code say that the image belongs
 IGNORED = -100
+_KNOWN_TEXTS = 1024  # of which a prompt keeps the ids; training words a phrase in few ways
 _NO_BREAKS = str.maketrans("", "", "\r\n")
 
 # The first of each list is used outside training; training draws among all.
@@ -85,6 +86,7 @@ class Prompt:
         base = len(self.tokenizer)
         self.has_seg = SEG in self.tokenizer.get_vocab()
         self.tokenizer.add_tokens(list(ADDED), special_tokens=True)
+        self._known: dict[str, list[int]] = {}
         self.new_tokens = range(min(base, self._id(SEG)), len(self.tokenizer))
         # A tokenizer that begins every text with a token begins a conversation with it, once.
         self._first = [i for i in self.tokenizer("").input_ids if i == self.tokenizer.bos_token_id]
@@ -139,8 +141,9 @@ class Prompt:
             VesselError: the first question says `<image>` twice, or a later one says it.
         """
         ids, labels = list(self._first), [IGNORED] * len(self._first)
-        for turn, question in enumerate(self._with_image(questions, image_tokens, frames, regions)):
-            asked = self._ids(self.template.turn.format(question=question))
+        features = iter([image_tokens] * frames + list(regions))
+        for turn, question in enumerate(self._with_image(questions, frames, len(regions))):
+            asked = self._spread(self._ids(self.template.turn.format(question=question)), features)
             ids += asked
             labels += [IGNORED] * len(asked)
             if turn == len(answers):
@@ -168,18 +171,16 @@ class Prompt:
         """Write the tokenizer with its added tokens."""
         self.tokenizer.save_pretrained(folder)
 
-    def _with_image(
-        self, questions: Sequence[str], image_tokens: int, frames: int, regions: Sequence[int]
-    ) -> tuple[str, ...]:
+    def _with_image(self, questions: Sequence[str], frames: int, regions: int) -> tuple[str, ...]:
         first, *later = questions
         if first.count(PLACEHOLDER) > 1 or any(PLACEHOLDER in question for question in later):
             raise VesselError(
                 f"a conversation is about one image: say {PLACEHOLDER} once in the first question, or leave it away"
             )
-        image = "\n".join([f"<img>{IMAGE * image_tokens}</img>"] * frames)
+        image = "\n".join([f"<img>{IMAGE}</img>"] * frames)
         if regions:
-            named = (f"region{i}<vp>{IMAGE * count}</vp>" for i, count in enumerate(regions, 1))
-            image += f"\nThere are {len(regions)} part regions in the picture: {', '.join(named)}.\n"
+            named = (f"region{i}<vp>{IMAGE}</vp>" for i in range(1, regions + 1))
+            image += f"\nThere are {regions} part regions in the picture: {', '.join(named)}.\n"
         if PLACEHOLDER not in first:
             first = f"{PLACEHOLDER}\n{first}"
         return (first.replace(PLACEHOLDER, image), *later)
@@ -189,8 +190,22 @@ class Prompt:
             return self._ids(answer + self.template.end)
         return [*answer] if self.is_over(answer) else [*answer, *self._end]
 
+    def _spread(self, ids: list[int], features: Iterator[int]) -> list[int]:
+        """Each image token as often as there are features in its place: a text is the same whatever their number."""
+        spread: list[int] = []
+        for token in ids:
+            spread += [token] * next(features, 1) if token == self.token_ids.image else [token]
+        return spread
+
     def _ids(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False).input_ids
+        """Ids of a text, remembered; not to be changed."""
+        ids: list[int] | None = self._known.get(text)
+        if ids is None:
+            ids = self.tokenizer(text, add_special_tokens=False).input_ids
+            if len(self._known) >= _KNOWN_TEXTS:
+                self._known = {}
+            self._known[text] = ids
+        return ids
 
     def _id(self, token: str) -> int:
         found = self._ids(token)

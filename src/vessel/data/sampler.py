@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
 
 import torch
 from torch.utils.data import Sampler
+
+# Numbers of samples, whatever the cut: an epoch keeps its order when it goes on with another.
+_WINDOW, _RUN = 512, 32
 
 
 @dataclass(frozen=True)
@@ -60,12 +63,22 @@ class EpochSampler(Sampler[int]):
         repeats: passes over the data set in an epoch; each has its own permutation and its own variation.
         shuffle: permute; otherwise in order.
         seed: of the permutations.
+        lengths: of each sample, for a shuffled epoch; samples of like length are then served together, as a batch is
+            padded to its longest. Where all are equal the order is that of no lengths.
     """
 
     def __init__(
-        self, size: int, cut: Cut | None = None, *, repeats: int = 1, shuffle: bool = False, seed: int = 0
+        self,
+        size: int,
+        cut: Cut | None = None,
+        *,
+        repeats: int = 1,
+        shuffle: bool = False,
+        seed: int = 0,
+        lengths: Sequence[int] = (),
     ) -> None:
         self.size, self.cut, self.repeats, self.shuffle, self.seed = size, cut or Cut(), repeats, shuffle, seed
+        self.lengths = lengths if len(set(lengths)) > 1 else ()
         self.epoch = 0
         self._start = (0, 0)
 
@@ -104,12 +117,30 @@ class EpochSampler(Sampler[int]):
         indices: list[int] = []
         for repeat in range(self.repeats):
             turn = self.epoch * self.repeats + repeat
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + turn)
-            order = torch.randperm(self.size, generator=generator) if self.shuffle else torch.arange(self.size)
-            indices += (turn * self.size + order).tolist()
+            indices += [turn * self.size + position for position in self._order(turn)]
         skipped = self._skipped(self.epoch)
         end = skipped + self.cut.per_rank(self.samples - skipped) * self.cut.ranks
         return islice(cycle(indices), skipped + self.cut.rank, end, self.cut.ranks)
 
+    def _order(self, turn: int) -> Sequence[int]:
+        if not self.shuffle:
+            return range(self.size)
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + turn)
+        order: list[int] = torch.randperm(self.size, generator=generator).tolist()
+        return _of_like_lengths(order, self.lengths, generator) if self.lengths else order
+
     def _skipped(self, epoch: int) -> int:
         return min(self.samples, self._start[1]) if epoch == self._start[0] else 0
+
+
+def _of_like_lengths(order: list[int], lengths: Sequence[int], generator: torch.Generator) -> list[int]:
+    """Sort by length inside windows and mix runs of the sorted samples, so that short ones do not always come first."""
+    found: list[int] = []
+    for start in range(0, len(order), _WINDOW):
+        falling = bool(torch.randint(2, (), generator=generator))
+        window = sorted(order[start : start + _WINDOW], key=lengths.__getitem__, reverse=falling)
+        whole = len(window) // _RUN
+        for run in torch.randperm(whole, generator=generator).tolist():
+            found += window[run * _RUN : (run + 1) * _RUN]
+        found += window[whole * _RUN :]  # last, so that batches do not lie across the ends of runs
+    return found

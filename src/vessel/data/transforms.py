@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from random import Random
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from vessel.batch import Views
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # it would ask the network for a newer version
 
 
+@lru_cache(maxsize=1024)  # a data set has few sizes
 def tile_grid(width: int, height: int, *, tile: int, max_tiles: int) -> tuple[int, int]:
     """Columns and rows of tiles whose shape is nearest to the image's (InternVL's dynamic tiling).
 
@@ -34,34 +36,39 @@ def tile_grid(width: int, height: int, *, tile: int, max_tiles: int) -> tuple[in
     return best
 
 
+def tile_count(width: int, height: int, views: Views) -> int:
+    """Tiles that an image is cut into, thumbnail counted."""
+    columns, rows = tile_grid(width, height, tile=views.tile, max_tiles=views.max_tiles)
+    return columns * rows + (columns * rows > 1)
+
+
 def cut_tiles(image: NDArray[np.uint8], views: Views) -> Tensor:
     """Tiles of an RGB image [H, W, 3], row by row, then a thumbnail when there is more than one: uint8 [T, 3, t, t]."""
     side = views.tile
     height, width = image.shape[:2]
     columns, rows = tile_grid(width, height, tile=side, max_tiles=views.max_tiles)
     resized = _resize(image, columns * side, rows * side)
-    tiles = [
-        resized[y : y + side, x : x + side] for y in range(0, rows * side, side) for x in range(0, columns * side, side)
-    ]
-    if len(tiles) > 1:
-        tiles.append(_resize(image, side, side))
-    return torch.from_numpy(np.stack(tiles)).permute(0, 3, 1, 2).contiguous()
+    tiles = resized.view(3, rows, side, columns, side).permute(1, 3, 0, 2, 4).reshape(-1, 3, side, side)
+    return tiles if len(tiles) == 1 else torch.cat([tiles, _resize(image, side, side)[None]])
 
 
 def whole_frame(image: NDArray[np.uint8], views: Views) -> Tensor:
     """The whole image as SAM2 sees it, aspect ratio not kept: uint8 [3, S, S]."""
-    return torch.from_numpy(_resize(image, views.frame, views.frame)).permute(2, 0, 1).contiguous()
+    return _resize(image, views.frame, views.frame)
 
 
-def _resize(image: NDArray[np.uint8], width: int, height: int) -> NDArray[np.uint8]:
-    return np.array(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
+def _resize(image: NDArray[np.uint8], width: int, height: int) -> Tensor:
+    """Another size of an RGB image [H, W, 3]: uint8 [3, height, width]."""
+    resized = Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.stack([np.asarray(band) for band in resized.split()]))
 
 
 @dataclass
 class Augmentation:
-    """Random changes of image and masks together, in training only.
+    """Random changes of image and masks together, endlessly many.
 
     Attributes:
+        variants: how many pictures can come of one image; None says endlessly many.
         flip: mirror left-right and upside down.
         rotate: largest angle, degrees.
         scale: largest relative change of size.
@@ -72,6 +79,7 @@ class Augmentation:
         noise: chance of Gaussian noise.
     """
 
+    variants: ClassVar[None] = None
     flip: bool = True
     rotate: float = 180.0
     scale: float = 0.1
@@ -110,3 +118,36 @@ class Augmentation:
         self._compose.set_random_state(np.random.default_rng(seed), Random(seed))
         changed: Mapping[str, Any] = self._compose(image=image, masks=list(masks.astype(np.uint8)))
         return changed["image"], np.stack(changed["masks"]).astype(bool)
+
+
+class QuarterTurns:
+    """Mirror images and quarter turns: pixels only move, and few pictures come of one image.
+
+    Eight of a square one; of another the four that keep its shape, as turned it would be cut into other tiles.
+
+    Attributes:
+        variants: how many pictures can come of one image at most.
+    """
+
+    variants: ClassVar[int] = 8
+
+    def __call__(
+        self, image: NDArray[np.uint8], masks: NDArray[np.bool_], seed: int
+    ) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+        """Change an image [H, W, 3] and its masks [K, H, W] alike; the same seed gives the same change."""
+        mirrored, turns = Random(seed).choice(self._ways(image))
+        return _turned(image, mirrored, turns, axes=(0, 1)), _turned(masks, mirrored, turns, axes=(1, 2))
+
+    def outcomes(self, image: NDArray[np.uint8]) -> list[NDArray[np.uint8]]:
+        """All that can come of an image [H, W, 3], itself first."""
+        return [_turned(image, mirrored, turns, axes=(0, 1)) for mirrored, turns in self._ways(image)]
+
+    @staticmethod
+    def _ways(image: NDArray[np.uint8]) -> list[tuple[bool, int]]:
+        turns = range(4) if image.shape[0] == image.shape[1] else (0, 2)
+        return [(mirrored, quarters) for mirrored in (False, True) for quarters in turns]
+
+
+def _turned(pixels: NDArray[Any], mirrored: bool, turns: int, *, axes: tuple[int, int]) -> NDArray[Any]:
+    turned = np.rot90(pixels, turns, axes)
+    return np.ascontiguousarray(np.flip(turned, axes[1]) if mirrored else turned)
