@@ -1,6 +1,8 @@
 import matplotlib
 import numpy as np
+import pytest
 from PIL import Image
+from skimage.segmentation import find_boundaries
 
 from vessel.figures import AGREEMENT, overlay, panel_figure, sweep_figure
 
@@ -20,6 +22,14 @@ def test_overlay_is_opaque_on_the_edge_and_translucent_inside():
     assert out[4, 4].tolist() == [139, 75, 75]  # 100 + 0.25 * (255 - 100), 100 - 0.25 * 100
     assert out[0, 0].tolist() == [100, 100, 100]
     assert image.max() == 100
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 6), (40, 50)])
+def test_overlay_draws_the_inner_edge_of_scikit_image(size):
+    mask = np.random.default_rng(0).random(size) > 0.3
+    out = overlay(np.zeros((*size, 3), np.uint8), mask[None], colours=("#ffffff",), alpha=0.2)
+    expected = np.where(find_boundaries(mask, mode="inner"), 255, 51 * mask)
+    assert np.array_equal(out, np.repeat(expected[..., None], 3, axis=2))
 
 
 def test_overlay_of_empty_and_full_masks():

@@ -4,20 +4,25 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
+from bench.stream import measure
 from PIL import Image
+from tests.conftest import scripted
 
 from vessel.cleanup import Cleanup
 from vessel.data.images import read_rgb
-from vessel.data.inputs import find_images
+from vessel.data.inputs import Target, find_images
 from vessel.decision import DECISION_FILE, CleanupOptions, Decision, Stored
 from vessel.errors import VesselError
 from vessel.inference import Predictor
-from vessel.prediction import Options, predict
+from vessel.prediction import Options, _merged, _workers, predict
 from vessel.publishing.proof import account_of
+from vessel.pullback import Pullback
 from vessel.queries import without_truth
 from vessel.restore import NetworkOptions, restore
 
@@ -43,7 +48,7 @@ def options(tiny_run, scans, tmp_path):
             "ckpt": str(tiny_run), "images": str(scans), "out": str(tmp_path / "out"), "phrases": None, "split": None,
             "question": None, "mask_prompts": None, "video": False, "decode": "forced", "max_new_tokens": 24,
             "decision": None, "threshold": "auto", "low": "auto", "cleanup": CleanupOptions(), "views": "auto",
-            "overwrite": False, "batch_size": 2, "workers": 0, "device": "cpu",
+            "overwrite": False, "batch_size": 2, "workers": 0, "device": "cpu", "devices": 1,
             "network": NetworkOptions("auto", None, None, None),
         }  # fmt: skip
         return Options(**defaults | changes)
@@ -129,21 +134,13 @@ def test_an_answer_without_seg_is_said_and_leaves_no_mask(options, tmp_path):
 
 @pytest.fixture
 def saying(monkeypatch):
-    """`saying(ckpt, words)`: what is restored then says these words, image after image."""
+    """`saying(ckpt, words)`: what is restored then says these words, each image of a batch its own."""
 
     def say(ckpt, words):
         from vessel.restore import restore
 
         restored = restore(ckpt)
-        script = iter([token for text in words for token in restored.prompt.tokenizer(text).input_ids])
-
-        def speak(_module, _inputs, logits):
-            if (token := next(script, None)) is not None:
-                logits = torch.zeros_like(logits)
-                logits[..., token] = 1
-            return logits
-
-        restored.network.mllm.lm_head.register_forward_hook(speak)
+        scripted(restored.network, *(restored.prompt.tokenizer(text).input_ids for text in words))
         monkeypatch.setattr("vessel.prediction.restore", lambda *_, **__: restored)
 
     return say
@@ -251,6 +248,87 @@ def test_a_new_phrase_is_asked_with_a_warning(options, capsys):
     assert "never trained on guide wire" in capsys.readouterr().out
 
 
+def test_two_processes_give_what_one_gives(options, scans, tmp_path):
+    (scans / "b/bad.png").write_bytes(b"no picture")
+    alone = predict(options(batch_size=1))  # sums in another order would round otherwise
+    shared = predict(options(batch_size=1, devices=2, out=str(tmp_path / "shared")))
+    assert shared == alone
+    assert (shared["n_ok"], shared["n_failed"]) == (4, 1)
+    assert json.loads((tmp_path / "shared/results.json").read_text(encoding="utf-8")) == alone
+    files = {file.relative_to(tmp_path / "out"): file for file in (tmp_path / "out").rglob("*.png")}
+    assert len(files) == 4 * 5
+    assert all((tmp_path / "shared" / name).read_bytes() == file.read_bytes() for name, file in files.items())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"devices": 0}, "at least one"),
+        ({"devices": 3, "device": "auto"}, "torch finds 2"),
+        ({"devices": 2, "network": NetworkOptions("auto", "auto", None, None)}, "takes them all"),
+    ],
+)
+def test_devices_that_make_no_sense(options, monkeypatch, changes, message):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    with pytest.raises(VesselError, match=message):
+        predict(options(**changes))
+
+
+def test_results_of_shares_are_in_the_order_of_what_was_asked():
+    frames = [Target(f"{folder}/{name}", Path(), name) for folder in "ab" for name in "21"]
+    shown = [Pullback(folder, tuple(frame for frame in frames if frame.id[0] == folder), None) for folder in "ab"]
+    shown.append(Pullback("c", (), None))
+
+    def share(pullbacks, failures):
+        images = [{"id": frame.id} for pullback in pullbacks for frame in pullback.frames]
+        whole, bad = ([{"id": one.id} for one in listed] for listed in (pullbacks, failures))
+        counts = {"n_ok": len(images), "n_failed": len(bad), "n_without_mask": 1}
+        return {**counts, "run": "r", "images": images, "pullbacks": whole, "failures": bad}
+
+    merged = _merged([share(shown[1::-1], []), share([], shown[2:])], shown)
+    assert [image["id"] for image in merged["images"]] == ["a/2", "a/1", "b/2", "b/1"]
+    assert [one["id"] for one in merged["pullbacks"]] == ["a", "b"]
+    assert [one["id"] for one in merged["failures"]] == ["c"]
+    assert (merged["n_ok"], merged["n_failed"], merged["n_without_mask"], merged["run"]) == (4, 1, 2, "r")
+
+
+@pytest.mark.parametrize(
+    ("asked", "images", "free", "workers"),
+    [
+        (2, 15, 2**30, 0),
+        (2, 16, 2**30, 1),
+        (2, 1000, 2**30, 2),
+        (9, 1000, 2**30, 9),
+        (2, 1000, 440_000, 1),
+        (2, 99, 0, 0),
+    ],
+)
+def test_loaders_start_where_they_gain_and_find_room(options, tiny_run, monkeypatch, asked, images, free, workers):
+    """An image is 3 x (2 x 56 x 56 + 64 x 64) bytes here; two batches of four wait for each loader."""
+    restored = restore(str(tiny_run))
+    views = replace(restored.views, max_tiles=1)
+    predictor = SimpleNamespace(views=views, augmented=())
+    monkeypatch.setattr("vessel.prediction.SHARED_MEMORY", tiny_run)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=free))
+    assert _workers(options(workers=asked, batch_size=4), images, predictor) == workers
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_does_not_grow_with_the_number_of_images(tiny_run, tmp_path):
+    """A result of 512 x 512 pixels and two phrases takes 2 MB, those of 60 images 120 MB.
+
+    The first prediction of a process is not counted: what the allocator keeps of it is not given back.
+    """
+    y, x = np.mgrid[:512, :512]
+    for i in range(4):
+        disc = (y - 256) ** 2 + (x - 256) ** 2 < (60 + 40 * i) ** 2
+        Image.fromarray((180 * disc).astype(np.uint8)).save(tmp_path / f"{i}.png")
+    _, few, many = measure(tiny_run, tmp_path, "20", "20", "80")
+    assert (few["frames"], many["frames"]) == (20, 80)
+    assert many["peak_bytes"] - few["peak_bytes"] < 60e6
+
+
 def test_images_of_a_data_set(options, oct_set):
     results = predict(options(images=str(oct_set), split="test"))
     assert results["n_ok"] == 4
@@ -311,7 +389,7 @@ def test_as_a_user_runs_it(tiny_run, scans, tmp_path):
     ("arguments", "message"),
     [
         (("images=scans", "out=x"), "ckpt= is missing"),
-        (("ckpt=scans", "images=none", "out=x", "cleanup.min_size=few"), "cleanup.min_size"),
+        (("ckpt=scans", "images=scans", "out=x", "cleanup.min_size=few"), "cleanup.min_size"),
     ],
 )
 def test_mistakes_are_told_without_a_traceback(scans, tmp_path, arguments, message):

@@ -16,7 +16,12 @@ from vessel.errors import told_to_the_user
 def main(cfg: DictConfig) -> None:
     """Read the options and predict."""
     with told_to_the_user():
-        from vessel.options import typed
+        from vessel.options import require_given, typed
+        from vessel.prediction_request import check
+
+        require_given(cfg, "vessel.predict")
+        check(cfg)
+        # Heavy from here on: a mistake that needs none of it is told before.
         from vessel.prediction import Options, predict
 
         predict(typed(cfg, Options, "vessel.predict"))

@@ -6,9 +6,11 @@ import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import track
 
@@ -21,12 +23,15 @@ from vessel.errors import VesselError
 from vessel.inference import Predictor, choose_device
 from vessel.model.baselines import require_known
 from vessel.places import expanded
-from vessel.pullback import find_pullbacks, follow
+from vessel.prediction_request import FOLDERS, RESULTS_FILE, check
+from vessel.pullback import Pullback, find_pullbacks, follow
 from vessel.queries import asking, without_truth
 from vessel.restore import NetworkOptions, Restored, restore
-from vessel.result_files import FOLDERS, NO_SEG, WHITE, ResultFiles
+from vessel.result_files import NO_SEG, WHITE, ResultFiles
+from vessel.shares import in_processes
 
-RESULTS_FILE = "results.json"
+IMAGES_A_WORKER = 16  # fewer are loaded before a process has started
+SHARED_MEMORY = Path("/dev/shm")
 
 
 @dataclass
@@ -52,6 +57,7 @@ class Options:
     batch_size: int
     workers: int
     device: str
+    devices: int
     network: NetworkOptions
 
     @property
@@ -67,13 +73,50 @@ def predict(options: Options) -> Mapping[str, Any]:
         the content of results.json.
 
     Raises:
-        VesselError: the checkpoint, an option, the images or the results folder will not do, or every image failed.
+        VesselError: the checkpoint, an option, the images or the results folder will not do, a process died, or every
+            image failed.
     """
-    console = Console()
-    _free(options)
-    _check_question(options)
+    check(options)
     targets = find_images(options.images, split=options.split, beside=options.target)
-    device = choose_device(options.device)
+    shown: Sequence[Target | Pullback] = find_pullbacks(options.images, targets) if options.video else targets
+    count = _processes(options, len(shown))
+    shares = [partial(_predict_share, options, shown[index::count], index=index, of=count) for index in range(count)]
+    results = _merged(in_processes(shares, partial(_make_place, options)), shown)
+    # Last: a folder with results.json is a whole one.
+    text = json.dumps(results, indent=1, ensure_ascii=False)
+    (options.target / RESULTS_FILE).write_text(text + "\n", encoding="utf-8")
+    _tell(results, options.target, Console())
+    if not results["n_ok"]:
+        raise VesselError(f"none of {len(targets)} images gave a result; the first: {results['failures'][0]['reason']}")
+    return results
+
+
+def _processes(options: Options, items: int) -> int:
+    """How many processes share the images or pullbacks, of which there is one at least.
+
+    Raises:
+        VesselError: there are not so many GPUs.
+    """
+    if options.devices < 1:
+        raise VesselError(f"devices={options.devices}: at least one")
+    if options.devices > 1 and options.network.device_map is not None:
+        raise VesselError("devices= with network.device_map=: a network over several devices takes them all; give one")
+    there = torch.cuda.device_count()
+    if options.devices > 1 and choose_device(options.device).type == "cuda" and options.devices > there:
+        raise VesselError(f"devices={options.devices}: torch finds {there} here; give as many at most")
+    return min(options.devices, items)
+
+
+def _predict_share(
+    options: Options, shown: Sequence[Target | Pullback], ready: Callable[[], object], *, index: int, of: int
+) -> dict[str, Any]:
+    """Predict and write one share of the images or pullbacks; the first one prints for all.
+
+    Returns:
+        the content of results.json, as if this share were all.
+    """
+    console = Console(quiet=index > 0)
+    device = _device(options, index, of)
     restored = restore(options.ckpt, options.network.reading(device))
     _require_language(options, restored)
     for told in restored.reports:
@@ -88,39 +131,43 @@ def predict(options: Options) -> Mapping[str, Any]:
         max_new_tokens=options.max_new_tokens,
         views=decision.views,
     )
-    _make_place(options)
-    writer = ResultFiles(options.target, decision)
-    if options.video:
-        for pullback in find_pullbacks(options.images, targets):
-            writer.add_pullback(pullback, follow(predictor, pullback, phrases, question=options.question), console)
-    else:
+    ready()
+    files = ResultFiles(options.target, decision)
+    doing = "predicting" if of == 1 else f"predicting, the first of {of} shares"
+    tracked = partial(track, description=doing, transient=True, console=console)
+    for pullback in [one for one in shown if isinstance(one, Pullback)]:
+        answers = follow(predictor, pullback, phrases, question=options.question)
+        files.add_pullback(pullback, tracked(answers, total=len(pullback.frames)))
+    if targets := [one for one in shown if isinstance(one, Target)]:
         load = _loader(options, targets, phrases, restored)
-        answers = predictor.predict(targets, load, batch_size=options.batch_size, workers=options.workers)
-        for answer in track(answers, "predicting", len(targets), transient=True, console=console):
-            writer.add(answer)
-    results = _results(options, restored, writer, source)
-    # Last: a folder with results.json is a whole one.
-    text = json.dumps(results, indent=1, ensure_ascii=False)
-    (options.target / RESULTS_FILE).write_text(text + "\n", encoding="utf-8")
-    _tell(results, options.target, console)
-    if not writer.images:
-        raise VesselError(f"none of {len(targets)} images gave a result; the first: {writer.failures[0].reason}")
-    return results
+        workers = _workers(options, len(targets), predictor)
+        answers = predictor.predict(targets, load, batch_size=options.batch_size, workers=workers)
+        files.add(tracked(answers, total=len(targets)))
+    return _results(options, restored, files, source)
 
 
-def _check_question(options: Options) -> None:
-    if options.video and options.mask_prompts is not None:
-        raise VesselError("mask_prompts= with video=true: regions belong to one image; leave one of the two away")
-    if options.question is None:
-        if options.mask_prompts is not None:
-            raise VesselError("mask_prompts= without question=: ask what you want to know about region1, region2, …")
-        return
-    if options.phrases is not None:
-        raise VesselError("question= and phrases= exclude each other: a question names what it is about itself")
-    if options.decode != "generate":
-        raise VesselError(f"question= with decode={options.decode}: only the network knows the answer, decode=generate")
-    if options.mask_prompts is not None and not expanded(options.mask_prompts).is_dir():
-        raise VesselError(f"mask_prompts={options.mask_prompts}: name a folder of masks; `--help` says their names")
+def _device(options: Options, index: int, of: int) -> torch.device:
+    """Where a share is computed; on a CPU the shares divide the cores."""
+    device = choose_device(options.device)
+    if of > 1 and device.type == "cuda":
+        return torch.device("cuda", index)
+    if of > 1:
+        torch.set_num_threads(max(1, torch.get_num_threads() // of))
+    return device
+
+
+def _workers(options: Options, images: int, predictor: Predictor) -> int:
+    """Loader processes: those asked for, but none that would start in vain or find no shared memory to hand images on.
+
+    PyTorch's end there is a bus error; containers often have 64 MB.
+    """
+    if not SHARED_MEMORY.is_dir():
+        return min(options.workers, images // IMAGES_A_WORKER)
+    views, ahead = predictor.views, 2  # batches of a worker that wait, as the DataLoader has it
+    sample = 3 * (views.tile**2 * (views.max_tiles + 1) + views.frame**2)
+    batch = max(options.batch_size, 1 + len(predictor.augmented))
+    room = shutil.disk_usage(SHARED_MEMORY).free // (ahead * batch * sample)
+    return min(options.workers, images // IMAGES_A_WORKER, room)
 
 
 def _require_language(options: Options, restored: Restored) -> None:
@@ -179,16 +226,6 @@ def _decision(options: Options, restored: Restored, console: Console) -> tuple[D
     return decision, source
 
 
-def _free(options: Options) -> None:
-    """Refuse a place that holds anything but results which the user wants replaced."""
-    out = options.target
-    there = sorted(path.name for path in out.iterdir()) if out.is_dir() else []
-    if out.is_file() or set(there) - {*FOLDERS, RESULTS_FILE}:
-        raise VesselError(f"out={options.out} holds more than results of vessel.predict; choose another folder")
-    if there and not options.overwrite:
-        raise VesselError(f"out={options.out} holds results already; choose another folder, or say overwrite=true")
-
-
 def _make_place(options: Options) -> None:
     (options.target / RESULTS_FILE).unlink(missing_ok=True)
     for name in FOLDERS:
@@ -196,26 +233,38 @@ def _make_place(options: Options) -> None:
         (options.target / name).mkdir(parents=True)
 
 
-def _results(options: Options, restored: Restored, writer: ResultFiles, source: str) -> dict[str, Any]:
-    entries = [entry for image in writer.images for entry in image["phrases"].values()]
-    silent = sum(entry["mask"] is None for entry in entries) + sum(not image["phrases"] for image in writer.images)
+def _results(options: Options, restored: Restored, files: ResultFiles, source: str) -> dict[str, Any]:
+    entries = [entry for image in files.images for entry in image["phrases"].values()]
+    silent = sum(entry["mask"] is None for entry in entries) + sum(not image["phrases"] for image in files.images)
     return {
         "run": restored.manifest.name,
         "fingerprint": restored.manifest.fingerprint,
         "decode": options.decode,
         "question": options.question,
-        "threshold": writer.decision.threshold,
-        "decision": writer.decision.to_json(),
+        "threshold": files.decision.threshold,
+        "decision": files.decision.to_json(),
         "decision_source": source,
         "probability_files": f"16-bit grey PNG; probability = value / {WHITE}",
         "area_unit": "pixels",
-        "n_ok": len(writer.images),
-        "n_failed": len(writer.failures),
+        "n_ok": len(files.images),
+        "n_failed": len(files.failures),
         "n_without_mask": silent,
-        "failures": [asdict(failure) for failure in writer.failures],
-        "pullbacks": writer.pullbacks,
-        "images": writer.images,
+        "failures": [asdict(failure) for failure in files.failures],
+        "pullbacks": files.pullbacks,
+        "images": files.images,
     }
+
+
+def _merged(shares: Sequence[Mapping[str, Any]], shown: Sequence[Target | Pullback]) -> dict[str, Any]:
+    """The results of all shares, in the order of the images or pullbacks."""
+    frames = [frame for one in shown for frame in (one.frames if isinstance(one, Pullback) else (one,))]
+    merged = dict(shares[0])
+    for count in ("n_ok", "n_failed", "n_without_mask"):
+        merged[count] = sum(share[count] for share in shares)
+    for name, order in (("failures", shown), ("pullbacks", shown), ("images", frames)):
+        found = {entry["id"]: entry for share in shares for entry in share[name]}
+        merged[name] = [found[one.id] for one in order if one.id in found]
+    return merged
 
 
 def _tell(results: Mapping[str, Any], out: Path, console: Console) -> None:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
-from rich.console import Console
-from rich.progress import track
 
 from vessel.data.canonical import slug
 from vessel.data.images import read_rgb
@@ -21,14 +21,14 @@ from vessel.film import Film
 from vessel.inference import Failure, Prediction
 from vessel.pullback import Pullback
 
-FOLDERS = ("masks", "probabilities", "overlays")
 NO_SEG = "no [SEG] in the answer"
 WHITE = 65535  # a probability of 1 in a 16-bit PNG
+WRITERS = 4  # threads that write while the network computes; as many results wait at most
 _FILES = ("mask", "probability")
 
 
 class ResultFiles:
-    """Writes the files of one image after the other.
+    """Writes the files of images, several at a time, and lists them in the order of the images.
 
     Args:
         out: folder of the results.
@@ -46,15 +46,17 @@ class ResultFiles:
         self.pullbacks: list[dict[str, Any]] = []
         self.failures: list[Failure] = []
 
-    def add_pullback(self, pullback: Pullback, answers: Iterator[Prediction | Failure], console: Console) -> None:
+    def add(self, answers: Iterable[Prediction | Failure]) -> None:
+        """Write the results of images as they come."""
+        deque(self._written(answers), maxlen=0)
+
+    def add_pullback(self, pullback: Pullback, answers: Iterable[Prediction | Failure]) -> None:
         """Write the results of its frames and a film of them; when a frame fails, nothing of it stays."""
         before, failed = len(self.images), len(self.failures)
         file = self._place("overlays", f"{pullback.id}/film", suffix=".mp4")
         with Film(file) as film:
-            for answer in track(answers, "predicting", len(pullback.frames), transient=True, console=console):
-                drawn = self.add(answer, depth=pullback.depth)
-                if drawn is not None:
-                    film.add(drawn)
+            for drawn in self._written(answers, depth=pullback.depth):
+                film.add(drawn)
         if len(self.failures) == failed:
             self.pullbacks.append({"id": pullback.id, "frames": len(pullback.frames), "film": self._name(file)})
             return
@@ -65,11 +67,30 @@ class ResultFiles:
                 (self.out / name).unlink()
         del self.images[before:]
 
-    def add(self, answer: Prediction | Failure, *, depth: int | None = None) -> NDArray[np.uint8] | None:
-        """Write the result of an image, whose 16-bit grey has `depth` bits; returns its overlay, None of a failure."""
-        if isinstance(answer, Failure):
-            self.failures.append(answer)
-            return None
+    def _written(
+        self, answers: Iterable[Prediction | Failure], *, depth: int | None = None
+    ) -> Iterator[NDArray[np.uint8]]:
+        """Overlays in order, of images whose 16-bit grey has `depth` bits; never more than `WRITERS` in waiting."""
+        waiting: deque[Future[tuple[dict[str, Any], NDArray[np.uint8]]]] = deque()
+
+        def oldest() -> NDArray[np.uint8]:
+            entry, drawn = waiting.popleft().result()
+            self.images.append(entry)
+            return drawn
+
+        with ThreadPoolExecutor(WRITERS) as pool:
+            for answer in answers:
+                if isinstance(answer, Failure):
+                    self.failures.append(answer)
+                    continue
+                if len(waiting) == WRITERS:
+                    yield oldest()
+                waiting.append(pool.submit(self._write, answer, depth))
+            while waiting:
+                yield oldest()
+
+    def _write(self, answer: Prediction, depth: int | None) -> tuple[dict[str, Any], NDArray[np.uint8]]:
+        """The files of an image: its entry, and its overlay."""
         target, sample, threshold = answer.target, answer.sample, self.decision.threshold
         masks = np.zeros((len(sample.phrases), *sample.size), dtype=bool)
         entries: dict[str, dict[str, Any]] = {}
@@ -80,20 +101,19 @@ class ResultFiles:
                 continue
             masks[index] = self.decision(probability.numpy())
             entries[phrase] = self._write_phrase(target.id, phrase, masks[index], probability.numpy())
+        # Read again, and not kept since it was shown to the network: large images would wait in memory by the batch.
         drawn = overlay(read_rgb(target.file, depth=depth), masks)
         overlay_file = self._place("overlays", target.id)
-        Image.fromarray(drawn).save(overlay_file)
-        self.images.append(
-            {
-                "file": target.name,
-                "id": target.id,
-                "size": list(sample.size),
-                "text": "\n".join(answer.answers),
-                "overlay": self._name(overlay_file),
-                "phrases": {phrase: {**entry, "threshold": threshold} for phrase, entry in entries.items()},
-            }
-        )
-        return drawn
+        _write_png(overlay_file, drawn[..., ::-1])
+        entry = {
+            "file": target.name,
+            "id": target.id,
+            "size": list(sample.size),
+            "text": "\n".join(answer.answers),
+            "overlay": self._name(overlay_file),
+            "phrases": {phrase: {**entry, "threshold": threshold} for phrase, entry in entries.items()},
+        }
+        return entry, drawn
 
     def _write_phrase(
         self, name: str, phrase: str, mask: NDArray[np.bool_], probability: NDArray[np.float32]
@@ -101,8 +121,7 @@ class ResultFiles:
         mask_file = self._place(f"masks/{slug(phrase)}", name)
         probability_file = self._place(f"probabilities/{slug(phrase)}", name)
         write_mask(mask_file, mask)
-        # Noise in the low bits hardly compresses; trying harder would cost more time than the network takes.
-        Image.fromarray((probability * WHITE).round().astype(np.uint16)).save(probability_file, compress_level=1)
+        _write_png(probability_file, (probability * WHITE).round().astype(np.uint16))
         return {"mask": self._name(mask_file), "probability": self._name(probability_file), "area": int(mask.sum())}
 
     def _place(self, folder: str, name: str, *, suffix: str = ".png") -> Path:
@@ -112,3 +131,8 @@ class ResultFiles:
 
     def _name(self, file: Path) -> str:
         return file.relative_to(self.out).as_posix()
+
+
+def _write_png(file: Path, pixels: np.ndarray) -> None:
+    """Write 16-bit grey [H, W] or 8-bit BGR [H, W, 3], compressed lightly: noise in low bits hardly gets smaller."""
+    file.write_bytes(cv2.imencode(".png", pixels)[1].tobytes())

@@ -76,7 +76,7 @@ def test_figures_are_those_of_the_masks_that_predict_writes(score, run_folder, o
     report = score()
     options = {"phrases": None, "split": "test", "decode": "forced", "threshold": "auto", "low": "auto"}
     options |= {"decision": None, "cleanup": CleanupOptions(), "views": "auto"}
-    rest = {"overwrite": False, "batch_size": 1, "workers": 0, "device": "cpu"}
+    rest = {"overwrite": False, "batch_size": 1, "workers": 0, "device": "cpu", "devices": 1}
     rest |= {"network": NETWORK, "question": None, "mask_prompts": None, "video": False, "max_new_tokens": 2048}
     predicted = predict(PredictOptions(str(run_folder), str(oct_set), str(tmp_path / "masks"), **options, **rest))
     frames = Catalog.open(oct_set).frames
