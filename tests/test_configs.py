@@ -21,9 +21,9 @@ ROOT = Path(__file__).parents[1]
 CONF = ROOT / "conf"
 PRIMARIES = sorted(file.stem for file in CONF.glob("*.yaml"))
 CHOICES = sorted(
-    f"{file.parent.name}={file.stem}"
-    for file in CONF.glob("*/*.yaml")
-    if file.parent.name not in ("hydra", "sam2", "sweep")
+    f"{file.parent.relative_to(CONF).as_posix()}={file.stem}"
+    for file in CONF.glob("*/**/*.yaml")
+    if file.relative_to(CONF).parts[0] not in ("hydra", "sam2", "sweep")
 )
 SAM2 = sorted(file.stem for file in CONF.glob("sam2/*.yaml"))
 EXPERIMENTS = [choice for choice in CHOICES if choice.startswith("experiment=")]

@@ -61,7 +61,8 @@ def train(config: DictConfig) -> float | None:
     if config.plan:
         show(config)
         return None
-    require_memory(config)
+    plan = require_memory(config)
+    config.checkpointing = config.checkpointing is True if plan is None else plan.setup.checkpointing
     _quieten_libraries()
     run = Path(config.run)
     run.mkdir(parents=True, exist_ok=True)
@@ -106,7 +107,7 @@ def _fit(config: DictConfig, run: Path) -> float | None:
         network = plan.build()
         if parent is not None:
             require_same_base(parent.weights, plan.reports)
-        _refuse_what_stays_random(network, plan)
+        plan.require_learning(network)
         _require_room(network, trainer, run, keep_frozen=task.keep_frozen)
         known = replace(manifest, weights=tuple(report.summary() for report in plan.reports))
         _tell(plan.reports)
@@ -153,6 +154,7 @@ def _network_plan(config: DictConfig, sizes: NetworkSizes, prompt: Prompt, phras
         trainable=config.trainable,
         weights=sources(config),
         checkpointing=config.checkpointing,
+        compile=config.compile,
         frozen_dtype=torch.bfloat16 if str(config.trainer.precision).startswith("bf16") else torch.float32,
     )
 
@@ -214,26 +216,6 @@ def _going_on(manifest: Manifest, parent: Manifest, resumed: Path, run: Path) ->
     )
 
 
-def _refuse_what_stays_random(network: Network, plan: NetworkPlan) -> None:
-    groups, speaks = network.trainable_groups(), network.phrases is None
-    if plan.trainable == "lora" and "lora" not in groups:
-        told = ", but lora=none: choose adapters, such as lora=r128, or another trainable="
-        raise VesselError("trainable=lora" + (told if speaks else ": no language model here; choose trainable=all"))
-    if not groups:
-        others = "lora, decoder_only or all" if speaks else "all"
-        raise VesselError(f"trainable={plan.trainable}: nothing would train; choose {others}")
-    if speaks and not plan.seg_is_trained and "tokens" not in groups:
-        raise VesselError(
-            f"trainable={plan.trainable} from weights that do not know [SEG]: it would stay random for ever. Start "
-            "from the weights of a Sa2VA, weights=[...], or choose trainable=all"
-        )
-    if not speaks and not plan.weights and plan.trainable != "all":
-        raise VesselError(
-            f"trainable={plan.trainable} from random weights: what does not train would stay random for ever. Start "
-            "from the weights of a SAM2, weights=[...], or choose trainable=all"
-        )
-
-
 def _require_room(network: Network, trainer: Trainer, run: Path, *, keep_frozen: bool) -> None:
     """Refuse a run whose checkpoints the disk would not hold in the end."""
     stage = 0
@@ -247,7 +229,8 @@ def _require_room(network: Network, trainer: Trainer, run: Path, *, keep_frozen:
 
 
 def _trainer(config: DictConfig, run: Path) -> Trainer:
-    callbacks: list[Callback] = [instantiate(node) for node in (config.callbacks or {}).values() if node is not None]
+    nodes = (config.cache, *(config.callbacks or {}).values())  # the cache fills before anything else begins
+    callbacks: list[Callback] = [instantiate(node) for node in nodes if node is not None]
     loggers: list[Logger] = [instantiate(node) for node in (config.logger or {}).values() if node is not None]
     try:
         trainer: Trainer = instantiate(

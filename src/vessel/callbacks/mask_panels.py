@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from typing_extensions import override
 
 from vessel.batch import Batch, StepOutput
+from vessel.data.images import read_rgb
 from vessel.figures import panel_figure
 from vessel.loggers import log_figure
 from vessel.metrics.overlap import count, dice
@@ -67,7 +68,7 @@ class MaskPanels(Callback):
         for index, (name, video) in enumerate(zip(batch.ids, batch.videos, strict=True)):
             place = self._place(name, video)
             if place is not None:
-                self._panels[place : place + 1] = [_panel(batch, outputs, index)]
+                self._panels[place : place + 1] = [_panel(trainer, batch, outputs, index)]
 
     @override
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -110,15 +111,25 @@ class MaskPanels(Callback):
         log_figure(trainer.loggers, f"panels/{name}", file, trainer.global_step)
 
 
-def _panel(batch: Batch, outputs: StepOutput, index: int) -> _Panel:
+def _panel(trainer: Trainer, batch: Batch, outputs: StepOutput, index: int) -> _Panel:
     assert batch.masks is not None
-    # The SAM2 frame is the image squeezed into a square; bring it back to the image's own size.
-    frame = F.interpolate(batch.frames[index : index + 1].float(), batch.sizes[index], mode="bilinear", antialias=True)
     return _Panel(
         id=batch.ids[index],
         video=batch.videos[index],
         phrases=batch.phrases[index],
-        image=frame[0].permute(1, 2, 0).round().clamp(0, 255).byte().cpu(),
+        image=_image(trainer, batch, index),
         truth=batch.masks[index].cpu(),
         probability=outputs.probabilities[index].float().cpu(),
     )
+
+
+def _image(trainer: Trainer, batch: Batch, index: int) -> Tensor:
+    """uint8 [H, W, 3]."""
+    known = batch.features or (None,) * len(batch)
+    if known[index] is not None:  # its frame is not in the batch
+        catalog = trainer.datamodule.catalog  # type: ignore[attr-defined]  # features come from our data module only
+        return torch.from_numpy(read_rgb(catalog.root / catalog.frames[batch.ids[index]].image))
+    place = known[:index].count(None)
+    # The SAM2 frame is the image squeezed into a square; bring it back to the image's own size.
+    frame = F.interpolate(batch.frames[place : place + 1].float(), batch.sizes[index], mode="bilinear", antialias=True)
+    return frame[0].permute(1, 2, 0).round().clamp(0, 255).byte().cpu()

@@ -1,0 +1,141 @@
+"""The frozen encoders of a network: what they make of an image, and the digest of all that decides it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib.metadata import version
+from itertools import chain
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from vessel.batch import Batch, Features, Pyramid, Views
+from vessel.errors import VesselError
+from vessel.model.grounding import trains
+from vessel.model.network import Network
+from vessel.model.partition import gathered, is_partitioned
+from vessel.model.sa2va import Sa2VA
+from vessel.model.weights.digests import digests
+
+_FORMAT = 1  # to be counted up when tiles, frames, `see` or `pyramid` come out differently
+_HEADER = 1024  # of a file, about
+_LIBRARIES = ("torch", "transformers", "sam2", "pillow")  # what cuts, resizes and computes
+
+
+class Picture(NamedTuple):
+    """An image as the encoders see it.
+
+    Attributes:
+        key: of its features.
+        tiles: uint8 [T, 3, t, t].
+        frame: uint8 [3, S, S].
+    """
+
+    key: str
+    tiles: Tensor
+    frame: Tensor
+
+
+def blank(views: Views) -> Picture:
+    """A black image of one tile."""
+    tile, frame = (torch.zeros(3, side, side, dtype=torch.uint8) for side in (views.tile, views.frame))
+    return Picture("", tile[None], frame)
+
+
+def require_frozen(network: Network) -> Sa2VA:
+    """The network, if what it makes of an image stays the same in training.
+
+    Raises:
+        VesselError: its encoders train, or it is a baseline.
+    """
+    if not isinstance(network, Sa2VA):
+        raise VesselError("cache=features: only a network with a language model has features to keep; use cache=none")
+    names = {"vision encoder": network.mllm.model.vision_tower, "SAM2 image encoder": network.grounding.image_encoder}
+    if training := [name for name, encoder in names.items() if trains(encoder)]:
+        raise VesselError(
+            f"cache=features: the {' and the '.join(training)} train, so that what they make of an image changes with "
+            "every step; choose trainable=lora or trainable=decoder_only, or leave the cache out with cache=none"
+        )
+    return network
+
+
+def encoded(network: Sa2VA, pictures: Sequence[Picture]) -> list[Features]:
+    """Features of each picture, on the network's device."""
+    with torch.no_grad():
+        seen = network.see(torch.cat([picture.tiles for picture in pictures]))
+        pyramid = network.pyramid(torch.stack([picture.frame for picture in pictures]))
+    parts = seen.split([len(picture.tiles) for picture in pictures])
+    levels = zip(*(level.split(1) for level in pyramid), strict=True)
+    return [Features(one, Pyramid(*own)) for one, own in zip(parts, levels, strict=True)]
+
+
+def sizes_of(features: Features) -> tuple[int, int]:
+    """Bytes that a tile takes in a file, and whatever else an image takes."""
+    return features.seen[:1].nbytes, sum(level.nbytes for level in features.pyramid) + _HEADER
+
+
+def complete(batch: Batch, network: Sa2VA, encode: Callable[[Sequence[Picture]], Sequence[Features]]) -> None:
+    """Put features in place of the tiles and frames of a batch; where it has all of them, run the encoders for nothing.
+
+    Args:
+        batch: is changed.
+        network: that it is for.
+        encode: what encodes pictures, also none.
+    """
+    known = batch.features or (None,) * len(batch)
+    of_each = (batch.input_ids == network.tokens.image).sum(1) // network.mllm.config.image_seq_length
+    counts = [int(count) for count, features in zip(of_each, known, strict=True) if features is None]
+    tiles = batch.tiles.split(counts) if counts else ()
+    fresh = iter(encode([Picture("", *own) for own in zip(tiles, batch.frames, strict=True)]))
+    batch.features = tuple(next(fresh) if features is None else features for features in known)
+    batch.tiles, batch.frames = batch.tiles[:0], batch.frames[:0]
+
+
+def group_of(network: Sa2VA, views: Views, **facts: str) -> str:
+    """32 hexadecimal digits of what decides the features of an image; under ZeRO-3 every rank calls this.
+
+    Args:
+        network: weights and settings of its encoders count.
+        views: how images are cut.
+        facts: what else changes numbers, such as the device.
+    """
+    encoders = network.mllm.model.vision_tower, network.grounding.image_encoder
+    plain: Mapping[str, Any] = {
+        "format": _FORMAT,
+        "views": repr(views),
+        "libraries": {name: version(name) for name in _LIBRARIES},
+        "settings": [_settings(encoder) for encoder in encoders],
+        **facts,
+    }
+    digest = hashlib.sha256(json.dumps(plain, sort_keys=True).encode())
+    for name, tensor in _tensors(encoders):
+        with gathered([tensor]):
+            digest.update(digests([(name, tensor)])[name].encode())
+    return digest.hexdigest()[:32]
+
+
+def is_cut(network: Sa2VA) -> bool:
+    """Whether the ranks hold parts of the encoders, so that all have to run them together (ZeRO-3)."""
+    encoders = network.mllm.model.vision_tower, network.grounding.image_encoder
+    return any(is_partitioned(tensor) for _, tensor in _tensors(encoders))
+
+
+def _tensors(encoders: Sequence[nn.Module]) -> Iterator[tuple[str, Tensor]]:
+    for encoder in encoders:
+        yield from chain(encoder.named_parameters(), encoder.named_buffers())
+
+
+def _settings(encoder: nn.Module) -> list[str]:
+    """What modules compute with beside tensors, such as windows and numbers of heads; without DeepSpeed's own marks."""
+    found = []
+    for name, module in encoder.named_modules():
+        own = {
+            key: value
+            for key, value in vars(module).items()
+            if isinstance(value, bool | int | float | tuple) and key != "training" and not key.startswith(("_", "ds_"))
+        }
+        found.append(f"{name} {type(module).__name__} {sorted(own.items())}")
+    return found

@@ -1,0 +1,134 @@
+"""Files of features, one an image: whole or absent, checked at every read, named by digests alone."""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+import zlib
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from vessel.batch import Features, Pyramid
+from vessel.errors import DISK_FULL, VesselError
+
+SUFFIX = ".safetensors"
+PART = ".part"  # of a file that is being written
+NAMES = ("seen", *Pyramid._fields)
+
+log = logging.getLogger(__name__)
+
+
+class Store:
+    """Features in `<root>/<group>/<key>.safetensors`, where any number of processes read and write at once.
+
+    A file is written beside its place and renamed onto it. All who write a key write the same, so that nobody has to
+    wait for anybody.
+
+    Args:
+        root: folder of all groups.
+
+    Attributes:
+        group: of the encoders in use, see `vessel.feature_cache.encoders`; while it is None nothing is found.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.group: str | None = None
+
+    @property
+    def folder(self) -> Path:
+        """Of the group in use."""
+        assert self.group is not None
+        return self.root / self.group
+
+    def keys(self) -> set[str]:
+        """Of all files that are there; none of them is read."""
+        with suppress(FileNotFoundError):
+            return {name.removesuffix(SUFFIX) for name in os.listdir(self.folder) if name.endswith(SUFFIX)}
+        return set()
+
+    def holds(self, key: str) -> bool:
+        """Whether there is a file, good or not."""
+        return self._file(key).exists()
+
+    def get(self, key: str) -> Features | None:
+        """What is kept of an image, mapped into memory; None where nothing is, or nothing good.
+
+        A damaged file is removed, so that it is written anew.
+
+        Args:
+            key: `vessel.data.images.pixel_hash` of what tiles and frame are cut from.
+        """
+        if self.group is None:
+            return None
+        file = self._file(key)
+        try:
+            with safe_open(str(file), "pt") as opened:  # refuses a file that is longer or shorter than its header says
+                stated = opened.metadata() or {}
+                tensors = {name: opened.get_tensor(name) for name in NAMES}
+        except FileNotFoundError:
+            return None
+        except SafetensorError as error:
+            self._discard(file, " ".join(str(error).split()))
+            return None
+        except OSError as error:
+            log.warning("%s cannot be read (%s); its image is encoded again", file, error)
+            return None
+        wrong = [name for name, tensor in tensors.items() if stated.get(name) != self._checksum(key, name, tensor)]
+        if wrong:
+            self._discard(file, f"not what was written: {', '.join(wrong)}")
+            return None
+        return Features(tensors["seen"], Pyramid(*(tensors[level] for level in Pyramid._fields)))
+
+    def put(self, key: str, features: Features) -> None:
+        """Keep the features of an image.
+
+        Raises:
+            VesselError: the disk is full, or refuses to take it; nothing of it stays there.
+        """
+        file = self._file(key)
+        tensors = dict(zip(NAMES, (features.seen, *features.pyramid), strict=True))
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        content = save(tensors, {name: self._checksum(key, name, tensor) for name, tensor in tensors.items()})
+        try:
+            _write(file, content)
+        except OSError as error:
+            reason = "the disk or the quota is full" if error.errno in DISK_FULL else error.strerror
+            raise VesselError(
+                f"{self.folder}: features of {len(content) / 1e6:.1f} MB not written, {reason}; nothing half-written "
+                "stays. Make room and go on with resume=auto, name another disk with cache.root=FOLDER, or leave the "
+                "cache out with cache=none"
+            ) from error
+
+    def _file(self, key: str) -> Path:
+        return self.folder / f"{key}{SUFFIX}"
+
+    def _checksum(self, key: str, name: str, tensor: Tensor) -> str:
+        """CRC-32 of bytes, dtype and shape, and of whose they are."""
+        begin = zlib.crc32(f"{self.group} {key} {name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        return f"{zlib.crc32(tensor.flatten().view(torch.uint8).numpy().data, begin):08x}"
+
+    def _discard(self, file: Path, reason: str) -> None:
+        with suppress(FileNotFoundError):
+            file.unlink()
+            log.warning("%s was damaged and is removed (%s); its image is encoded again", file, reason)
+
+
+def _write(file: Path, content: bytes) -> None:
+    handle, part = tempfile.mkstemp(suffix=PART, dir=file.parent)
+    try:
+        with open(handle, "wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())  # else a power cut could leave a name without its content
+        os.replace(part, file)
+    except BaseException:
+        with suppress(FileNotFoundError):
+            os.unlink(part)
+        raise

@@ -1,0 +1,46 @@
+"""Small features, and a network whose encoders are frozen."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from tests.checkpoints.conftest import small_disk  # noqa: F401  # a fixture
+
+from vessel.batch import Features, Pyramid
+from vessel.feature_cache.groups import Hold
+from vessel.feature_cache.store import Store
+from vessel.model.lora import Lora
+
+GROUP, OTHER = "a" * 32, "b" * 32
+KEY = "0" * 64
+
+
+def features(seed: int = 0, *, tiles: int = 2, dtype: torch.dtype = torch.float32, side: int = 1) -> Features:
+    """Random ones; `side` of the coarsest level."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def drawn(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    return Features(drawn(tiles, 2, 3), Pyramid(*(drawn(1, 2, side * n, side * n) for n in (4, 2, 1))))
+
+
+def equal(one: Features, two: Features) -> bool:
+    """Bit by bit, dtype and shape included."""
+    pairs = zip((one.seen, *one.pyramid), (two.seen, *two.pyramid), strict=True)
+    return all(a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.fixture
+def store(tmp_path) -> Iterator[Store]:
+    """An empty one, in use."""
+    made = Store(tmp_path / "cache")
+    with Hold(made.root, GROUP):
+        made.group = GROUP
+        yield made
+
+
+@pytest.fixture
+def network(plan):
+    """Whose adapters and decoder train."""
+    return plan(lora=Lora(r=2), trainable="lora").build()

@@ -1,0 +1,147 @@
+"""What decides features is in the name of their group, and what encodes them is the network's own code."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from tests.conftest import SIZES
+from tests.feature_cache.conftest import equal
+
+from vessel.batch import Features, Pyramid
+from vessel.errors import VesselError
+from vessel.feature_cache.encoders import Picture, blank, complete, encoded, group_of, require_frozen, sizes_of
+from vessel.model.network import Network
+
+VIEWS = SIZES.views
+
+
+def picture(seed: int, tiles: int) -> Picture:
+    generator = torch.Generator().manual_seed(seed)
+
+    def drawn(*shape: int) -> torch.Tensor:
+        return torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+
+    return Picture(f"{seed}", drawn(tiles, 3, VIEWS.tile, VIEWS.tile), drawn(3, VIEWS.frame, VIEWS.frame))
+
+
+def test_pictures_are_encoded_together_as_alone(network):
+    pictures = [picture(0, 1), picture(1, 3), picture(2, 2)]
+    for one, features in zip(pictures, encoded(network, pictures), strict=True):
+        seen, pyramid = network.see(one.tiles), network.pyramid(one.frame[None])
+        for found, expected in zip((features.seen, *features.pyramid), (seen, *pyramid), strict=True):
+            torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
+            assert not found.requires_grad
+
+
+def test_sizes_are_told_by_tile_and_by_image(network):
+    [one] = encoded(network, [blank(VIEWS)])
+    per_tile, per_image = sizes_of(one)
+    [three] = encoded(network, [picture(0, 3)])
+    nbytes = sum(tensor.nbytes for tensor in (three.seen, *three.pyramid))
+    assert nbytes <= 3 * per_tile + per_image <= nbytes + 2000
+
+
+# Groups --------------------------------------------------------------------------------------------------------------
+
+
+def change_vision(network):
+    with torch.no_grad():
+        network.mllm.model.vision_tower.encoder.layer[0].mlp.fc1.bias[3] += 1e-3
+
+
+def change_sam2(network):
+    with torch.no_grad():
+        network.grounding.image_encoder.neck.convs[0].conv.weight.view(-1)[5] += 1e-3
+
+
+def change_window(network):
+    network.grounding.image_encoder.trunk.blocks[1].window_size = 2
+
+
+def change_heads(network):
+    network.mllm.model.vision_tower.encoder.layer[0].attention.num_heads = 4
+
+
+def change_dtype(network):
+    network.grounding.image_encoder.bfloat16()
+
+
+@pytest.mark.parametrize("change", [change_vision, change_sam2, change_window, change_heads, change_dtype])
+def test_whatever_changes_features_changes_the_group(network, change):
+    other = copy.deepcopy(network)
+    assert group_of(other, VIEWS) == group_of(network, VIEWS)
+    change(other)
+    assert group_of(other, VIEWS) != group_of(network, VIEWS)
+
+
+def test_views_and_whatever_else_is_named_change_the_group(network):
+    groups = {group_of(network, views) for views in (VIEWS, replace(VIEWS, max_tiles=6), replace(VIEWS, frame=128))}
+    groups |= {group_of(network, VIEWS, device=device) for device in ("cpu", "cuda")}
+    assert len(groups) == 5
+    assert all(len(group) == 32 for group in groups)
+
+
+def test_what_trains_and_how_it_trains_does_not(network):
+    before = group_of(network, VIEWS)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            if parameter.requires_grad:
+                parameter.add_(1)
+    network.eval()
+    network.checkpoint_layers()
+    assert group_of(network, VIEWS) == before
+
+
+# Refusals ------------------------------------------------------------------------------------------------------------
+
+
+def test_encoders_that_train_are_refused(plan, network):
+    assert require_frozen(network) is network
+    with pytest.raises(VesselError, match=r"vision encoder and the SAM2 image encoder train, .*trainable=lora"):
+        require_frozen(plan().build())
+
+
+def test_a_network_without_a_language_model_is_refused():
+    with pytest.raises(VesselError, match=r"language model.*cache=none"):
+        require_frozen(Network(64, ["lumen"]))
+
+
+# Batches -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("known", [(), (1,), (0, 2)])
+def test_a_batch_is_completed_as_the_network_would(network, make_batch, known):
+    batch = make_batch([["lumen"], ["lumen", "cap"], ["cap"]])
+    every = encoded(network, [Picture("", batch.tiles[i : i + 1], batch.frames[i]) for i in range(3)])
+    expected = network(batch)
+    asked: list[int] = []
+
+    def encode(pictures):
+        asked.append(len(pictures))
+        return encoded(network, pictures)
+
+    if known:
+        batch.features = tuple(every[i] if i in known else None for i in range(3))
+        left = [i for i in range(3) if i not in known]
+        batch.tiles, batch.frames = batch.tiles[left], batch.frames[left]
+        torch.testing.assert_close(network(batch).mask_logits, expected.mask_logits, atol=1e-5, rtol=1e-5)
+    complete(batch, network, encode)
+    assert asked == [3 - len(known)]
+    assert len(batch.tiles) == len(batch.frames) == 0
+    assert batch.features is not None
+    for found, one in zip(batch.features, every, strict=True):
+        torch.testing.assert_close(found, one, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(network(batch).mask_logits, expected.mask_logits, atol=1e-5, rtol=1e-5)
+
+
+def test_a_complete_batch_runs_the_encoders_all_the_same(network, make_batch):
+    """As another rank may need them."""
+    batch = make_batch([["lumen"]])
+    batch.features = (Features(torch.ones(1), Pyramid(*torch.ones(3))),)
+    batch.tiles, batch.frames = batch.tiles[:0], batch.frames[:0]
+    asked: list[int] = []
+    known = batch.features[0]
+    complete(batch, network, lambda pictures: [asked.append(len(pictures))])
+    assert asked == [0]
+    assert equal(batch.features[0], known)
