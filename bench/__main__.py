@@ -1,100 +1,108 @@
-"""python -m bench: seconds per training step, samples per second of the loader, and images per second of prediction.
+"""python -m bench: what vessel leaves out of the public code's work, in seconds and bytes, on this machine.
 
-Measured on this machine with the tiny network on painted pullbacks, in about a minute. Writes outputs/bench/bench.json
-and a table; machines and their load differ, so compare figures of one run only.
+The product against `bench.reference`, which computes what the public training and inference do on the same weights, in
+turns and in one process (memory: a fresh process each); a training step split by part; and what a run costs against the
+number of images, phrases, tiles, images a batch and ranks. About eight minutes and 10 GB of memory on two quiet cores,
+Linux. Writes outputs/bench/bench.json and bench.md; machines and their load differ, so compare figures of one run only.
 """
 
 from __future__ import annotations
 
 import json
-import statistics
-import tempfile
-import time
-from collections.abc import Callable
+import os
+import platform
+from collections.abc import Mapping
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any
 
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.utils import instantiate
-from omegaconf import DictConfig
-from rich.console import Console
-from rich.table import Table
+from bench.flops import whole_cost
+from bench.pairs import Pairs, seconds
+from bench.sizes import ENCODERS, SMALL, Case, tiny
 
-from vessel.conf_path import CONF
-from vessel.data.module import VesselDataModule
-from vessel.data.preparation import Options, prepare
-from vessel.losses import lm_loss
-from vessel.model.plan import NetworkPlan
-from vessel.options import typed
+from bench import answers, epochs, peak, report, scaling, steps
+from vessel.data.prompt import Prompt
+from vessel.memory.engine import Engine
+from vessel.memory.plan import Setup
 
 OUT = Path("outputs/bench")
+PAIRS = 5
+MEMORY_PAIRS = 2  # which hardly differ
 
 
 def main() -> None:
-    """Measure, print and write."""
-    with tempfile.TemporaryDirectory() as temporary, initialize_config_dir(CONF, version_base="1.3"):
-        root = Path(temporary) / "data"
-        given = ["source=synthetic", f"out={root}", "synthetic.patients=4", "synthetic.frames=8"]
-        prepare(typed(compose("prepare", given), Options, "vessel.prepare"))
-        seconds = measure(_parts(compose("train", ["experiment=tiny", f"data.root={root}", "data.repeats=8", "run=."])))
-    medians = {name: round(statistics.median(values), 4) for name, values in seconds.items()}
+    """Measure, write and print."""
+    prompt, smallest = Prompt(), tiny()
+    print("bench: peak memory", flush=True)
+    found: dict[str, Pairs] = {"peak_memory": peak.compared(SMALL, pairs=MEMORY_PAIRS)}
+    trained: dict[str, Pairs] = {}
+    parts: dict[str, dict[str, dict[str, float]]] = {}
+    for case in (smallest, SMALL):
+        print(f"bench: training steps, {case.name}", flush=True)
+        trained[case.name], parts[case.name] = steps.compared(case, prompt, pairs=PAIRS)
+    print("bench: epochs from the feature cache", flush=True)
+    cached = epochs.compared(ENCODERS, prompt, pairs=PAIRS)
+    print("bench: prediction", flush=True)
+    found |= {
+        "train_step": trained["small"],
+        "cached_epoch": cached.pairs,
+        **answers.compared(SMALL, prompt, pairs=PAIRS),
+    }
+    print("bench: cost against size", flush=True)
+    written = {
+        "ratios": {name: round(pairs.ratio, 3) for name, pairs in found.items()},
+        "pairs": {name: pairs.as_dict() for name, pairs in found.items()},
+        "machine": machine(),
+        "networks": {case.name: told(case) for case in (smallest, SMALL, ENCODERS)},
+        "cache": {key: getattr(cached, key) for key in ("images", "image_bytes", "fill_seconds")},
+        "parts": parts,
+        "images_per_second": {case.name: rates(parts[case.name], case) for case in (smallest, SMALL)},
+        "flop": flop(SMALL, trained["small"]),
+        "scaling": scaling.scaling(),
+    }
     OUT.mkdir(parents=True, exist_ok=True)
-    found = {"seconds": medians, "raw": seconds, "threads": torch.get_num_threads(), "torch": torch.__version__}
-    (OUT / "bench.json").write_text(json.dumps(found, indent=1) + "\n")
-    table = Table("part", "seconds, median", title=f"tiny, batch of 4 images, {torch.get_num_threads()} threads")
-    for name, value in medians.items():
-        table.add_row(name, f"{value:.3f}")
-    Console().print(table)
+    (OUT / "bench.json").write_text(json.dumps(written, indent=1) + "\n")
+    (OUT / "bench.md").write_text(report.table(written))
+    print((OUT / "bench.md").read_text())
     print(f"bench: {OUT / 'bench.json'}")
 
 
-def _parts(config: DictConfig) -> SimpleNamespace:
-    prompt, sizes = instantiate(config.prompt), instantiate(config.model)
-    data: VesselDataModule = instantiate(config.data, _partial_=True)(prompt=prompt, views=sizes.views)
-    plan = NetworkPlan(sizes, prompt.token_ids, prompt.new_tokens, trainable=config.trainable)
-    return SimpleNamespace(network=plan.build(), objective=instantiate(config.objective), data=data)
-
-
-def measure(parts: SimpleNamespace) -> dict[str, list[float]]:
-    """Seconds of each part, several times.
-
-    Args:
-        parts: network, objective and data module of a configuration.
-    """
-    network, side = parts.network, parts.network.grounding.image_size
-    batch = next(iter(parts.data.train_dataloader()))
-
-    def loss() -> torch.Tensor:
-        output = network(batch)
-        masks = parts.objective(output.mask_logits, batch.masks, side)
-        return sum(masks.values()) + lm_loss(output.lm_logits, output.lm_targets)
-
-    def encode() -> None:
-        with torch.no_grad():
-            network.grounding.encode(torch.zeros(len(batch), 3, side, side))
-
-    def predict() -> None:
-        with torch.no_grad():
-            network.probabilities(network(batch), batch)
-
-    loading = iter(parts.data.train_dataloader())
+def machine() -> dict[str, Any]:
+    """What the figures depend on, without the machine's name."""
     return {
-        "load a batch": _timed(lambda: next(loading), 4),
-        "training step: forward and backward": _timed(lambda: loss().backward(), 10),
-        "of it: SAM2 image encoder, forward": _timed(encode, 10),
-        "predict a batch": _timed(predict, 10),
+        "cores": os.cpu_count(),
+        "processor": platform.machine(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
     }
 
 
-def _timed(action: Callable[[], object], times: int) -> list[float]:
-    action()
-    seconds = []
-    for _ in range(times):
-        start = time.perf_counter()
-        action()
-        seconds.append(time.perf_counter() - start)
-    return seconds
+def told(case: Case) -> str:
+    """A network in one line."""
+    own, seeing, drawing = case.sizes.language, case.sizes.vision, case.sizes.grounding
+    trains = f"LoRA r={case.lora.r}, trained copies of embedding and head" if case.lora.r else "every parameter trains"
+    return (
+        f"language model {own.width} wide, {own.layers} layers, vocabulary {own.vocabulary:,}; vision encoder "
+        f"{seeing.width} wide, {seeing.layers} layers, tiles of {seeing.tile} pixels; SAM2 at {drawing.frame} pixels; "
+        f"{trains}; {case.images} images a training step, {case.phrases} phrase each"
+    )
+
+
+def rates(parts: Mapping[str, Mapping[str, float]], case: Case) -> dict[str, float]:
+    """Images a second of training by mode."""
+    return {mode: case.images / sum(own.values()) for mode, own in parts.items()}
+
+
+def flop(case: Case, trained: Pairs) -> dict[str, float]:
+    """Operations of the product's step, counted; those it does a second; and those of a product of two matrices."""
+    setup = Setup(case.sizes, case.lora, case.trainable, case.objective, Engine(), batch_size=case.images)
+    total = whole_cost(setup).total
+    left, right = torch.randn(2048, 2048), torch.randn(2048, 2048)
+    matrices = min(seconds(lambda: left @ right) for _ in range(5))
+    fastest = min(trained.product)
+    rate = 2 * 2048**3 / matrices
+    return {"step": total, "per_second": total / fastest, "matrices_per_second": rate, "share": total / fastest / rate}
 
 
 if __name__ == "__main__":

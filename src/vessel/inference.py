@@ -17,15 +17,14 @@ from torch.utils.data import DataLoader
 from vessel.augmented_views import averaged, check_views
 from vessel.batch import Batch, Output, Sample, collate
 from vessel.data.inputs import Target
-from vessel.data.prompt import ANSWERS
+from vessel.data.prompt import ANSWERS, IGNORED
 from vessel.errors import VesselError
 from vessel.generation import MAX_NEW_TOKENS, Spoken, converse
 from vessel.model.placement import place
 from vessel.model.sa2va import Sa2VA
+from vessel.prediction_request import DECODERS
 from vessel.queries import Cutter, Failure, Guarded
 from vessel.restore import Restored
-
-DECODERS = ("forced", "generate")
 
 
 @dataclass(frozen=True)
@@ -193,7 +192,9 @@ class Predictor:
             output = self._drawn(batch, torch.cat([said.states for said in spoken if said.states is not None]))
             emitted = [torch.ones(n, dtype=torch.bool) for n in counts]
         else:
-            output = self.network(batch)
+            # Of the words only whether they are `[SEG]` is asked: the head need not see the others.
+            others = batch.input_ids != self.prompt.token_ids.seg
+            output = self.network(replace(batch, labels=batch.labels.masked_fill(others, IGNORED)))
             if self.network.phrases is None:
                 emitted = self.network.emitted(output).cpu().split(counts)
         maps = [probabilities.cpu() for probabilities in self.network.probabilities(output, batch)]

@@ -65,6 +65,12 @@ def test_outline_of_an_empty_mask_is_empty():
     assert outline(np.zeros((4, 4), dtype=bool)) == []
 
 
+def test_true_is_one_in_memory(tmp_path):
+    """Compiled code of scikit-image reads beyond its tables where a bool is neither 0 nor 1."""
+    write_mask(tmp_path / "m.png", np.eye(6, dtype=bool))
+    assert set(np.unique(read_mask(tmp_path / "m.png", (6, 6)).view(np.uint8))) == {0, 1}
+
+
 @pytest.mark.parametrize("kind", ["1-bit", "0/1", "0/255", "palette", "rgb", "16-bit"])
 def test_binary_masks_of_every_kind(tmp_path, kind):
     truth = np.eye(6, dtype=bool)

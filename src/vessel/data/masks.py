@@ -68,7 +68,7 @@ def read_mask(path: Path, size: tuple[int, int]) -> np.ndarray:
 
 def _binary(pixels: np.ndarray, path: Path) -> np.ndarray:
     if pixels.dtype == bool:
-        return pixels  # of a 1-bit file, which holds nothing else
+        return pixels.view(np.uint8) != 0  # Pillow writes true as 255, where compiled code counts on 1
     foreground = pixels != 0 if pixels.ndim == 2 else (pixels != 0).any(axis=2)
     values = np.unique(pixels[foreground], axis=0)
     if len(values) > 1 or (pixels.ndim == 2 and len(values) and int(values[0]) not in {1, 255, 65535}):

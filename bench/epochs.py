@@ -1,0 +1,83 @@
+"""Epochs of training with the frozen encoders' features from the cache, and without it."""
+
+from __future__ import annotations
+
+import tempfile
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from functools import partial
+from io import StringIO
+from pathlib import Path
+
+from bench.pairs import Pairs, in_turns, seconds
+from bench.sizes import SIDE, Case
+from bench.steps import Steps
+from hydra import compose, initialize_config_dir
+
+from vessel.conf_path import CONF
+from vessel.data.module import VesselDataModule
+from vessel.data.preparation import Options, prepare
+from vessel.data.prompt import Prompt
+from vessel.feature_cache.encoders import encoded, group_of
+from vessel.feature_cache.fill import Filler, Ranks, looks_of
+from vessel.feature_cache.groups import Hold
+from vessel.feature_cache.store import Store
+from vessel.options import typed
+
+
+@dataclass(frozen=True)
+class Epochs:
+    """What was measured.
+
+    Attributes:
+        pairs: seconds of an epoch from the cache, and of one that encodes every image.
+        images: of an epoch.
+        fill_seconds: to fill the cache, once.
+        image_bytes: on disk.
+    """
+
+    pairs: Pairs
+    images: int
+    fill_seconds: float
+    image_bytes: int
+
+
+def compared(case: Case, prompt: Prompt, *, pairs: int, patients: int = 8) -> Epochs:
+    """Train through the loader on painted pullbacks that are not augmented, everything in this process."""
+    with tempfile.TemporaryDirectory() as temporary:
+        data, cached = (_data(case, prompt, Path(temporary) / "data", patients) for _ in range(2))
+        steps = Steps(case, prompt)
+        store = Store(Path(temporary) / "features")
+        store.group = group_of(steps.network, data.views)
+        hold = Hold(store.root, store.group)
+        filler = Filler(
+            store,
+            partial(encoded, steps.network),
+            ranks=Ranks(0, 1, any=bool, together=False),
+            batch_size=case.images,
+            workers=0,
+        )
+        looks = looks_of(data.dataset("train"), 0)
+        fill_seconds = seconds(lambda: filler.fill(looks, shown=False))
+        cached.features = store.get
+        files = [file.stat().st_size for file in store.folder.iterdir()]
+        found = in_turns(partial(_epoch, steps, cached), partial(_epoch, steps, data), pairs=pairs)
+        hold.close()
+    return Epochs(found, len(looks), fill_seconds, sum(files) // len(files))
+
+
+def _data(case: Case, prompt: Prompt, root: Path, patients: int) -> VesselDataModule:
+    if not root.exists():
+        given = ["source=synthetic", f"out={root}", "workers=1", f"synthetic.size={SIDE}"]
+        with initialize_config_dir(CONF, version_base="1.3"):
+            config = compose("prepare", [*given, f"synthetic.patients={patients}", "synthetic.frames=4"])
+        with redirect_stdout(StringIO()):  # its tables are not the bench's
+            prepare(typed(config, Options, "vessel.prepare"))
+    return VesselDataModule(
+        str(root), prompt=prompt, views=case.sizes.views, phrases=["lumen"], batch_size=case.images
+    )  # fmt: skip
+
+
+def _epoch(steps: Steps, data: VesselDataModule) -> None:
+    for batch in data.train_dataloader():
+        steps.product(batch)

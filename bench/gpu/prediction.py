@@ -1,0 +1,74 @@
+"""Images a second of prediction, of the product and of the reference, taught and in the network's own words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from bench.gpu.trial import Trial
+from bench.speech import saying, standard_answer
+from bench.stopwatch import in_turns
+from bench.true_sizes import as_read, network_of, sample_for
+
+from bench import reference
+from vessel.data.inputs import Target
+from vessel.generation import MAX_NEW_TOKENS
+from vessel.inference import Prediction, Predictor
+from vessel.model.sa2va import Sa2VA
+
+IMAGES = 8  # of the product, in one batch; the reference takes them one by one, and so needs fewer to tell its rate
+PLAIN_IMAGES = 2
+PHRASES = (1, 4)
+
+
+def chapter(trial: Trial) -> list[dict[str, Any]]:
+    """Forced and generated prediction with one phrase an image and with several."""
+    setup = as_read(trial.setup)
+    network = network_of(setup, trial.prompt, trial.device).eval()
+    answer = standard_answer(trial.prompt)
+    rows: list[dict[str, Any]] = []
+    for phrases in PHRASES:
+        for decode in ("forced", "generate"):
+            if trial.late:
+                return rows
+            # A network of random weights would neither say [SEG] nor come to an end.
+            with saying(network, answer) if decode == "generate" else nullcontext():
+                times = in_turns(_runs(trial, network, phrases, decode), trial.device, rounds=trial.rounds)
+            images = {"product": IMAGES, "reference": PLAIN_IMAGES}
+            rows += [
+                {
+                    "mode": mode,
+                    "decode": decode,
+                    "phrases": phrases,
+                    "seconds": told.seconds,
+                    "images_per_second": images[mode] / told.median,
+                }
+                for mode, told in times.items()
+            ]
+    return rows
+
+
+def _runs(trial: Trial, network: Sa2VA, phrases: int, decode: str) -> dict[str, Callable[[], None]]:
+    sample = sample_for(trial.setup, trial.prompt, phrases=phrases)
+    restored: Any = SimpleNamespace(network=network, prompt=trial.prompt, views=trial.setup.sizes.views)
+    predictor = Predictor(restored, device=trial.device, decode=decode)
+    targets = [Target(str(i), Path(), str(i)) for i in range(IMAGES)]
+
+    def product() -> None:
+        for result in predictor.predict(targets, lambda _: sample, batch_size=IMAGES):
+            assert isinstance(result, Prediction), result
+
+    def plain() -> None:
+        with trial.autocast():
+            for _ in range(PLAIN_IMAGES):
+                if decode == "forced":
+                    maps = reference.taught(network, trial.prompt, sample)
+                else:
+                    answers = reference.spoken(network, trial.prompt, sample, max_new_tokens=MAX_NEW_TOKENS)
+                    maps = [drawn for answer in answers for drawn in answer]
+                assert [tensor.cpu() for tensor in maps]
+
+    return {"product": product, "reference": plain}

@@ -1,0 +1,84 @@
+"""A training step taken apart: each part alone, on the inputs that it has within the step.
+
+A part is what the network itself calls. Its inputs are computed beforehand and ask for a gradient where something that
+trains made them, so that the backward pass of a part does what it does within the step, and no more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_iter
+
+from vessel.batch import Batch, Pyramid
+from vessel.losses import lm_loss
+from vessel.model.sa2va import Sa2VA
+from vessel.task import Objective
+
+VISION, PROJECTOR, LANGUAGE, HEAD = "vision encoder", "projector and embedding", "language model", "LM head, its loss"
+SAM2, DECODER, LOSSES = "SAM2 image encoder", "mask decoder", "mask losses"
+Result = Tensor | Pyramid
+Pieces = dict[str, Callable[[], Result]]
+
+
+def step_loss(network: Sa2VA, batch: Batch, objective: Objective) -> Tensor:
+    """Loss of a whole training step, a scalar, as `vessel.task` computes it."""
+    assert batch.masks is not None
+    output = network(batch)
+    losses = dict(objective(output.mask_logits, batch.masks, network.frame))
+    targets = output.lm_targets.to(output.lm_logits.device)
+    losses["lm_loss"] = objective.lm_weight * lm_loss(output.lm_logits, targets)
+    return torch.stack(list(losses.values())).sum()
+
+
+def backward(result: Result) -> None:
+    """The backward pass from a result; none where nothing that trains has a part in it."""
+    wanted = [tensor for tensor in tree_iter(result) if tensor.requires_grad]
+    if wanted:
+        torch.autograd.backward(wanted, [torch.ones_like(tensor) for tensor in wanted])
+
+
+def pieces(network: Sa2VA, batch: Batch, objective: Objective) -> Pieces:
+    """The parts of a step.
+
+    Args:
+        network: in the state that it trains in, on one device.
+        batch: without features.
+        objective: mask loss.
+
+    Returns:
+        the forward pass of each part by its name, in the order of the step.
+    """
+    own, truth = network.mllm.model, batch.masks
+    assert truth is not None
+    pyramid = Pyramid(*map(_alone, network.pyramid(batch.frames)))
+    seen = _alone(network.see(batch.tiles))
+    embedded = _alone(network.embed(batch.input_ids, seen, batch.regions))
+    reads = batch.attention_mask.to(embedded.device)
+
+    def language() -> Tensor:
+        states: Tensor = own.language_model(inputs_embeds=embedded, attention_mask=reads, use_cache=False)[0]
+        return states
+
+    hidden = _alone(language())
+    at_seg = (batch.input_ids == network.tokens.seg).nonzero(as_tuple=True)
+    supervised = (batch.labels[:, 1:] != -100).nonzero(as_tuple=True)
+    targets = batch.labels[:, 1:][supervised].to(hidden.device)
+    answers, of_seg = (_alone(hidden[tuple(i.to(hidden.device) for i in place)]) for place in (supervised, at_seg))
+    logits = _alone(network.masks(pyramid, of_seg, at_seg[0]))
+    return {
+        VISION: lambda: network.see(batch.tiles),
+        PROJECTOR: lambda: network.embed(batch.input_ids, seen, batch.regions),
+        LANGUAGE: language,
+        HEAD: lambda: lm_loss(network.mllm.lm_head(answers), targets),
+        SAM2: lambda: network.pyramid(batch.frames),
+        DECODER: lambda: network.masks(pyramid, of_seg, at_seg[0]),
+        LOSSES: lambda: torch.stack(list(objective(logits, truth, network.frame).values())).sum(),
+    }
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    """Without its graph, asking for a gradient where it had one."""
+    return tensor.detach().requires_grad_(tensor.requires_grad)

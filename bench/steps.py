@@ -1,0 +1,109 @@
+"""A training step, as the product takes it and as the reference does, with its time split by part."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+
+import torch
+from bench.pairs import Pairs, in_turns
+from bench.sizes import Case
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
+from torch.optim import AdamW
+
+from bench import reference
+from vessel.batch import Batch
+from vessel.data.prompt import Prompt
+from vessel.losses import lm_loss
+from vessel.task import OptimizerSettings
+
+FORWARD_REST, BACKWARD, OPTIMIZER = "losses and the rest of the forward pass", "backward pass", "optimizer"
+ENCODERS = ("vision encoder", "SAM2 image encoder")
+
+
+class Steps:
+    """Training steps of one network: gradients are clipped at 1 and AdamW moves what trains, in both modes.
+
+    Args:
+        case: what is trained, and on what.
+        prompt: wording.
+
+    Attributes:
+        network: in training.
+        spent: seconds of each part, one entry a step, by mode.
+    """
+
+    def __init__(self, case: Case, prompt: Prompt) -> None:
+        self.network, self.objective = case.network(prompt).train(), case.objective
+        self.batch = case.batch(prompt)
+        self.trained = [p for p in self.network.parameters() if p.requires_grad]
+        settings = OptimizerSettings()
+        self.optimizer = AdamW(
+            self.trained, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay, fused=True
+        )
+        self.spent: dict[str, list[dict[str, float]]] = {"product": [], "reference": []}
+        self._within: defaultdict[str, float] = defaultdict(float)
+        self._watch()
+
+    def product(self, batch: Batch | None = None) -> None:
+        """A step of `vessel.task`, the optimizer fused as there."""
+        given = self.batch if batch is None else batch
+        assert given.masks is not None
+        start = self._begin(fused=True)
+        output = self.network(given)
+        losses = dict(self.objective(output.mask_logits, given.masks, self.network.frame))
+        losses["lm_loss"] = self.objective.lm_weight * lm_loss(output.lm_logits, output.lm_targets)
+        self._finish("product", start, losses)
+
+    def reference(self) -> None:
+        """A step of the public code, with the AdamW that torch chooses by itself."""
+        start = self._begin(fused=False)
+        self._finish("reference", start, reference.losses(self.network, self.batch, self.objective))
+
+    def _begin(self, *, fused: bool) -> float:
+        for group in self.optimizer.param_groups:
+            group["fused"] = fused
+        self._within.clear()
+        return time.perf_counter()
+
+    def _finish(self, mode: str, start: float, losses: Mapping[str, Tensor]) -> None:
+        loss = torch.stack(list(losses.values())).sum()
+        after_forward = time.perf_counter()
+        loss.backward()
+        after_backward = time.perf_counter()
+        clip_grad_norm_(self.trained, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        end = time.perf_counter()
+        spent = dict(self._within)
+        spent[FORWARD_REST] = after_forward - start - sum(spent.values())
+        self.spent[mode].append(spent | {BACKWARD: after_backward - after_forward, OPTIMIZER: end - after_backward})
+
+    def _watch(self) -> None:
+        """Count the seconds of each part's own forward pass."""
+        for name, module in self.network.parts().items():
+            began: list[float] = []
+
+            def enter(*_: object, began: list[float] = began) -> None:
+                began.append(time.perf_counter())
+
+            def leave(*_: object, name: str = name, began: list[float] = began) -> None:
+                self._within[name] += time.perf_counter() - began.pop()
+
+            module.register_forward_pre_hook(enter)
+            module.register_forward_hook(leave)
+
+
+def compared(case: Case, prompt: Prompt, *, pairs: int) -> tuple[Pairs, dict[str, dict[str, float]]]:
+    """Seconds of steps in turns, and median seconds of each part by mode."""
+    steps = Steps(case, prompt)
+    found = in_turns(steps.product, steps.reference, pairs=pairs)
+    return found, {mode: parts(spent[1:]) for mode, spent in steps.spent.items()}  # the first warmed up
+
+
+def parts(spent: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Median seconds of each part."""
+    return {name: statistics.median(one.get(name, 0.0) for one in spent) for name in spent[0]}

@@ -1,0 +1,91 @@
+"""Seconds and memory of what runs on a device, and the rate that its matrix units reach."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from lightning.pytorch.utilities.memory import is_oom_error
+
+
+@dataclass
+class Times:
+    """What was measured of one of several that ran in turns.
+
+    Attributes:
+        seconds: of each round.
+        peak: bytes of the device at the fullest moment of any round, all that it holds counted; 0 on the CPU.
+    """
+
+    seconds: list[float] = field(default_factory=list)
+    peak: int = 0
+
+    @property
+    def median(self) -> float:
+        """Seconds."""
+        return statistics.median(self.seconds)
+
+
+def seconds(run: Callable[[], object], device: torch.device) -> float:
+    """Seconds until a device has done what a function asks of it."""
+    _wait(device)
+    start = time.perf_counter()
+    run()
+    _wait(device)
+    return time.perf_counter() - start
+
+
+def in_turns(runs: Mapping[str, Callable[[], object]], device: torch.device, *, rounds: int) -> dict[str, Times]:
+    """Run each once to warm up, then all in turns, so that a machine that slows down slows all of them.
+
+    Returns:
+        times by name, without those that did not fit the memory.
+    """
+    able = {name: run for name, run in runs.items() if fits(run, device)}
+    times = {name: Times() for name in able}
+    for _ in range(rounds):
+        for name, run in able.items():
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(device)
+            times[name].seconds.append(seconds(run, device))
+            if device.type == "cuda":
+                times[name].peak = max(times[name].peak, torch.cuda.max_memory_allocated(device))
+    return times
+
+
+def fits(run: Callable[[], object], device: torch.device) -> bool:
+    """Run once; False where the memory was too small, which is free again then."""
+    try:
+        run()
+        _wait(device)
+    except (RuntimeError, MemoryError) as error:
+        if not (isinstance(error, MemoryError | torch.OutOfMemoryError) or is_oom_error(error)):
+            raise
+    else:
+        return True
+    release(device)  # here, as the exception holds what was alive
+    return False
+
+
+def release(device: torch.device) -> None:
+    """Give memory of a GPU back that nothing refers to any more."""
+    if device.type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def matrix_rate(device: torch.device) -> float:
+    """Operations a second of a large product of bf16 matrices with random content, a product and a sum being two."""
+    side, rounds = (8192, 20) if device.type == "cuda" else (256, 3)
+    left, right = (torch.randn(side, side, device=device).bfloat16() for _ in range(2))
+    times = in_turns({"product": lambda: left @ right}, device, rounds=rounds)
+    return 2 * side**3 / times["product"].median
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,110 @@
+"""Networks of true sizes with random weights, made on the device, and what they are shown."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from vessel.batch import Batch, Features, Pyramid, Sample
+from vessel.data.prompt import Prompt
+from vessel.memory.plan import Images, Setup, batch_of
+from vessel.model.lora import Lora
+from vessel.model.plan import NetworkPlan
+from vessel.model.sa2va import Sa2VA
+
+
+def low(device: torch.device) -> torch.dtype:
+    """The dtype of what does not train, as the recipes have it for a device."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def network_of(setup: Setup, prompt: Prompt, device: torch.device, *, compiled: bool = False) -> Sa2VA:
+    """The network as `vessel.train` has it, weights drawn at random on the device itself, in the dtype that they keep.
+
+    Args:
+        setup: sizes, adapters, what trains and checkpointing.
+        prompt: whose tokens it knows.
+        device: where it is made.
+        compiled: by torch's compiler; on the CPU its graphs are made and run as they are.
+    """
+    plan = NetworkPlan(
+        setup.sizes,
+        prompt.token_ids,
+        prompt.new_tokens,
+        setup.images.names,
+        lora=setup.lora,
+        trainable=setup.trainable,
+        checkpointing=setup.checkpointing,
+        frozen_dtype=low(device),
+    )
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(low(device))
+    try:
+        with torch.device(device):
+            network = plan.build()
+    finally:
+        torch.set_default_dtype(usual)
+    assert isinstance(network, Sa2VA)
+    if compiled:
+        network.compile_layers(*(() if device.type == "cuda" else ("eager",)))
+    return network
+
+
+def as_read(setup: Setup) -> Setup:
+    """The same network as a prediction reads it: adapters folded in, nothing trains."""
+    return replace(setup, lora=Lora(r=0), trainable="nothing", checkpointing=False)
+
+
+def batch_for(setup: Setup, prompt: Prompt, device: torch.device) -> Batch:
+    """A batch of random images in the host's memory, as a loader hands it over for that device."""
+    planned = batch_of(setup, prompt)
+    drawn = replace(
+        planned,
+        tiles=_pixels(planned.tiles.shape),
+        frames=_pixels(planned.frames.shape),
+        masks=tuple(torch.rand(mask.shape) < 0.06 for mask in planned.masks or ()),
+        input_ids=planned.input_ids.contiguous(),
+        labels=planned.labels.contiguous(),
+    )
+    return drawn.pin_memory() if device.type == "cuda" else drawn
+
+
+def with_features(network: Sa2VA, batch: Batch, setup: Setup, device: torch.device) -> Batch:
+    """The same batch with what the frozen encoders make of it, in the host's memory, as a cache gives it."""
+    made = []
+    for tiles, frame in zip(batch.tiles.split(setup.tiles), batch.frames, strict=True):
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            seen, pyramid = network.see(tiles), network.pyramid(frame[None])
+            made.append(Features(seen, Pyramid(*pyramid)).map(lambda tensor: tensor.to("cpu", low(device))))
+    known = replace(batch, tiles=batch.tiles[:0], frames=batch.frames[:0], features=tuple(made))
+    return known.pin_memory() if device.type == "cuda" else known
+
+
+def sample_for(setup: Setup, prompt: Prompt, *, phrases: int = 1, tiles: int | None = None) -> Sample:
+    """A random image with random masks.
+
+    Args:
+        setup: sizes of network and image.
+        prompt: wording.
+        phrases: that it is asked for.
+        tiles: that it is cut into; None for what its size says.
+    """
+    views, names, tiles = setup.sizes.views, Images(phrases=phrases).names, setup.tiles if tiles is None else tiles
+    ids, labels = prompt.encode(names, tiles * views.tokens_per_tile)
+    return Sample(
+        id="0",
+        patient="",
+        video="",
+        phrases=names,
+        tiles=_pixels((tiles, 3, views.tile, views.tile)),
+        frame=_pixels((3, views.frame, views.frame)),
+        input_ids=ids,
+        labels=labels,
+        size=setup.images.size,
+        masks=torch.rand(phrases, *setup.images.size) < 0.06,
+    )
+
+
+def _pixels(shape: tuple[int, ...]) -> torch.Tensor:
+    return torch.randint(256, shape, dtype=torch.uint8)
