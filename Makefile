@@ -40,7 +40,7 @@ test-faults: setup ## kill training fifty times at random moments and see it go 
 demo: setup ## prepare, train, evaluate, export and predict on synthetic pullbacks
 	$(BIN)/python -m vessel.demo
 
-bench: setup ## seconds of the parts of a step, on this machine
+bench: setup ## what is left out of the public code's work, in seconds and bytes
 	$(BIN)/python -m bench
 
 clean: ## remove caches, builds and everything in outputs/

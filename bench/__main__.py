@@ -20,7 +20,7 @@ from bench.flops import whole_cost
 from bench.pairs import Pairs, seconds
 from bench.sizes import ENCODERS, SMALL, Case, tiny
 
-from bench import answers, epochs, peak, report, scaling, steps
+from bench import answers, epochs, peak, report, scaling, startup, steps
 from vessel.data.prompt import Prompt
 from vessel.memory.engine import Engine
 from vessel.memory.plan import Setup
@@ -59,6 +59,7 @@ def main() -> None:
         "images_per_second": {case.name: rates(parts[case.name], case) for case in (smallest, SMALL)},
         "flop": flop(SMALL, trained["small"]),
         "scaling": scaling.scaling(),
+        "startup": startup.startup(),
     }
     OUT.mkdir(parents=True, exist_ok=True)
     (OUT / "bench.json").write_text(json.dumps(written, indent=1) + "\n")

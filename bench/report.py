@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Mapping
 from typing import Any
 
-from bench import scaling
+from bench import scaling, startup
 
 # What a ratio is of, and what it has to be.
 TOLD = {
@@ -20,10 +20,11 @@ TOLD = {
 
 def table(found: Mapping[str, Any]) -> str:
     """Markdown of what `python -m bench` found."""
-    return (
-        "\n".join([*_machine(found), "", *_ratios(found), "", *_parts(found), "", *scaling.table(found["scaling"])])
-        + "\n"
-    )
+    sections = [
+        *(_machine(found), _ratios(found), _parts(found)),
+        *(scaling.table(found["scaling"]), startup.table(found["startup"])),
+    ]
+    return "\n\n".join("\n".join(lines) for lines in sections) + "\n"
 
 
 def _machine(found: Mapping[str, Any]) -> list[str]:

@@ -10,7 +10,7 @@ from bench.pairs import Pairs, in_turns
 from bench.sizes import SMALL, Case, tiny
 from tests.conftest import SIZES
 
-from bench import answers, epochs, peak, report, steps
+from bench import answers, epochs, peak, report, startup, steps
 from vessel.model.lora import Lora
 
 MINI = Case("mini", SIZES, Lora(r=2, dropout=0.0), "lora", images=2)
@@ -101,6 +101,7 @@ def test_the_table_names_every_ratio_with_what_was_wanted():
         "images_per_second": {"small": rates(parts, replace(SMALL, images=8))},
         "flop": {"step": 5e11, "per_second": 1e11, "share": 0.5},
         "scaling": {"training, against phrases": {"1": 0.1, "2": 0.15}},
+        "startup": {startup.HELP: [0.8, 0.9], startup.STEP: [7.25, 7.5]},
     }
     text = report.table(json.loads(json.dumps(found)))
     assert "| training step | small | 2.00 s | 5.00 s | **2.5** | at least 2 times faster |" in text
@@ -108,6 +109,7 @@ def test_the_table_names_every_ratio_with_what_was_wanted():
     assert "| **images a second** | 8.00 | 8.00 |" in text
     assert "500 GFLOP, 100 a second, 50%" in text
     assert "vocabulary 151,679" in text
+    assert "| first training step of experiment=tiny | 7.2, 7.5 |" in text
 
 
 def test_the_networks_of_the_bench_are_those_it_names():
