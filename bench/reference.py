@@ -5,11 +5,12 @@ over the whole vocabulary; five object slots a frame, each with a copy of the fr
 decoder; prediction one image and one phrase at a time, the image encoded anew for each. vessel leaves out what does not
 change the result; here it is not left out, so that the two can be compared, in numbers and in seconds.
 
-Two things are not the public code's. An object's loss is averaged over its slots: the public code keeps five objects of
-a frame at random, and an object that fills two slots counts twice. Here there are as many fives as the objects need,
-and each object counts once, as in vessel; for up to five objects the work is the same. And the mask losses are
-vessel's, over every pixel of the mask, where the public code draws points: both modes are to compute one number. Left
-out of the public inference is the memory that SAM2 makes of an image after its mask is drawn, and never uses.
+Two things are not the public code's. An object's mask is the mean of its slots, which are alike: the public code keeps
+five objects of a frame at random, and an object that fills two slots counts twice. Here there are as many fives as the
+objects need, and each object counts once, as in vessel; for up to five objects the decoder does the same work. And the
+mask losses are vessel's, once for each object, where the public code draws points: both modes are to compute one
+number, with the same work. Left out of the public inference is the memory that SAM2 makes of an image after its mask is
+drawn, and never uses.
 
 Letters: B images, K objects of an image, N objects of the batch, M slots of the batch, L tokens, V vocabulary.
 """
@@ -92,30 +93,20 @@ def draw(network: Sa2VA, frames: Tensor, prompts: Tensor, copies: Tensor) -> Ten
 
 
 def losses(network: Sa2VA, batch: Batch, objective: NativeObjective) -> dict[str, Tensor]:
-    """Weighted scalars `mask_loss`, `dice_loss` and `lm_loss`: specification 3.5, at each mask's own resolution.
+    """Weighted scalars `mask_loss`, `dice_loss` and `lm_loss`.
 
     Args:
         network: in training mode.
-        batch: with masks of one size.
-        objective: whose weights are taken.
+        batch: with masks.
+        objective: vessel's, asked once for each object, by the mean of its slots.
     """
     assert batch.masks is not None
     made = forward(network, batch)
-    truth = torch.cat(batch.masks)[made.slots].flatten(1).float()
-    full = upsample(made.mask_logits, network.frame, batch.sizes[0]).flatten(1)
-    bce = F.binary_cross_entropy_with_logits(full, truth, reduction="none").mean(1)
-    likely = full.sigmoid()
-    dice = 1 - (2 * (likely * truth).sum(1) + 1) / (likely.sum(1) + truth.sum(1) + 1)
-    objects = torch.tensor([len(masks) for masks in batch.masks], device=full.device)
-    share = (1 / made.slots.bincount() / objects.sum())[made.slots]
-    counted = (objects / (objects + 1e-4)).repeat_interleave(objects)[made.slots]  # the public code divides Dice so
+    filled = made.slots.bincount()[:, None, None]
+    drawn = torch.zeros_like(made.mask_logits[: len(filled)]).index_add(0, made.slots, made.mask_logits) / filled
     words = made.lm_logits[:, :-1].reshape(-1, made.lm_logits.shape[-1])
     lm = F.cross_entropy(words, batch.labels[:, 1:].reshape(-1), ignore_index=-100)
-    return {
-        "mask_loss": objective.mask_weight * (share * bce).sum(),
-        "dice_loss": objective.dice_weight * (share * counted * dice).sum(),
-        "lm_loss": objective.lm_weight * lm,
-    }
+    return {**objective(drawn, batch.masks, network.frame), "lm_loss": objective.lm_weight * lm}
 
 
 @torch.no_grad()

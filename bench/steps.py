@@ -21,7 +21,6 @@ from vessel.losses import lm_loss
 from vessel.task import OptimizerSettings
 
 FORWARD_REST, BACKWARD, OPTIMIZER = "losses and the rest of the forward pass", "backward pass", "optimizer"
-ENCODERS = ("vision encoder", "SAM2 image encoder")
 
 
 class Steps:

@@ -84,7 +84,7 @@ def predict(run: str, images: str, *counts: str) -> None:
             for number, picture in enumerate(islice(cycle(pictures), count)):
                 os.symlink(picture.resolve(), frames / f"{number}.png")
             with initialize_config_dir(CONF, version_base="1.3"):
-                given = [f"ckpt={run}", f"images={frames}", f"out={out}", "device=cpu"]
+                given = [f"ckpt={run}", f"images={frames}", f"out={out}", "device=cpu", "workers=0"]
                 options = typed(compose("predict", given), Options, "vessel.predict")
             start = time.perf_counter()
             assert predict_images(options)["n_ok"] == count

@@ -300,12 +300,13 @@ def test_results_of_shares_are_in_the_order_of_what_was_asked():
         (2, 16, 2**30, 1),
         (2, 1000, 2**30, 2),
         (9, 1000, 2**30, 9),
-        (2, 1000, 440_000, 1),
+        (2, 1000, 850_000, 1),  # 13 images and 8
+        (2, 1000, 440_000, 0),
         (2, 99, 0, 0),
     ],
 )
 def test_loaders_start_where_they_gain_and_find_room(options, tiny_run, monkeypatch, asked, images, free, workers):
-    """An image is 3 x (2 x 56 x 56 + 64 x 64) bytes here; two batches of four wait for each loader."""
+    """An image is 3 x (2 x 56 x 56 + 64 x 64) bytes here; two batches of four wait for each loader, 13 elsewhere."""
     restored = restore(str(tiny_run))
     views = replace(restored.views, max_tiles=1)
     predictor = SimpleNamespace(views=views, augmented=())

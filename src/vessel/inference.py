@@ -184,6 +184,8 @@ class Predictor:
         if not spoken:
             return []
         batch = collate([said.sample for said in spoken], self.prompt.token_ids.pad)
+        if self.decode == "generate":  # whose words were said in the light of the tiles
+            batch = replace(batch, tiles=batch.tiles[:0])
         if self.device.type == "cuda":
             batch = batch.pin_memory().to(self.device, non_blocking=True)
         counts = [len(said.sample.phrases) for said in spoken]

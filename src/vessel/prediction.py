@@ -27,7 +27,7 @@ from vessel.prediction_request import FOLDERS, RESULTS_FILE, check
 from vessel.pullback import Pullback, find_pullbacks, follow
 from vessel.queries import asking, without_truth
 from vessel.restore import NetworkOptions, Restored, restore
-from vessel.result_files import NO_SEG, WHITE, ResultFiles
+from vessel.result_files import NO_SEG, WHITE, WRITERS, ResultFiles
 from vessel.shares import in_processes
 
 IMAGES_A_WORKER = 16  # fewer are loaded before a process has started
@@ -84,7 +84,9 @@ def predict(options: Options) -> Mapping[str, Any]:
     results = _merged(in_processes(shares, partial(_make_place, options)), shown)
     # Last: a folder with results.json is a whole one.
     text = json.dumps(results, indent=1, ensure_ascii=False)
-    (options.target / RESULTS_FILE).write_text(text + "\n", encoding="utf-8")
+    part = options.target / FOLDERS[0] / f"{RESULTS_FILE}.part"
+    part.write_text(text + "\n", encoding="utf-8")
+    part.replace(options.target / RESULTS_FILE)
     _tell(results, options.target, Console())
     if not results["n_ok"]:
         raise VesselError(f"none of {len(targets)} images gave a result; the first: {results['failures'][0]['reason']}")
@@ -140,7 +142,7 @@ def _predict_share(
         files.add_pullback(pullback, tracked(answers, total=len(pullback.frames)))
     if targets := [one for one in shown if isinstance(one, Target)]:
         load = _loader(options, targets, phrases, restored)
-        workers = _workers(options, len(targets), predictor)
+        workers = _workers(options, len(targets), predictor, of=of)
         answers = predictor.predict(targets, load, batch_size=options.batch_size, workers=workers)
         files.add(tracked(answers, total=len(targets)))
     return _results(options, restored, files, source)
@@ -156,18 +158,19 @@ def _device(options: Options, index: int, of: int) -> torch.device:
     return device
 
 
-def _workers(options: Options, images: int, predictor: Predictor) -> int:
+def _workers(options: Options, images: int, predictor: Predictor, *, of: int = 1) -> int:
     """Loader processes: those asked for, but none that would start in vain or find no shared memory to hand images on.
 
-    PyTorch's end there is a bus error; containers often have 64 MB.
+    PyTorch would then wait for ever; containers often have 64 MB.
     """
     if not SHARED_MEMORY.is_dir():
         return min(options.workers, images // IMAGES_A_WORKER)
     views, ahead = predictor.views, 2  # batches of a worker that wait, as the DataLoader has it
     sample = 3 * (views.tile**2 * (views.max_tiles + 1) + views.frame**2)
     batch = max(options.batch_size, 1 + len(predictor.augmented))
-    room = shutil.disk_usage(SHARED_MEMORY).free // (ahead * batch * sample)
-    return min(options.workers, images // IMAGES_A_WORKER, room)
+    # Of each of the processes: what is computed, and what waits to be written, still lies there too.
+    free = shutil.disk_usage(SHARED_MEMORY).free // of - (2 * batch + WRITERS + 1) * sample
+    return min(options.workers, images // IMAGES_A_WORKER, max(0, free) // (ahead * batch * sample))
 
 
 def _require_language(options: Options, restored: Restored) -> None:

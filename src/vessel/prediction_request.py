@@ -25,11 +25,11 @@ def check(options: Any) -> None:
     """
     if options.decode not in DECODERS:
         raise VesselError(f"decode={options.decode}: choose one of {', '.join(DECODERS)}")
-    place = expanded(options.images)
+    place = expanded(str(options.images))  # Hydra reads 2024 as a number
     if not place.exists() and not glob.has_magic(str(place)):
         raise VesselError(f"images={options.images}: no such file or folder")
     _check_question(options)
-    _check_free(options.out, expanded(options.out), overwrite=options.overwrite)
+    _check_free(options.out, expanded(str(options.out)), overwrite=options.overwrite)
 
 
 def _check_question(options: Any) -> None:
@@ -43,7 +43,7 @@ def _check_question(options: Any) -> None:
         raise VesselError("question= and phrases= exclude each other: a question names what it is about itself")
     if options.decode != "generate":
         raise VesselError(f"question= with decode={options.decode}: only the network knows the answer, decode=generate")
-    if options.mask_prompts is not None and not expanded(options.mask_prompts).is_dir():
+    if options.mask_prompts is not None and not expanded(str(options.mask_prompts)).is_dir():
         raise VesselError(f"mask_prompts={options.mask_prompts}: name a folder of masks; `--help` says their names")
 
 

@@ -29,8 +29,10 @@ def check(config: DictConfig) -> None:
     Raises:
         VesselError: a key that nothing reads, a mandatory value not given, or an unknown choice.
     """
-    if config.checkpointing not in (True, False, AUTO):
+    if not isinstance(config.checkpointing, bool) and config.checkpointing != AUTO:
         raise VesselError(f"checkpointing={config.checkpointing}: choose true, false or auto")
+    if not isinstance(config.compile, bool):
+        raise VesselError(f"compile={config.compile}: choose true or false")
     if unknown := sorted(set(map(str, config)).difference(ROOT_KEYS)):
         raise VesselError(f"unknown configuration key(s) {unknown}; the known ones are {sorted(ROOT_KEYS)}")
     missing = sorted(OmegaConf.missing_keys(config))

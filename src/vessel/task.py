@@ -158,6 +158,9 @@ class VesselTask(LightningModule):
                 f"ckpt: {len(wrong)} of {len(own)} trained tensors are missing or misshapen (first: {wrong[0]}); "
                 "resume with the configuration of the run that wrote it"
             )
+        for optimizer in checkpoint.get("optimizer_states", ()):
+            for group in optimizer.get("param_groups", ()):
+                group["fused"] = True  # also of a run that was not
         data = getattr(self.trainer, "datamodule", None)
         if isinstance(data, VesselDataModule) and data.__class__.__qualname__ in checkpoint:
             place = data.place(checkpoint[data.__class__.__qualname__])

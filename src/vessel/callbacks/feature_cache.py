@@ -13,6 +13,7 @@ from typing_extensions import override
 
 from vessel.batch import Batch, Features
 from vessel.data.module import VesselDataModule
+from vessel.errors import VesselError
 from vessel.feature_cache.encoders import (
     Picture,
     blank,
@@ -58,7 +59,16 @@ class FeatureCache(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Before the loaders are made."""
+        """Before the loaders are made.
+
+        Raises:
+            VesselError: validation would begin before the cache is filled.
+        """
+        if trainer.num_sanity_val_steps:
+            raise VesselError(
+                f"trainer.num_sanity_val_steps={trainer.num_sanity_val_steps} with cache=features: loaders of a check "
+                "before training would never find the features; leave it 0"
+            )
         _data_of(trainer).features = self.store.get
 
     @override

@@ -114,11 +114,14 @@ class Filler:
         Raises:
             VesselError: the disk is full.
         """
+        if not self.ranks.any(bool(missing)):
+            return
         todo = _Todo(self.store, list(missing.items()))
         loaded = _loaded(todo, self._order(len(todo)), self.workers)
         found = filter(None, map(self._still_missing, loaded))
         writing: list[Future[None]] = []
-        with _bar(len(missing), shown=shown and self.ranks.index == 0) as told, ThreadPoolExecutor(1) as writer:
+        shown = shown and self.ranks.index == 0
+        with _bar(len(missing), shown=shown) as told, ThreadPoolExecutor(1) as writer:
             while self.ranks.any((batch := next(found, None)) is not None):
                 if batch is None and not self.ranks.together:
                     continue
@@ -127,7 +130,8 @@ class Filler:
                 if batch is not None:
                     kept = [one.map(Tensor.cpu) for one in features]
                     writing = [writer.submit(self.store.put, p.key, one) for p, one in zip(batch, kept, strict=True)]
-                told(len(missing.keys() - self.store.keys()))
+                if shown:
+                    told(len(missing.keys() - self.store.keys()))
             _wait(writing)
 
     def _still_missing(self, loaded: Iterable[Picture | None]) -> list[Picture]:

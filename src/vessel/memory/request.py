@@ -36,16 +36,17 @@ def require_memory(config: DictConfig) -> MemoryPlan | None:
 
     Returns:
         the plan, whose setup tells what `checkpointing=auto` comes to; None where there is nothing to judge by: on the
-        CPU without `gpu_gb`, or with `force`.
+        CPU without `gpu_gb`.
 
     Raises:
-        VesselError: it does not fit; the message says what would help.
+        VesselError: it does not fit, and `force` is not given; the message says what would help.
     """
     size = _size(config)
-    if size is None or config.force:
+    if size is None:
         return None
     plan = _plan(config, size)
-    require_room(plan, size)
+    if not config.force:
+        require_room(plan, size)
     return plan
 
 
@@ -58,7 +59,7 @@ def _plan(config: DictConfig, gpu_gb: float) -> MemoryPlan:
         saving = memory_plan(replace(plan.setup, checkpointing=True), like=plan)
     except VesselError:  # this network cannot
         return plan
-    return saving if saving.fits(gpu_gb) else plan
+    return saving if saving.fits(gpu_gb) or config.force else plan
 
 
 def setup_of(config: DictConfig) -> Setup:

@@ -79,6 +79,8 @@ class NetworkPlan:
             self.seg_is_trained = know_seg(sources, self.names, rows)
         self.reports = []
         with resting() as ranks:
+            if self.compile and ranks is not None:
+                raise VesselError("compile=true: ZeRO-3 gathers layers one by one, so none can be compiled; leave it")
             return self._made(sources, ranks)
 
     @property
@@ -104,10 +106,6 @@ class NetworkPlan:
         if self.checkpointing:
             network.checkpoint_layers()
         if self.compile:
-            if ranks is not None:
-                raise VesselError(
-                    "compile=true: ZeRO-3 gathers layers one by one, around torch's compiler; leave it false"
-                )
             network.compile_layers()
         for parameter in network.parameters() if ranks is None else ():
             dtype = torch.float32 if parameter.requires_grad else self.frozen_dtype

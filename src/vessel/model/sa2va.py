@@ -177,7 +177,7 @@ class Sa2VA(Network):
 
     def emitted(self, output: Output) -> Tensor:
         """Whether the language model itself would have chosen `[SEG]` where the answer holds it: bool [N]."""
-        at_seg = output.lm_targets == self.tokens.seg
+        at_seg = (output.lm_targets == self.tokens.seg).to(output.lm_logits.device)
         return output.lm_logits[at_seg].argmax(-1) == self.tokens.seg
 
     def parts(self) -> Mapping[str, nn.Module]:

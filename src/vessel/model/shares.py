@@ -122,7 +122,8 @@ def take(saved: Saved, engine: Any) -> None:
 
 
 def _fresh_state(flat: Tensor, steps: int) -> dict[str, Tensor]:
-    return {"step": torch.tensor(float(steps))} | {name: torch.zeros_like(flat) for name in MOMENTS}
+    step = torch.tensor(float(steps), device=flat.device)  # where fused AdamW wants it
+    return {"step": step} | {name: torch.zeros_like(flat) for name in MOMENTS}
 
 
 def _take_trained(
