@@ -2,7 +2,7 @@
 
 The product against `bench.reference`, which computes what the public training and inference do on the same weights, in
 turns and in one process (memory: a fresh process each); a training step split by part; and what a run costs against the
-number of images, phrases, tiles, images a batch and ranks. About eight minutes and 10 GB of memory on two quiet cores,
+number of images, phrases, tiles, images a batch and ranks. About eleven minutes and 10 GB of memory on two quiet cores,
 Linux. Writes outputs/bench/bench.json and bench.md; machines and their load differ, so compare figures of one run only.
 """
 
