@@ -2,6 +2,7 @@
 
 import json
 import os
+import pty
 import signal
 import subprocess
 import time
@@ -10,7 +11,7 @@ import pytest
 from tests.processes import SHORT, TRAIN, TWO_RANKS, of_folder, run, started, under_way, wait_for
 from tests.trouble import trouble
 
-from vessel.callbacks.graceful_stop import GracefulStop
+from vessel.callbacks.graceful_stop import GracefulStop, _Terminal
 from vessel.places import option
 from vessel.ranks import STOP_CODES
 
@@ -159,3 +160,21 @@ def test_a_signal_to_the_whole_group_spares_the_loaders_workers(oct_set, tmp_pat
     assert "Traceback" not in output
     [folder] = (tmp_path / "outputs/alone").iterdir()
     assert sum(name.startswith("last") for name in checkpoints(folder)) == 1
+
+
+def test_a_terminal_that_closes_while_it_is_written_to_does_not_end_the_run():
+    """The write fails before the handler of the signal has run."""
+    master, slave = pty.openpty()
+    stream = open(slave, "w")  # noqa: SIM115  # closed below, which fails
+    terminal = _Terminal(stream)
+    terminal.write("epoch 1")
+    terminal.flush()
+    assert os.read(master, 100) == b"epoch 1"
+    os.close(master)
+    stream.write("epoch 2")
+    with pytest.raises(OSError, match="Input/output"):
+        stream.flush()
+    terminal.write("epoch 3")
+    terminal.flush()
+    with pytest.raises(OSError, match="Input/output"):
+        stream.close()

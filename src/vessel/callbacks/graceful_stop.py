@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import stat
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -43,6 +47,8 @@ class GracefulStop(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Listen from here on; before, a signal ends the process, as there is nothing to save."""
         self._before = {signum: signal.signal(signum, self._ask) for signum in STOP_CODES}
+        # Before a progress bar takes them over, which comes later in the list of callbacks.
+        sys.stdout, sys.stderr = _Terminal(sys.stdout), _Terminal(sys.stderr)
         self._step = trainer.global_step
 
     @override
@@ -93,6 +99,9 @@ class GracefulStop(Callback):
         for signum, handler in self._before.items():
             signal.signal(signum, handler)
         self._before = {}
+        for name in ("stdout", "stderr"):
+            if isinstance(stream := getattr(sys, name), _Terminal):
+                setattr(sys, name, stream.stream)
 
     def _agreed(self, trainer: Trainer) -> int:
         """The signal that any rank was sent, the highest where they differ; 0 for none."""
@@ -111,6 +120,37 @@ class GracefulStop(Callback):
             line = f"\nstopped by {signal.Signals(signum).name} after step {trainer.global_step}: {saved}"
             Console().print(line, soft_wrap=True, markup=False, highlight=False)
         raise SystemExit(STOP_CODES[signal.Signals(signum)])
+
+
+class _Terminal:
+    """A text stream whose terminal may be closed while it is written to, before the signal of that is handled."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        """As the stream does; what a closed terminal no longer takes is lost."""
+        with _while_it_is_open():
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """As `write`."""
+        with _while_it_is_open():
+            self.stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+@contextmanager
+def _while_it_is_open() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise
+        _let_go_of_the_terminal()
 
 
 def _let_go_of_the_terminal() -> None:
