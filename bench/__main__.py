@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 from bench.flops import whole_cost
-from bench.pairs import Pairs, seconds
+from bench.pairs import Pairs
 from bench.sizes import ENCODERS, SMALL, Case, tiny
+from bench.stopwatch import seconds
 
 from bench import answers, epochs, peak, report, scaling, startup, steps
 from vessel.data.prompt import Prompt
@@ -35,16 +36,14 @@ def main() -> None:
     prompt, smallest = Prompt(), tiny()
     print("bench: peak memory", flush=True)
     found: dict[str, Pairs] = {"peak_memory": peak.compared(SMALL, pairs=MEMORY_PAIRS)}
-    trained: dict[str, Pairs] = {}
     parts: dict[str, dict[str, dict[str, float]]] = {}
-    for case in (smallest, SMALL):
+    for case in (smallest, SMALL):  # of the latter the pairs are kept
         print(f"bench: training steps, {case.name}", flush=True)
-        trained[case.name], parts[case.name] = steps.compared(case, prompt, pairs=PAIRS)
+        found["train_step"], parts[case.name] = steps.compared(case, prompt, pairs=PAIRS)
     print("bench: epochs from the feature cache", flush=True)
     cached = epochs.compared(ENCODERS, prompt, pairs=PAIRS)
     print("bench: prediction", flush=True)
     found |= {
-        "train_step": trained["small"],
         "cached_epoch": cached.pairs,
         **answers.compared(SMALL, prompt, pairs=PAIRS),
     }
@@ -57,7 +56,7 @@ def main() -> None:
         "cache": {key: getattr(cached, key) for key in ("images", "image_bytes", "fill_seconds")},
         "parts": parts,
         "images_per_second": {case.name: rates(parts[case.name], case) for case in (smallest, SMALL)},
-        "flop": flop(SMALL, trained["small"]),
+        "flop": flop(SMALL, found["train_step"]),
         "scaling": scaling.scaling(),
         "startup": startup.startup(),
     }
@@ -100,7 +99,7 @@ def flop(case: Case, trained: Pairs) -> dict[str, float]:
     setup = Setup(case.sizes, case.lora, case.trainable, case.objective, Engine(), batch_size=case.images)
     total = whole_cost(setup).total
     left, right = torch.randn(2048, 2048), torch.randn(2048, 2048)
-    matrices = min(seconds(lambda: left @ right) for _ in range(5))
+    matrices = min(seconds(lambda: left @ right, left.device) for _ in range(5))
     fastest = min(trained.product)
     rate = 2 * 2048**3 / matrices
     return {"step": total, "per_second": total / fastest, "matrices_per_second": rate, "share": total / fastest / rate}

@@ -9,9 +9,11 @@ from functools import partial
 from io import StringIO
 from pathlib import Path
 
-from bench.pairs import Pairs, in_turns, seconds
+import torch
+from bench.pairs import Pairs, in_turns
 from bench.sizes import SIDE, Case
 from bench.steps import Steps
+from bench.stopwatch import seconds
 from hydra import compose, initialize_config_dir
 
 from vessel.conf_path import CONF
@@ -49,7 +51,6 @@ def compared(case: Case, prompt: Prompt, *, pairs: int, patients: int = 8) -> Ep
         steps = Steps(case, prompt)
         store = Store(Path(temporary) / "features")
         store.group = group_of(steps.network, data.views)
-        hold = Hold(store.root, store.group)
         filler = Filler(
             store,
             partial(encoded, steps.network),
@@ -58,11 +59,11 @@ def compared(case: Case, prompt: Prompt, *, pairs: int, patients: int = 8) -> Ep
             workers=0,
         )
         looks = looks_of(data.dataset("train"), 0)
-        fill_seconds = seconds(lambda: filler.fill(looks, shown=False))
-        cached.features = store.get
-        files = [file.stat().st_size for file in store.folder.iterdir()]
-        found = in_turns(partial(_epoch, steps, cached), partial(_epoch, steps, data), pairs=pairs)
-        hold.close()
+        with Hold(store.root, store.group):
+            fill_seconds = seconds(lambda: filler.fill(looks, shown=False), torch.device("cpu"))
+            cached.features = store.get
+            files = [file.stat().st_size for file in store.folder.iterdir()]
+            found = in_turns(partial(_epoch, steps, cached), partial(_epoch, steps, data), pairs=pairs)
     return Epochs(found, len(looks), fill_seconds, sum(files) // len(files))
 
 

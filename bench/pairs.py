@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import gc
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
+
+import torch
+
+from bench import stopwatch
 
 
 @dataclass
@@ -36,18 +38,5 @@ class Pairs:
 
 def in_turns(product: Callable[[], object], reference: Callable[[], object], *, pairs: int) -> Pairs:
     """Wall seconds of each, after one run of each that does not count."""
-    product()
-    reference()
-    found = Pairs()
-    for _ in range(pairs):
-        found.product.append(seconds(product))
-        found.reference.append(seconds(reference))
-    return found
-
-
-def seconds(run: Callable[[], object]) -> float:
-    """Wall seconds of a run, what was left by others cleared away before."""
-    gc.collect()
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
+    times = stopwatch.in_turns({"product": product, "reference": reference}, torch.device("cpu"), rounds=pairs)
+    return Pairs(product=times["product"].seconds, reference=times["reference"].seconds)

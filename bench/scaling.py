@@ -7,10 +7,7 @@ turns, ranks excepted.
 from __future__ import annotations
 
 import json
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from bench.command import vessel
 from bench.memory import sizes_of
 from bench.pieces import step_loss
 from bench.stopwatch import in_turns
@@ -112,9 +110,9 @@ def _ranks() -> dict[str, float]:
     """Seconds an image of `vessel.train`, a core a rank, by the number of ranks."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        _command(folder, "prepare", "source=synthetic", "out=data", "synthetic.patients=4", "synthetic.frames=8")
+        vessel(folder, "prepare", "source=synthetic", "out=data", "synthetic.patients=4", "synthetic.frames=8")
         for ranks in RANKS:
-            _command(folder, "train", *_training(ranks), f"hydra.run.dir=ranks{ranks}")
+            vessel(folder, "train", *_training(ranks), f"hydra.run.dir=ranks{ranks}", threads=1)
         return {str(ranks): 1 / statistics.median(_rates(folder / f"ranks{ranks}")) for ranks in RANKS}
 
 
@@ -125,14 +123,6 @@ def _training(ranks: int) -> list[str]:
         *(f"trainer.max_steps={_STEPS}", "trainer.limit_val_batches=0", "trainer.log_every_n_steps=1"),
         *("+callbacks.throughput.window=1", "~callbacks.progress"),
     ]
-
-
-def _command(folder: Path, name: str, *options: str) -> None:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", f"vessel.{name}", *options]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        sys.exit(f"bench.scaling: vessel.{name} failed\n{done.stderr}")
 
 
 def _rates(run: Path) -> Iterator[float]:

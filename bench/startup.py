@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
+
+from bench.command import vessel
 
 HELP, STEP = "answer to --help", "first training step of experiment=tiny"
 _PREPARE = ("source=synthetic", "synthetic.patients=4", "synthetic.frames=4")
@@ -18,7 +18,7 @@ def startup(times: int = 3) -> dict[str, list[float]]:
     """Each command in a fresh process, from its start."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        _run(folder, "prepare", *_PREPARE, "out=data")
+        vessel(folder, "prepare", *_PREPARE, "out=data")
         return {HELP: [_helped(folder) for _ in range(times)], STEP: [_stepped(folder, i) for i in range(times)]}
 
 
@@ -30,17 +30,12 @@ def table(found: dict[str, list[float]]) -> list[str]:
 
 def _helped(folder: Path) -> float:
     start = time.perf_counter()
-    _run(folder, "train", "--help")
+    vessel(folder, "train", "--help")
     return time.perf_counter() - start
 
 
 def _stepped(folder: Path, number: int) -> float:
     start, run = time.time(), folder / f"run{number}"
-    _run(folder, "train", *_TRAIN, "data.root=data", f"hydra.run.dir={run.name}")
+    vessel(folder, "train", *_TRAIN, "data.root=data", f"hydra.run.dir={run.name}")
     lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
     return next(line["time"] for line in lines if "train/loss" in line) - start
-
-
-def _run(folder: Path, verb: str, *options: str) -> None:
-    command = [sys.executable, "-m", f"vessel.{verb}", *options]
-    subprocess.run(command, cwd=folder, check=True, capture_output=True)

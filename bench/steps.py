@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from bench.pairs import Pairs, in_turns
+from bench.pieces import step_loss
 from bench.sizes import Case
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
@@ -17,7 +18,6 @@ from torch.optim import AdamW
 from bench import reference
 from vessel.batch import Batch
 from vessel.data.prompt import Prompt
-from vessel.losses import lm_loss
 from vessel.task import OptimizerSettings
 
 FORWARD_REST, BACKWARD, OPTIMIZER = "losses and the rest of the forward pass", "backward pass", "optimizer"
@@ -50,17 +50,14 @@ class Steps:
     def product(self, batch: Batch | None = None) -> None:
         """A step of `vessel.task`, the optimizer fused as there."""
         given = self.batch if batch is None else batch
-        assert given.masks is not None
         start = self._begin(fused=True)
-        output = self.network(given)
-        losses = dict(self.objective(output.mask_logits, given.masks, self.network.frame))
-        losses["lm_loss"] = self.objective.lm_weight * lm_loss(output.lm_logits, output.lm_targets)
-        self._finish("product", start, losses)
+        self._finish("product", start, step_loss(self.network, given, self.objective))
 
     def reference(self) -> None:
         """A step of the public code, with the AdamW that torch chooses by itself."""
         start = self._begin(fused=False)
-        self._finish("reference", start, reference.losses(self.network, self.batch, self.objective))
+        losses = reference.losses(self.network, self.batch, self.objective)
+        self._finish("reference", start, torch.stack(list(losses.values())).sum())
 
     def _begin(self, *, fused: bool) -> float:
         for group in self.optimizer.param_groups:
@@ -68,8 +65,7 @@ class Steps:
         self._within.clear()
         return time.perf_counter()
 
-    def _finish(self, mode: str, start: float, losses: Mapping[str, Tensor]) -> None:
-        loss = torch.stack(list(losses.values())).sum()
+    def _finish(self, mode: str, start: float, loss: Tensor) -> None:
         after_forward = time.perf_counter()
         loss.backward()
         after_backward = time.perf_counter()

@@ -16,6 +16,7 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
+from bench.command import vessel
 from hydra import compose, initialize_config_dir
 from rich.console import Console
 from rich.table import Table
@@ -35,8 +36,8 @@ def main(*counts: str) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         data, run = Path(temporary) / "data", Path(temporary) / "run"
         painted = ("synthetic.patients=5", "synthetic.frames=8", "synthetic.size=512")
-        _vessel("prepare", "source=synthetic", f"out={data}", *painted)
-        _vessel("train", "experiment=tiny", f"data.root={data}", f"hydra.run.dir={run}", "trainer.max_steps=2",
+        vessel(Path(temporary), "prepare", "source=synthetic", f"out={data}", *painted)
+        vessel(Path(temporary), "train", "experiment=tiny", f"data.root={data}", f"hydra.run.dir={run}", "trainer.max_steps=2",
                 "trainer.val_check_interval=2", "trainer.accelerator=cpu")  # fmt: skip
         found = [measure(run, data / "images", count)[0] for count in counts or ("100", "1000")]
     grown = found[-1]["peak_bytes"] - found[0]["peak_bytes"]
@@ -48,10 +49,6 @@ def main(*counts: str) -> None:
         table.add_row(str(told["frames"]), *megabytes, f"{told['seconds'] / told['frames']:.3f}")
     Console().print(table)
     print(f"bench: {OUT / 'stream.json'}: {grown / 1e6:.1f} MB more for {found[-1]['frames']} frames")
-
-
-def _vessel(command: str, *options: str) -> None:
-    subprocess.run([sys.executable, "-m", f"vessel.{command}", *options], check=True, stdout=subprocess.DEVNULL)
 
 
 def measure(run: Path, images: Path, *counts: str) -> list[dict[str, Any]]:

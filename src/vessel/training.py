@@ -25,10 +25,11 @@ from rich.console import Console
 
 from vessel.checkpoints.reading import find_checkpoint, newest_good, read_checkpoint
 from vessel.checkpoints.retention import discard_superseded
-from vessel.checkpoints.space import checkpoint_bytes, planned, require_space, size_on_disk
+from vessel.checkpoints.space import checkpoint_bytes, planned, require_space
 from vessel.checkpoints.writing import WholeFiles
 from vessel.data.module import VesselDataModule
 from vessel.data.prompt import Prompt
+from vessel.disk import size_on_disk
 from vessel.errors import VesselError
 from vessel.loggers import JsonLines, PrivateWandb, wandb_environment
 from vessel.memory.request import require_memory, show

@@ -7,7 +7,7 @@ import torch
 from tests.processes import on_ranks
 
 from vessel.checkpoints.reading import fault
-from vessel.checkpoints.space import size_on_disk
+from vessel.disk import size_on_disk
 
 pytestmark = pytest.mark.slow
 SCRIPT = Path(__file__).with_name("full_disk_ranks.py")

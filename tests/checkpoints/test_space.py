@@ -7,8 +7,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from tests.conftest import _configuration
 from torch import nn
 
-from vessel.checkpoints.space import checkpoint_bytes, planned, readable, require_space, size_on_disk
+from vessel.checkpoints.space import checkpoint_bytes, planned, require_space
 from vessel.checkpoints.writing import WholeFiles
+from vessel.disk import readable, size_on_disk
 from vessel.errors import VesselError
 
 

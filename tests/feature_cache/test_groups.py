@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 from tests.feature_cache.conftest import GROUP, OTHER
 
+from vessel.disk import size_on_disk
 from vessel.errors import VesselError
-from vessel.feature_cache.groups import Hold, size_of
+from vessel.feature_cache.groups import Hold
 
 THIRD = "c" * 32
 GB = 10**9
@@ -52,7 +53,7 @@ def test_a_group_in_use_is_never_removed_and_what_it_was_promised_counts(tmp_pat
         (tmp_path / OTHER / "1.safetensors").write_bytes(bytes(700))  # more than it said
         with pytest.raises(VesselError):
             hold.reserve(400, limit=1000)
-        assert size_of(tmp_path / OTHER) == 700
+        assert size_on_disk(tmp_path / OTHER) == 700
         other.close()
         hold.reserve(400, limit=1000)
         assert not (tmp_path / OTHER).exists()

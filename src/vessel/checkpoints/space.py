@@ -9,6 +9,7 @@ from pathlib import Path
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import nn
 
+from vessel.disk import readable
 from vessel.errors import VesselError
 
 _PER_TENSOR = 512  # names, shapes and the alignment of each stored tensor, about
@@ -62,21 +63,3 @@ def require_space(folder: Path, nbytes: int, what: str) -> None:
             "another disk with hydra.run.dir=FOLDER, or write less: callbacks.checkpoint=null keeps no best one, and a "
             "smaller lora= or trainable=decoder_only makes each smaller"
         )
-
-
-def size_on_disk(path: Path) -> int:
-    """Bytes of a file, or of all files of a folder; 0 where nothing is."""
-    files = path.rglob("*") if path.is_dir() else (path,)
-    return sum(_size(file) for file in files)
-
-
-def readable(nbytes: int) -> str:
-    """`5.12 GB`, or `8.4 MB` below one of them."""
-    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"
-
-
-def _size(file: Path) -> int:
-    try:
-        return file.stat().st_size if file.is_file() else 0
-    except FileNotFoundError:  # another rank removes it meanwhile
-        return 0

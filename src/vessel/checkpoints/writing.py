@@ -14,7 +14,7 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
 from vessel.checkpoints.reading import aside_of, checkpoints_in, part_of, put_back, written
 from vessel.checkpoints.retention import discard
-from vessel.checkpoints.space import readable, size_on_disk
+from vessel.disk import readable, size_on_disk
 from vessel.errors import DISK_FULL, VesselError
 
 # What torch's zip writer says when the system refuses its bytes; it drops the reason.

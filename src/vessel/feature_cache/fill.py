@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from vessel.batch import Features
 from vessel.data.dataset import VesselDataset
 from vessel.data.images import pixel_hash
-from vessel.data.transforms import cut_tiles, tile_grid, whole_frame
+from vessel.data.transforms import cut_tiles, tile_count, whole_frame
 from vessel.feature_cache.encoders import Picture
 from vessel.feature_cache.store import Store
 from vessel.ranks import outlive_signals
@@ -41,8 +41,7 @@ class Look(NamedTuple):
     def tiles(self) -> int:
         """Into how many tiles it is cut, thumbnail counted."""
         frame, views = self.dataset.frames[self.position], self.dataset.views
-        columns, rows = tile_grid(frame.width, frame.height, tile=views.tile, max_tiles=views.max_tiles)
-        return columns * rows + (columns * rows > 1)
+        return tile_count(frame.width, frame.height, views)
 
     def image(self) -> NDArray[Any]:
         """uint8 [H, W, 3]."""

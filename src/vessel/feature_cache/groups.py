@@ -13,12 +13,16 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TextIO
 
+from vessel import disk
+from vessel.disk import size_on_disk
 from vessel.errors import VesselError
 from vessel.feature_cache.store import PART
 
+readable = partial(disk.readable, below=".3g")  # an image may take far less than a megabyte
 _LOCK = ".lock"
 _DIGEST = re.compile(r"[0-9a-f]{32}")  # nothing of another name is ever removed
 
@@ -72,7 +76,7 @@ class Hold:
             VesselError: there is no room; says how much there is and what helps.
         """
         with _told(self.root), _planning(self.root):
-            own, others = size_of(self.root / self.group), list(_others(self.root, self.group))
+            own, others = size_on_disk(self.root / self.group), list(_others(self.root, self.group))
             try:
                 doomed = self._doomed(own + nbytes, nbytes, limit, others)
                 for other in doomed:
@@ -110,26 +114,6 @@ class Hold:
         return doomed
 
 
-def readable(nbytes: float) -> str:
-    """`5.12 GB`, or `8.4 MB` below one of them."""
-    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.3g} MB"
-
-
-def size_of(folder: Path) -> int:
-    """Bytes of the files in a group."""
-    total = 0
-    try:
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                try:
-                    total += entry.stat().st_size
-                except FileNotFoundError:  # a part that has just got its name
-                    continue
-    except FileNotFoundError:
-        return 0
-    return total
-
-
 @dataclass(frozen=True)
 class _Other:
     """Another group while room is made; an idle one is locked until its lock is closed."""
@@ -150,7 +134,7 @@ def _others(root: Path, group: str) -> Iterator[_Other]:
         if not file.exists():  # not made here
             continue
         lock = _opened(file)
-        idle, size, planned = _alone(lock), size_of(folder), int(lock.read() or 0)
+        idle, size, planned = _alone(lock), size_on_disk(folder), int(lock.read() or 0)
         yield _Other(folder, lock, idle, size, max(size, planned), file.stat().st_mtime)
 
 

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from vessel.batch import Batch
 from vessel.data.prompt import ANSWERS, QUESTIONS, Prompt
-from vessel.data.transforms import tile_grid
+from vessel.data.transforms import tile_count
 from vessel.memory.engine import PARAMETERS, Engine
 from vessel.memory.gathering import gathered_elements
 from vessel.memory.step import Step, run_step
@@ -69,9 +69,8 @@ class Setup:
     @property
     def tiles(self) -> int:
         """Tiles that the largest image is cut into, thumbnail counted."""
-        views, (height, width) = self.sizes.views, self.images.size
-        columns, rows = tile_grid(width, height, tile=views.tile, max_tiles=views.max_tiles)
-        return columns * rows + (columns * rows > 1)
+        height, width = self.images.size
+        return tile_count(width, height, self.sizes.views)
 
 
 @dataclass(frozen=True)
