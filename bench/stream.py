@@ -37,8 +37,8 @@ def main(*counts: str) -> None:
         data, run = Path(temporary) / "data", Path(temporary) / "run"
         painted = ("synthetic.patients=5", "synthetic.frames=8", "synthetic.size=512")
         vessel(Path(temporary), "prepare", "source=synthetic", f"out={data}", *painted)
-        vessel(Path(temporary), "train", "experiment=tiny", f"data.root={data}", f"hydra.run.dir={run}", "trainer.max_steps=2",
-                "trainer.val_check_interval=2", "trainer.accelerator=cpu")  # fmt: skip
+        steps = ("trainer.max_steps=2", "trainer.val_check_interval=2", "trainer.accelerator=cpu")
+        vessel(Path(temporary), "train", "experiment=tiny", f"data.root={data}", f"hydra.run.dir={run}", *steps)
         found = [measure(run, data / "images", count)[0] for count in counts or ("100", "1000")]
     grown = found[-1]["peak_bytes"] - found[0]["peak_bytes"]
     OUT.mkdir(parents=True, exist_ok=True)
