@@ -23,8 +23,8 @@ from bench.stopwatch import seconds
 
 from bench import answers, epochs, peak, report, scaling, startup, steps
 from vessel.data.prompt import Prompt
-from vessel.memory.engine import Engine
-from vessel.memory.plan import Setup
+from vessel.memory_plan.engine import Engine
+from vessel.memory_plan.plan import Setup
 
 OUT = Path("outputs/bench")
 PAIRS = 5
@@ -96,7 +96,7 @@ def rates(parts: Mapping[str, Mapping[str, float]], case: Case) -> dict[str, flo
 
 def flop(case: Case, trained: Pairs) -> dict[str, float]:
     """Operations of the product's step, counted; those it does a second; and those of a product of two matrices."""
-    setup = Setup(case.sizes, case.lora, case.trainable, case.objective, Engine(), batch_size=case.images)
+    setup = Setup(case.sizes, case.lora, case.trainable, case.loss_function, Engine(), batch_size=case.images)
     total = whole_cost(setup).total
     left, right = torch.randn(2048, 2048), torch.randn(2048, 2048)
     matrices = min(seconds(lambda: left @ right, left.device) for _ in range(5))

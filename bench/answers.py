@@ -15,9 +15,10 @@ from bench.speech import saying, standard_answer
 from torch import Tensor
 
 from bench import reference
-from vessel.data.inputs import Target
+from vessel.data.inputs import InputImage
 from vessel.data.prompt import Prompt
-from vessel.inference import Prediction, Predictor
+from vessel.inference.predictor import Predictor
+from vessel.inference.results import Prediction
 from vessel.model.lora import Lora
 
 IMAGES = 4
@@ -36,14 +37,14 @@ class Answers:
     def __init__(self, case: Case, prompt: Prompt, *, phrases: int = PHRASES) -> None:
         self.network, self.prompt = replace(case, lora=Lora(r=0), trainable="nothing").network(prompt).eval(), prompt
         self.samples = [case.sample(prompt, i, phrases=phrases) for i in range(IMAGES)]
-        self.views = case.sizes.views
+        self.geometry = case.sizes.geometry
         self.answer = standard_answer(prompt)
 
     def product(self, decode: str) -> list[tuple[Tensor | None, ...]]:
         """Probabilities of each phrase of each image, by one pass or in the network's own words."""
-        restored: Any = SimpleNamespace(network=self.network, prompt=self.prompt, views=self.views)
+        restored: Any = SimpleNamespace(network=self.network, prompt=self.prompt, geometry=self.geometry)
         predictor = Predictor(restored, device="cpu", decode=decode, max_new_tokens=len(self.answer))
-        targets = [Target(str(i), Path(), str(i)) for i in range(IMAGES)]
+        targets = [InputImage(str(i), Path(), str(i)) for i in range(IMAGES)]
         found = predictor.predict(targets, lambda i: self.samples[i], batch_size=IMAGES)
         with saying(self.network, self.answer) if decode == "generate" else nullcontext():
             return [one.probabilities for one in found if isinstance(one, Prediction)]

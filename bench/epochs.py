@@ -16,15 +16,15 @@ from bench.steps import Steps
 from bench.stopwatch import seconds
 from hydra import compose, initialize_config_dir
 
-from vessel.conf_path import CONF
-from vessel.data.module import VesselDataModule
-from vessel.data.preparation import Options, prepare
+from vessel.cli.conf import CONF
+from vessel.cli.options import typed
+from vessel.data.preparation import PrepareOptions, prepare
 from vessel.data.prompt import Prompt
-from vessel.feature_cache.encoders import encoded, group_of
+from vessel.feature_cache.encoders import cache_namespace, encoded
 from vessel.feature_cache.fill import Filler, Ranks, looks_of
 from vessel.feature_cache.groups import Hold
 from vessel.feature_cache.store import Store
-from vessel.options import typed
+from vessel.training.datamodule import VesselDataModule
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def compared(case: Case, prompt: Prompt, *, pairs: int, patients: int = 8) -> Ep
         data, cached = (_data(case, prompt, Path(temporary) / "data", patients) for _ in range(2))
         steps = Steps(case, prompt)
         store = Store(Path(temporary) / "features")
-        store.group = group_of(steps.network, data.views)
+        store.group = cache_namespace(steps.network, data.geometry)
         filler = Filler(
             store,
             partial(encoded, steps.network),
@@ -73,9 +73,9 @@ def _data(case: Case, prompt: Prompt, root: Path, patients: int) -> VesselDataMo
         with initialize_config_dir(CONF, version_base="1.3"):
             config = compose("prepare", [*given, f"synthetic.patients={patients}", "synthetic.frames=4"])
         with redirect_stdout(StringIO()):  # its tables are not the bench's
-            prepare(typed(config, Options, "vessel.prepare"))
+            prepare(typed(config, PrepareOptions, "vessel.prepare"))
     return VesselDataModule(
-        str(root), prompt=prompt, views=case.sizes.views, phrases=["lumen"], batch_size=case.images
+        str(root), prompt=prompt, geometry=case.sizes.geometry, phrases=["lumen"], batch_size=case.images
     )  # fmt: skip
 
 

@@ -19,9 +19,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from vessel.data.prompt import Prompt
-from vessel.losses import NativeObjective
-from vessel.memory.engine import Engine
-from vessel.memory.plan import Setup, batch_of
+from vessel.losses import NativeLoss
+from vessel.memory_plan.engine import Engine
+from vessel.memory_plan.plan import Setup, batch_of
 from vessel.model.groups import choose_trainable
 from vessel.model.lora import Lora, add_lora
 from vessel.model.sa2va import Sa2VA
@@ -47,7 +47,7 @@ def recipe(name: str, *, batch_size: int = 1) -> Setup:
         sizes_of(f"model={name}"),
         Lora(r=128),
         "lora",
-        NativeObjective(),
+        NativeLoss(),
         Engine(precision="bf16-mixed"),
         batch_size=batch_size,
     )
@@ -58,7 +58,7 @@ def step_cost(setup: Setup) -> Mapping[str, Cost]:
     network, prompt = _network(setup)
     batch = batch_of(setup, prompt)
     with _Values():
-        parts = pieces(network, batch, setup.objective)
+        parts = pieces(network, batch, setup.loss_function)
         return {name: _counted(run) for name, run in parts.items()}
 
 
@@ -67,7 +67,7 @@ def whole_cost(setup: Setup) -> Cost:
     network, prompt = _network(setup)
     batch = batch_of(setup, prompt)
     with _Values():
-        return _counted(lambda: step_loss(network, batch, setup.objective))
+        return _counted(lambda: step_loss(network, batch, setup.loss_function))
 
 
 def _network(setup: Setup) -> tuple[Sa2VA, Prompt]:

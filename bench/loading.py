@@ -22,20 +22,20 @@ from hydra import compose, initialize_config_dir
 from rich.console import Console
 from rich.table import Table
 
-from vessel.batch import Views, collate
-from vessel.conf_path import CONF
+from vessel.batch import InputGeometry, collate
+from vessel.cli.conf import CONF
+from vessel.cli.options import typed
 from vessel.data.catalog import Catalog, Frame
 from vessel.data.dataset import VesselDataset
 from vessel.data.images import PreparedImages
 from vessel.data.masks import read_mask
-from vessel.data.preparation import Options, prepare
+from vessel.data.preparation import PrepareOptions, prepare
 from vessel.data.prompt import Prompt
 from vessel.data.transforms import Augmentation, QuarterTurns, cut_tiles, whole_frame
-from vessel.options import typed
 
 OUT = Path("outputs/bench")
 SIDE, BATCH = 512, 4
-VIEWS = Views(tile=448, tokens_per_tile=256, max_tiles=12, frame=1024)
+VIEWS = InputGeometry(tile=448, tokens_per_tile=256, max_tiles=12, frame=1024)
 PHRASES = tuple(f"phrase {number}" for number in range(4))
 WHOLE, COLLATE = "an image, all of it", f"its share of collating {BATCH}"
 
@@ -70,7 +70,7 @@ def painted(root: Path) -> list[Frame]:
     """Frames of a painted data set, each with the mask of its lumen for every phrase."""
     given = ["source=synthetic", f"out={root}", "synthetic.patients=4", "synthetic.frames=4", f"synthetic.size={SIDE}"]
     with initialize_config_dir(CONF, version_base="1.3"):
-        prepare(typed(compose("prepare", given), Options, "vessel.prepare"))
+        prepare(typed(compose("prepare", given), PrepareOptions, "vessel.prepare"))
     frames = Catalog.open(root).part("train")
     return [replace(frame, masks=dict.fromkeys(PHRASES, frame.masks["lumen"])) for frame in frames]
 
@@ -79,7 +79,7 @@ def measure(root: Path, frames: list[Frame], phrases: tuple[str, ...], *, rounds
     """Median seconds of each part of what a data set does for an image of training, and of all of it."""
     prompt, augmentation, frame = Prompt(), Augmentation(), frames[0]
     dataset = VesselDataset(
-        root, frames, phrases=phrases, prompt=prompt, views=VIEWS, augmentation=augmentation, varied=True
+        root, frames, phrases=phrases, prompt=prompt, geometry=VIEWS, augmentation=augmentation, varied=True
     )
     samples = [dataset[position] for position in range(BATCH)]  # what stays known is known from here on
     image, masks = PreparedImages().read(root / frame.image, frame.sha256), samples[0].masks

@@ -26,15 +26,15 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save_file
 
-from vessel.conf_path import CONF
+from vessel.cli.conf import CONF
 from vessel.data.prompt import Prompt
-from vessel.model.architecture import public_names
-from vessel.model.hub_config import public_config
 from vessel.model.lora import Lora
-from vessel.model.plan import NetworkPlan
-from vessel.model.sa2va import Sizes, build_sa2va
-from vessel.model.weights.entry import Weights
-from vessel.model.weights.files import INDEX
+from vessel.model.sa2va import Sa2VAConfig, build_sa2va
+from vessel.weights.architecture import public_names
+from vessel.weights.build import NetworkPlan
+from vessel.weights.entry import Weights
+from vessel.weights.files import INDEX
+from vessel.weights.hub_config import public_config
 
 OUT = Path("outputs/bench")
 CHOICES = {"nothing": 0, "lora": 8}  # what trains, and the rank of its adapters
@@ -62,13 +62,13 @@ def main(model: str = "internvl3_2b", shard_gb: str = "1") -> None:
     print(f"bench: {OUT / 'memory.json'}")
 
 
-def sizes_of(*overrides: str) -> Sizes:
-    """Sizes as vessel.train would have them with these options."""
+def sizes_of(*overrides: str) -> Sa2VAConfig:
+    """Sa2VAConfig as vessel.train would have them with these options."""
     with initialize_config_dir(CONF, version_base="1.3"):
         return instantiate(compose("train", [*overrides, "data.root=none", "run=."]).model)
 
 
-def write(folder: Path, sizes: Sizes, shard: int) -> None:
+def write(folder: Path, sizes: Sa2VAConfig, shard: int) -> None:
     """A Sa2VA folder with random bf16 weights, never more than one shard in memory.
 
     Args:

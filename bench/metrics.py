@@ -24,7 +24,7 @@ from rich.table import Table
 from scipy.ndimage import gaussian_filter
 
 from vessel.data.masks import read_mask
-from vessel.data.synthetic import KINDS, write_source
+from vessel.data.synthetic.source import KINDS, write_source
 from vessel.metrics.calibration import Reliability
 from vessel.metrics.scores import Scores, score
 from vessel.metrics.shape import centreline_scores, component_error, surface_scores

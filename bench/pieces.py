@@ -13,9 +13,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_iter
 
 from vessel.batch import Batch, Pyramid
-from vessel.losses import lm_loss
+from vessel.losses import Loss, lm_loss
 from vessel.model.sa2va import Sa2VA
-from vessel.task import Objective
 
 VISION, PROJECTOR, LANGUAGE, HEAD = "vision encoder", "projector and embedding", "language model", "LM head, its loss"
 SAM2, DECODER, LOSSES = "SAM2 image encoder", "mask decoder", "mask losses"
@@ -23,13 +22,13 @@ Result = Tensor | Pyramid
 Pieces = dict[str, Callable[[], Result]]
 
 
-def step_loss(network: Sa2VA, batch: Batch, objective: Objective) -> Tensor:
-    """Loss of a whole training step, a scalar, as `vessel.task` computes it."""
+def step_loss(network: Sa2VA, batch: Batch, loss_function: Loss) -> Tensor:
+    """Loss of a whole training step, a scalar, as `vessel.training.task` computes it."""
     assert batch.masks is not None
     output = network(batch)
-    losses = dict(objective(output.mask_logits, batch.masks, network.frame))
+    losses = dict(loss_function(output.mask_logits, batch.masks, network.frame))
     targets = output.lm_targets.to(output.lm_logits.device)
-    losses["lm_loss"] = objective.lm_weight * lm_loss(output.lm_logits, targets)
+    losses["lm_loss"] = loss_function.lm_weight * lm_loss(output.lm_logits, targets)
     return torch.stack(list(losses.values())).sum()
 
 
@@ -40,13 +39,13 @@ def backward(result: Result) -> None:
         torch.autograd.backward(wanted, [torch.ones_like(tensor) for tensor in wanted])
 
 
-def pieces(network: Sa2VA, batch: Batch, objective: Objective) -> Pieces:
+def pieces(network: Sa2VA, batch: Batch, loss_function: Loss) -> Pieces:
     """The parts of a step.
 
     Args:
         network: in the state that it trains in, on one device.
         batch: without features.
-        objective: mask loss.
+        loss_function: mask loss.
 
     Returns:
         the forward pass of each part by its name, in the order of the step.
@@ -75,7 +74,7 @@ def pieces(network: Sa2VA, batch: Batch, objective: Objective) -> Pieces:
         HEAD: lambda: lm_loss(network.mllm.lm_head(answers), targets),
         SAM2: lambda: network.pyramid(batch.frames),
         DECODER: lambda: network.masks(pyramid, of_seg, at_seg[0]),
-        LOSSES: lambda: torch.stack(list(objective(logits, truth, network.frame).values())).sum(),
+        LOSSES: lambda: torch.stack(list(loss_function(logits, truth, network.frame).values())).sum(),
     }
 
 

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from vessel.batch import Batch, Sample, upsample
 from vessel.data.prompt import QUESTIONS, Prompt
-from vessel.losses import NativeObjective
+from vessel.losses import NativeLoss
 from vessel.model.grounding import best_candidate
 from vessel.model.sa2va import Sa2VA
 
@@ -92,13 +92,13 @@ def draw(network: Sa2VA, frames: Tensor, prompts: Tensor, copies: Tensor) -> Ten
     return best_candidate(masks, ious)
 
 
-def losses(network: Sa2VA, batch: Batch, objective: NativeObjective) -> dict[str, Tensor]:
+def losses(network: Sa2VA, batch: Batch, loss_function: NativeLoss) -> dict[str, Tensor]:
     """Weighted scalars `mask_loss`, `dice_loss` and `lm_loss`.
 
     Args:
         network: in training mode.
         batch: with masks.
-        objective: vessel's, asked once for each object, by the mean of its slots.
+        loss_function: vessel's, asked once for each object, by the mean of its slots.
     """
     assert batch.masks is not None
     made = forward(network, batch)
@@ -106,7 +106,7 @@ def losses(network: Sa2VA, batch: Batch, objective: NativeObjective) -> dict[str
     drawn = torch.zeros_like(made.mask_logits[: len(filled)]).index_add(0, made.slots, made.mask_logits) / filled
     words = made.lm_logits[:, :-1].reshape(-1, made.lm_logits.shape[-1])
     lm = F.cross_entropy(words, batch.labels[:, 1:].reshape(-1), ignore_index=-100)
-    return {**objective(drawn, batch.masks, network.frame), "lm_loss": objective.lm_weight * lm}
+    return {**loss_function(drawn, batch.masks, network.frame), "lm_loss": loss_function.lm_weight * lm}
 
 
 @torch.no_grad()

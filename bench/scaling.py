@@ -22,12 +22,13 @@ from bench.stopwatch import in_turns
 from bench.true_sizes import as_read, network_of, sample_for
 
 from vessel.batch import Sample, collate
-from vessel.data.inputs import Target
+from vessel.data.inputs import InputImage
 from vessel.data.prompt import Prompt
-from vessel.inference import Prediction, Predictor
-from vessel.losses import NativeObjective
-from vessel.memory.engine import Engine
-from vessel.memory.plan import Images, Setup
+from vessel.inference.predictor import Predictor
+from vessel.inference.results import Prediction
+from vessel.losses import NativeLoss
+from vessel.memory_plan.engine import Engine
+from vessel.memory_plan.plan import Images, Setup
 from vessel.model.lora import Lora
 
 IMAGES, PHRASES, TILES, BATCHES, RANKS = (2, 4, 8, 16), (1, 2, 4, 8), (1, 3, 7, 13), (1, 2, 4, 8), (1, 2)
@@ -62,10 +63,10 @@ class _Cost:
 
     def __init__(self) -> None:
         self.prompt, sizes = Prompt(), sizes_of("model=tiny")
-        self.setup = Setup(sizes, Lora(r=0), "all", NativeObjective(), Engine(), images=Images((256, 256)))
+        self.setup = Setup(sizes, Lora(r=0), "all", NativeLoss(), Engine(), images=Images((256, 256)))
         self.network = network_of(self.setup, self.prompt, _CPU).train()
         network = network_of(as_read(self.setup), self.prompt, _CPU)
-        restored: Any = SimpleNamespace(network=network, prompt=self.prompt, views=sizes.views)
+        restored: Any = SimpleNamespace(network=network, prompt=self.prompt, geometry=sizes.geometry)
         self.predictor = Predictor(restored, device="cpu")
 
     def runs(self) -> dict[str, Runs]:
@@ -88,7 +89,7 @@ class _Cost:
         return sample_for(self.setup, self.prompt, phrases=phrases, tiles=tiles)
 
     def _predict(self, samples: Sequence[Sample], batch_size: int) -> Callable[[], None]:
-        targets = [Target(str(i), Path(), str(i)) for i in range(len(samples))]
+        targets = [InputImage(str(i), Path(), str(i)) for i in range(len(samples))]
 
         def run() -> None:
             for result in self.predictor.predict(targets, samples.__getitem__, batch_size=batch_size):
@@ -101,7 +102,7 @@ class _Cost:
 
         def run() -> None:
             self.network.zero_grad(set_to_none=True)
-            step_loss(self.network, batch, self.setup.objective).backward()
+            step_loss(self.network, batch, self.setup.loss_function).backward()
 
         return run
 

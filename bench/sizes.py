@@ -10,12 +10,12 @@ from torch import Tensor
 
 from vessel.batch import Batch, Sample, collate
 from vessel.data.prompt import Prompt
-from vessel.losses import NativeObjective
-from vessel.model.grounding import GroundingSizes
+from vessel.losses import NativeLoss
+from vessel.model.grounding import GroundingConfig
 from vessel.model.lora import Lora
-from vessel.model.mllm import LanguageSizes, VisionSizes
-from vessel.model.plan import NetworkPlan
-from vessel.model.sa2va import Sa2VA, Sizes
+from vessel.model.mllm import LanguageConfig, VisionConfig
+from vessel.model.sa2va import Sa2VA, Sa2VAConfig
+from vessel.weights.build import NetworkPlan
 
 SIDE = 512  # pixels of an image
 PHRASES = ("lumen", "side branch", "lipid core", "fibrous cap")
@@ -29,22 +29,22 @@ class Case:
     Attributes:
         name: in tables.
         sizes: of the network.
-        lora, trainable: as in `vessel.model.plan.NetworkPlan`.
+        lora, trainable: as in `vessel.weights.build.NetworkPlan`.
         images: of a batch.
         phrases: of an image in training.
     """
 
     name: str
-    sizes: Sizes
+    sizes: Sa2VAConfig
     lora: Lora
     trainable: str
     images: int = 8
     phrases: int = 1
 
     @property
-    def objective(self) -> NativeObjective:
+    def loss_function(self) -> NativeLoss:
         """What the product trains on by default."""
-        return NativeObjective()
+        return NativeLoss()
 
     def network(self, prompt: Prompt) -> Sa2VA:
         """With random weights, the same at every call."""
@@ -56,9 +56,9 @@ class Case:
 
     def sample(self, prompt: Prompt, seed: int, *, phrases: int) -> Sample:
         """Noise of one tile, with noise for masks."""
-        views = self.sizes.views
+        geometry = self.sizes.geometry
         generator = torch.Generator().manual_seed(seed)
-        ids, labels = prompt.encode(PHRASES[:phrases], views.tokens_per_tile)
+        ids, labels = prompt.encode(PHRASES[:phrases], geometry.tokens_per_tile)
 
         def noise(*shape: int) -> Tensor:
             return torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
@@ -68,8 +68,8 @@ class Case:
             patient="p",
             video="v",
             phrases=PHRASES[:phrases],
-            tiles=noise(1, 3, views.tile, views.tile),
-            frame=noise(3, views.frame, views.frame),
+            tiles=noise(1, 3, geometry.tile, geometry.tile),
+            frame=noise(3, geometry.frame, geometry.frame),
             input_ids=ids,
             labels=labels,
             size=(SIDE, SIDE),
@@ -84,10 +84,10 @@ class Case:
 
 SMALL = Case(
     "small",
-    Sizes(
-        LanguageSizes(width=512, layers=8, heads=8, kv_heads=2, mlp=1408, vocabulary=151_679, context=4096),
-        VisionSizes(tile=448, width=192, layers=4, heads=4, mlp=768),
-        GroundingSizes(
+    Sa2VAConfig(
+        LanguageConfig(width=512, layers=8, heads=8, kv_heads=2, mlp=1408, vocabulary=151_679, context=4096),
+        VisionConfig(tile=448, width=192, layers=4, heads=4, mlp=768),
+        GroundingConfig(
             frame=512, embed_dim=24, heads=1, stages=(1, 2, 3, 1), windows=(8, 4, 8, 4), global_blocks=(4,),
             width=128, memory_width=16, memory_layers=1, memory_mlp=256,
         ),
@@ -98,10 +98,10 @@ SMALL = Case(
 )  # fmt: skip
 ENCODERS = Case(
     "encoders",
-    Sizes(
-        LanguageSizes(width=128, layers=4, heads=4, kv_heads=2, mlp=352, vocabulary=512, context=4096),
-        VisionSizes(tile=448, width=256, layers=8, heads=4, mlp=1024),
-        GroundingSizes(
+    Sa2VAConfig(
+        LanguageConfig(width=128, layers=4, heads=4, kv_heads=2, mlp=352, vocabulary=512, context=4096),
+        VisionConfig(tile=448, width=256, layers=8, heads=4, mlp=1024),
+        GroundingConfig(
             frame=512, embed_dim=32, heads=1, stages=(1, 2, 7, 2), windows=(8, 4, 8, 4), global_blocks=(5, 7),
             width=64, memory_width=16, memory_layers=1, memory_mlp=128,
         ),

@@ -18,7 +18,7 @@ from torch.optim import AdamW
 from bench import reference
 from vessel.batch import Batch
 from vessel.data.prompt import Prompt
-from vessel.task import OptimizerSettings
+from vessel.training.optimizer import OptimizerSettings
 
 FORWARD_REST, BACKWARD, OPTIMIZER = "losses and the rest of the forward pass", "backward pass", "optimizer"
 
@@ -36,7 +36,7 @@ class Steps:
     """
 
     def __init__(self, case: Case, prompt: Prompt) -> None:
-        self.network, self.objective = case.network(prompt).train(), case.objective
+        self.network, self.loss_function = case.network(prompt).train(), case.loss_function
         self.batch = case.batch(prompt)
         self.trained = [p for p in self.network.parameters() if p.requires_grad]
         settings = OptimizerSettings()
@@ -48,15 +48,15 @@ class Steps:
         self._watch()
 
     def product(self, batch: Batch | None = None) -> None:
-        """A step of `vessel.task`, the optimizer fused as there."""
+        """A step of `vessel.training.task`, the optimizer fused as there."""
         given = self.batch if batch is None else batch
         start = self._begin(fused=True)
-        self._finish("product", start, step_loss(self.network, given, self.objective))
+        self._finish("product", start, step_loss(self.network, given, self.loss_function))
 
     def reference(self) -> None:
         """A step of the public code, with the AdamW that torch chooses by itself."""
         start = self._begin(fused=False)
-        losses = reference.losses(self.network, self.batch, self.objective)
+        losses = reference.losses(self.network, self.batch, self.loss_function)
         self._finish("reference", start, torch.stack(list(losses.values())).sum())
 
     def _begin(self, *, fused: bool) -> float:

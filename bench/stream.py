@@ -21,8 +21,8 @@ from hydra import compose, initialize_config_dir
 from rich.console import Console
 from rich.table import Table
 
-from vessel.conf_path import CONF
-from vessel.options import typed
+from vessel.cli.conf import CONF
+from vessel.cli.options import typed
 
 OUT = Path("outputs/bench")
 
@@ -69,8 +69,8 @@ def measure(run: Path, images: Path, *counts: str) -> list[dict[str, Any]]:
 
 def predict(run: str, images: str, *counts: str) -> None:
     """Predict so many frames each time, and print what `measure` returns."""
-    from vessel.prediction import Options
-    from vessel.prediction import predict as predict_images
+    from vessel.prediction.command import predict as predict_images
+    from vessel.prediction.options import PredictOptions
 
     found = []
     pictures = sorted(Path(images).glob("*.png"))
@@ -82,7 +82,7 @@ def predict(run: str, images: str, *counts: str) -> None:
                 os.symlink(picture.resolve(), frames / f"{number}.png")
             with initialize_config_dir(CONF, version_base="1.3"):
                 given = [f"ckpt={run}", f"images={frames}", f"out={out}", "device=cpu", "workers=0"]
-                options = typed(compose("predict", given), Options, "vessel.predict")
+                options = typed(compose("predict", given), PredictOptions, "vessel.predict")
             start = time.perf_counter()
             assert predict_images(options)["n_ok"] == count
             seconds, written = time.perf_counter() - start, (out / "results.json").stat().st_size

@@ -8,10 +8,10 @@ import torch
 
 from vessel.batch import Batch, Features, Pyramid, Sample
 from vessel.data.prompt import Prompt
-from vessel.memory.plan import Images, Setup, batch_of
+from vessel.memory_plan.plan import Images, Setup, batch_of
 from vessel.model.lora import Lora
-from vessel.model.plan import NetworkPlan
 from vessel.model.sa2va import Sa2VA
+from vessel.weights.build import NetworkPlan
 
 
 def low(device: torch.device) -> torch.dtype:
@@ -35,7 +35,7 @@ def network_of(setup: Setup, prompt: Prompt, device: torch.device, *, compiled: 
         setup.images.names,
         lora=setup.lora,
         trainable=setup.trainable,
-        checkpointing=setup.checkpointing,
+        activation_checkpointing=setup.activation_checkpointing,
         frozen_dtype=low(device),
     )
     usual = torch.get_default_dtype()
@@ -53,7 +53,7 @@ def network_of(setup: Setup, prompt: Prompt, device: torch.device, *, compiled: 
 
 def as_read(setup: Setup) -> Setup:
     """The same network as a prediction reads it: adapters folded in, nothing trains."""
-    return replace(setup, lora=Lora(r=0), trainable="nothing", checkpointing=False)
+    return replace(setup, lora=Lora(r=0), trainable="nothing", activation_checkpointing=False)
 
 
 def batch_for(setup: Setup, prompt: Prompt, device: torch.device) -> Batch:
@@ -90,15 +90,19 @@ def sample_for(setup: Setup, prompt: Prompt, *, phrases: int = 1, tiles: int | N
         phrases: that it is asked for.
         tiles: that it is cut into; None for what its size says.
     """
-    views, names, tiles = setup.sizes.views, Images(phrases=phrases).names, setup.tiles if tiles is None else tiles
-    ids, labels = prompt.encode(names, tiles * views.tokens_per_tile)
+    geometry, names, tiles = (
+        setup.sizes.geometry,
+        Images(phrases=phrases).names,
+        setup.tiles if tiles is None else tiles,
+    )
+    ids, labels = prompt.encode(names, tiles * geometry.tokens_per_tile)
     return Sample(
         id="0",
         patient="",
         video="",
         phrases=names,
-        tiles=_pixels((tiles, 3, views.tile, views.tile)),
-        frame=_pixels((3, views.frame, views.frame)),
+        tiles=_pixels((tiles, 3, geometry.tile, geometry.tile)),
+        frame=_pixels((3, geometry.frame, geometry.frame)),
         input_ids=ids,
         labels=labels,
         size=setup.images.size,

@@ -11,17 +11,17 @@ torch.set_num_threads(1)
 
 from vessel.batch import Batch, Sample, collate  # noqa: E402
 from vessel.data.prompt import Prompt  # noqa: E402
-from vessel.model.grounding import GroundingSizes  # noqa: E402
+from vessel.model.grounding import GroundingConfig  # noqa: E402
 from vessel.model.lora import Lora  # noqa: E402
-from vessel.model.mllm import LanguageSizes, VisionSizes  # noqa: E402
-from vessel.model.plan import NetworkPlan  # noqa: E402
-from vessel.model.sa2va import Sizes  # noqa: E402
+from vessel.model.mllm import LanguageConfig, VisionConfig  # noqa: E402
+from vessel.model.sa2va import Sa2VAConfig  # noqa: E402
+from vessel.weights.build import NetworkPlan  # noqa: E402
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
-SIZES = Sizes(
-    LanguageSizes(width=32, layers=2, heads=4, kv_heads=2, mlp=64, vocabulary=512, context=2048),
-    VisionSizes(tile=56, width=16, layers=1, heads=2, mlp=32),
-    GroundingSizes(
+SIZES = Sa2VAConfig(
+    LanguageConfig(width=32, layers=2, heads=4, kv_heads=2, mlp=64, vocabulary=512, context=2048),
+    VisionConfig(tile=56, width=16, layers=1, heads=2, mlp=32),
+    GroundingConfig(
         frame=64, embed_dim=8, heads=1, stages=(1, 2, 2, 1), windows=(4, 4, 4, 2), global_blocks=(4,), width=32,
         memory_width=8, memory_layers=1, memory_mlp=32,
     ),
@@ -79,10 +79,10 @@ def make_batch(prompt):
 
     def make(phrases: list[list[str]], *, size: tuple[int, int] = (48, 40), seed: int = 0) -> Batch:
         generator = torch.Generator().manual_seed(seed)
-        views = SIZES.views
+        geometry = SIZES.geometry
         samples = []
         for i, asked in enumerate(phrases):
-            ids, labels = prompt.encode(asked, views.tokens_per_tile)
+            ids, labels = prompt.encode(asked, geometry.tokens_per_tile)
             y, x = torch.meshgrid(torch.arange(size[0]), torch.arange(size[1]), indexing="ij")
             disc = (y - size[0] / 2) ** 2 + (x - size[1] / 2) ** 2 < 100
             samples.append(
@@ -91,8 +91,12 @@ def make_batch(prompt):
                     patient=f"p{i}",
                     video=f"p{i}_v1",
                     phrases=tuple(asked),
-                    tiles=torch.randint(0, 256, (1, 3, views.tile, views.tile), generator=generator, dtype=torch.uint8),
-                    frame=torch.randint(0, 256, (3, views.frame, views.frame), generator=generator, dtype=torch.uint8),
+                    tiles=torch.randint(
+                        0, 256, (1, 3, geometry.tile, geometry.tile), generator=generator, dtype=torch.uint8
+                    ),
+                    frame=torch.randint(
+                        0, 256, (3, geometry.frame, geometry.frame), generator=generator, dtype=torch.uint8
+                    ),
                     input_ids=ids,
                     labels=labels,
                     size=size,
@@ -108,7 +112,7 @@ def _configuration(name: str, overrides: list[str]):
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
 
-    from vessel.conf_path import CONF
+    from vessel.cli.conf import CONF
 
     with initialize_config_dir(CONF, version_base="1.3"):
         return hydra_compose(name, overrides)
@@ -119,12 +123,12 @@ def oct_set(tmp_path_factory) -> Path:
     """A painted data set of five patients, four frames each, made by `vessel.prepare`."""
     from omegaconf import OmegaConf
 
-    from vessel.data.preparation import Options, prepare
+    from vessel.data.preparation import PrepareOptions, prepare
 
     out = tmp_path_factory.mktemp("data") / "oct"
     given = ["source=synthetic", f"out={out}", "workers=1", "folds=3"]
     painted = ["synthetic.patients=5", "synthetic.frames=4", "synthetic.size=64"]
-    config = OmegaConf.merge(OmegaConf.structured(Options), _configuration("prepare", given + painted))
+    config = OmegaConf.merge(OmegaConf.structured(PrepareOptions), _configuration("prepare", given + painted))
     prepare(OmegaConf.to_object(config))
     return out
 
@@ -140,7 +144,7 @@ TINY_NETWORK = (
 @pytest.fixture(scope="session")
 def train_tiny(oct_set):
     """Train a network of a few thousand weights for a few steps: `train_tiny(folder, "seed=1")` gives the best Dice."""
-    from vessel.training import train
+    from vessel.training.run import train
 
     def run(folder: Path, *overrides: str) -> float | None:
         settings = [
@@ -163,14 +167,14 @@ def tiny_run(train_tiny, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def compose():
-    """A command's configuration as the command sees it, with model, lora and objective built."""
+    """A command's configuration as the command sees it, with model, lora and loss built."""
     from types import SimpleNamespace
 
     from hydra.utils import instantiate
 
     def make(name: str, overrides: list[str]) -> SimpleNamespace:
         config = _configuration(name, overrides)
-        built = {key: instantiate(config[key]) for key in ("model", "lora", "objective", "optimizer")}
+        built = {key: instantiate(config[key]) for key in ("model", "lora", "loss", "optimizer")}
         return SimpleNamespace(**built, trainable=config.trainable)
 
     return make

@@ -39,7 +39,7 @@ SETTINGS = (
     "experiment=tiny", "data.root=data", "data.phrases=[lumen]", "data.batch_size=1", "data.workers=1",
     "trainer.accumulate_grad_batches=2", f"trainer.max_steps={STEPS}", "trainer.val_check_interval=7",
     "trainer.log_every_n_steps=1", "+callbacks.last_checkpoint.every_n_train_steps=2", "~callbacks.mask_panels",
-    "objective=sa2va", *TINY_NETWORK,
+    "loss=sa2va", *TINY_NETWORK,
 )  # fmt: skip
 
 

@@ -9,12 +9,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from vessel.model.grounding import GroundingSizes
-from vessel.restore import Reading, Restored, restore
+from vessel.inference.loading import LoadedModel, load_model
+from vessel.inference.options import LoadSettings
+from vessel.model.grounding import GroundingConfig
 
 NETWORKS = ("sa2va_qwen2", "sa2va_internlm2")
 # The public code has SAM2's sizes in its source, so no file of these folders states them.
-GROUNDING = GroundingSizes(
+GROUNDING = GroundingConfig(
     embed_dim=16, heads=1, stages=(1, 2, 2, 1), global_blocks=(4,), width=64, memory_width=16, memory_layers=2,
     memory_mlp=128,
 )  # fmt: skip
@@ -32,7 +33,7 @@ class Golden:
     """
 
     folder: Path
-    restored: Restored
+    restored: LoadedModel
     cases: dict[str, dict]
     tensors: dict[str, torch.Tensor]
 
@@ -48,7 +49,7 @@ class Golden:
 
 def open_golden(folder: Path) -> Golden:
     expected = json.loads((folder / "expected.json").read_text())["cases"]
-    restored = restore(str(folder), Reading(grounding=GROUNDING))
+    restored = load_model(str(folder), LoadSettings(grounding=GROUNDING))
     return Golden(
         folder, restored, {case["name"]: case for case in expected}, load_file(folder / "expected.safetensors")
     )

@@ -133,7 +133,7 @@ def test_documented_commands_compose():
         "model.language",
         "prompt",
         "lora",
-        "objective",
+        "loss",
         "optimizer",
         "data",
         "data.augmentation",

@@ -16,18 +16,18 @@ from PIL import Image, PngImagePlugin
 from tests.conftest import _configuration
 
 from vessel.checkpoints.reading import find_checkpoint
+from vessel.cli.options import typed
 from vessel.data.catalog import Catalog
 from vessel.data.masks import write_mask
-from vessel.data.preparation import Options as PrepareOptions
+from vessel.data.preparation import PrepareOptions as PrepareOptions
 from vessel.data.preparation import prepare
 from vessel.errors import BadItemsError, VesselError
 from vessel.evaluation.command import evaluate
-from vessel.evaluation.options import Options as EvaluateOptions
+from vessel.evaluation.options import PrepareOptions as EvaluateOptions
+from vessel.inference.loading import load_model
 from vessel.model.sa2va import Sa2VA
-from vessel.options import typed
-from vessel.publishing.publication import Options as ExportOptions
-from vessel.publishing.publication import export
-from vessel.restore import restore
+from vessel.publishing.command import PrepareOptions as ExportOptions
+from vessel.publishing.command import export
 
 pytestmark = pytest.mark.slow
 COMMANDS = {
@@ -310,8 +310,8 @@ def test_guard_I8_I10_results_say_whose_they_are_and_keep_their_place(tiny_run, 
     with pytest.raises(VesselError, match=r"holds the results of other weights.*split test"):
         score(tiny_run, "split=val", out=tmp_path / "results")
     assert texts(tmp_path / "results") == before
-    fingerprint = restore(str(tiny_run)).manifest.fingerprint
+    fingerprint = load_model(str(tiny_run)).manifest.fingerprint
     for file in ("metrics.json", "report.html", "report.md"):
         assert fingerprint in before[file], file
         assert re.search(r"\btiny\b", before[file]), file
-    assert restore(str(other)).manifest.fingerprint != fingerprint
+    assert load_model(str(other)).manifest.fingerprint != fingerprint

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from vessel.losses import NativeObjective, Sa2vaObjective, dice_loss, lm_loss, mask_bce, sample_at, uncertain_points
+from vessel.losses import NativeLoss, Sa2vaLoss, dice_loss, lm_loss, mask_bce, sample_at, uncertain_points
 
 ZERO, HALF = torch.zeros(1, 4), torch.tensor([[1.0, 1, 0, 0]])
 
@@ -30,10 +30,10 @@ def test_lm_loss_is_cross_entropy():
     assert torch.equal(lm_loss(logits.bfloat16(), targets), F.cross_entropy(logits.bfloat16().float(), targets))
 
 
-def test_native_objective_agrees_with_a_loop_over_masks():
+def test_native_loss_agrees_with_a_loop_over_masks():
     logits = torch.randn(3, 8, 8)
     masks = (torch.rand(1, 20, 24) > 0.5, torch.rand(2, 17, 15) > 0.5)
-    found = NativeObjective(mask_weight=3.0, dice_weight=1.5)(logits, masks, 32)
+    found = NativeLoss(mask_weight=3.0, dice_weight=1.5)(logits, masks, 32)
     bce, dice = 0.0, 0.0
     for one, truth in zip(logits, [masks[0][0], masks[1][0], masks[1][1]], strict=True):
         big = F.interpolate(one[None, None], (32, 32), mode="bilinear")
@@ -48,8 +48,8 @@ def test_native_objective_agrees_with_a_loop_over_masks():
 def test_guard_D6_overlapping_polygons_cannot_make_the_loss_negative():
     """Masks are boolean by type, so a target is 0 or 1 and cross-entropy is bounded below by 0."""
     masks = (torch.ones(1, 16, 16, dtype=torch.bool),)
-    for objective in (NativeObjective(), Sa2vaObjective(points=64)):
-        losses = objective(torch.full((1, 4, 4), 30.0), masks, 16)
+    for loss_function in (NativeLoss(), Sa2vaLoss(points=64)):
+        losses = loss_function(torch.full((1, 4, 4), 30.0), masks, 16)
         assert all(value >= 0 for value in losses.values())
 
 
@@ -59,11 +59,11 @@ def test_guard_D8_a_one_pixel_vessel_counts_in_the_loss():
     none = torch.zeros_like(thin)
     assert F.interpolate(thin[None].float(), (256, 256), mode="nearest").sum() == 0
     logits = torch.zeros(1, 256, 256, requires_grad=True)
-    for objective in (NativeObjective(), Sa2vaObjective(points=200_000)):
+    for loss_function in (NativeLoss(), Sa2vaLoss(points=200_000)):
         torch.manual_seed(0)
-        with_vessel = sum(objective(logits, (thin,), 1024).values())
+        with_vessel = sum(loss_function(logits, (thin,), 1024).values())
         torch.manual_seed(0)
-        without = sum(objective(logits, (none,), 1024).values())
+        without = sum(loss_function(logits, (none,), 1024).values())
         gradient = torch.autograd.grad(with_vessel - without, logits)[0][0]
         assert gradient[50].abs().sum() > 100 * gradient[200].abs().sum()
 
@@ -71,8 +71,8 @@ def test_guard_D8_a_one_pixel_vessel_counts_in_the_loss():
 def test_guard_T9_every_object_counts():
     logits = torch.zeros(8, 4, 4, requires_grad=True)
     masks = (torch.ones(8, 16, 16, dtype=torch.bool),)
-    for objective in (NativeObjective(), Sa2vaObjective(points=64)):
-        gradient = torch.autograd.grad(sum(objective(logits, masks, 16).values()), logits)[0]
+    for loss_function in (NativeLoss(), Sa2vaLoss(points=64)):
+        gradient = torch.autograd.grad(sum(loss_function(logits, masks, 16).values()), logits)[0]
         assert (gradient.flatten(1).abs().sum(1) > 0).all()
 
 

@@ -38,7 +38,7 @@ def of_first_step(run, oct_set):
 
 
 def test_a_first_step_imports_only_what_it_uses(of_first_step):
-    assert of_first_step >= {"torch", "lightning", "transformers", "sam2", "vessel.training", "albumentations"}
+    assert of_first_step >= {"torch", "lightning", "transformers", "sam2", "vessel.training.run", "albumentations"}
     assert of_first_step & UNUSED == set()
 
 
@@ -48,5 +48,5 @@ def test_a_prediction_imports_no_engine_of_training(of_first_step, run, oct_set)
         "predict", f"ckpt={run}", f"images={oct_set / 'images'}", "phrases=[lumen]", f"out={run.parent / 'predicted'}",
         "threshold=0.5", "workers=0",
     )  # fmt: skip
-    assert imported >= {"torch", "transformers", "sam2", "vessel.prediction"}
+    assert imported >= {"torch", "transformers", "sam2", "vessel.prediction.command"}
     assert imported & (OF_TRAINING | UNUSED - {"skimage"}) == set()  # overlays are drawn with it

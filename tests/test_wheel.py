@@ -33,7 +33,7 @@ def test_the_wheel_holds_all_configs_and_commands(installed):
 @pytest.mark.slow
 def test_an_installed_wheel_works_from_any_folder(installed, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(installed))
-    code = "import vessel.conf_path as c; print(c.CONF)"
+    code = "import vessel.cli.conf as c; print(c.CONF)"
     where = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert where.stdout.strip() == str(installed / "vessel/conf")
     command = [sys.executable, "-m", "vessel.train", "experiment=lora_r128", "--cfg", "job"]

@@ -27,8 +27,8 @@ from bench.gpu.trial import Trial
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from vessel.conf_path import CONF
-from vessel.memory.plan import memory_plan
+from vessel.cli.conf import CONF
+from vessel.memory_plan.plan import memory_plan
 
 OUT = Path("outputs/bench")
 _ROOT = Path(__file__).parents[2]
@@ -124,7 +124,9 @@ def announce(asked: Asked) -> None:
     costs: dict[str, Mapping[str, Cost]] = {}
     for size in asked.size.split(","):
         setup = recipe(size)
-        print(f"{size}: training takes {memory_plan(setup).gigabytes:.1f} GB with a batch of one, by vessel.memory")
+        print(
+            f"{size}: training takes {memory_plan(setup).gigabytes:.1f} GB with a batch of one, by vessel.memory_plan"
+        )
         costs[size] = step_cost(setup)
     print("", *table(costs), "\nsize=tiny device=cpu goes the whole way on the CPU.", sep="\n")
 

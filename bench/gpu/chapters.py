@@ -23,8 +23,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from bench import reference
 from vessel.batch import Batch
-from vessel.losses import NativeObjective
-from vessel.memory.plan import GB, Setup
+from vessel.losses import NativeLoss
+from vessel.memory_plan.plan import GB, Setup
 from vessel.model.sa2va import Sa2VA
 
 PRODUCT, REFERENCE, CACHED = "product", "reference", "product, cached features"
@@ -77,9 +77,9 @@ def _operations(trial: Trial) -> dict[str, Any]:
     return {part: list(cost) for part, cost in step_cost(trial.setup).items()}
 
 
-def _training(*names: str, checkpointing: bool = False, compiled: bool = False) -> Chapter:
+def _training(*names: str, activation_checkpointing: bool = False, compiled: bool = False) -> Chapter:
     def chapter(trial: Trial) -> list[dict[str, Any]]:
-        setup = replace(trial.setup, checkpointing=checkpointing)
+        setup = replace(trial.setup, activation_checkpointing=activation_checkpointing)
         network = network_of(setup, trial.prompt, trial.device, compiled=compiled).train()
         steps, able = Steps(trial, network), names
         rows: list[dict[str, Any]] = []
@@ -99,7 +99,7 @@ def _training(*names: str, checkpointing: bool = False, compiled: bool = False) 
             ]
             able = tuple(times)
             size *= 2
-        if not (checkpointing or compiled):
+        if not (activation_checkpointing or compiled):
             made = [(row["samples_per_second"], row["batch"]) for row in rows if row["mode"] == PRODUCT]
             trial.best = max(made, default=(0, 1))[1]
         return rows
@@ -122,17 +122,17 @@ class Steps:
 
     def of(self, setup: Setup, names: tuple[str, ...]) -> dict[str, Callable[[], None]]:
         """A step of each mode on one and the same random batch, which is in the host's memory when it begins."""
-        batch, objective = batch_for(setup, self.trial.prompt, self.trial.device), setup.objective
-        assert isinstance(objective, NativeObjective)
+        batch, loss_function = batch_for(setup, self.trial.prompt, self.trial.device), setup.loss_function
+        assert isinstance(loss_function, NativeLoss)
         shown = dict.fromkeys(names, batch)
         if CACHED in names:
             shown[CACHED] = with_features(self.network, batch, setup, self.trial.device)
 
         def product(batch: Batch) -> Tensor:
-            return step_loss(self.network, batch, objective)
+            return step_loss(self.network, batch, loss_function)
 
         def plain(batch: Batch) -> Tensor:
-            return torch.stack(list(reference.losses(self.network, batch, objective).values())).sum()
+            return torch.stack(list(reference.losses(self.network, batch, loss_function).values())).sum()
 
         return {name: partial(self._step, plain if name == REFERENCE else product, shown[name]) for name in names}
 
@@ -151,7 +151,7 @@ def _parts(trial: Trial) -> dict[str, Any]:
     network = network_of(setup, trial.prompt, trial.device).train()
     batch = batch_for(setup, trial.prompt, trial.device).to(trial.device)
     with trial.autocast():
-        runs = pieces(network, batch, setup.objective)
+        runs = pieces(network, batch, setup.loss_function)
     rows = {}
     for name, run in runs.items():
         forward = partial(_forward, trial, run)
@@ -200,6 +200,6 @@ CHAPTERS: dict[str, Chapter] = {
     "parts": _parts,
     "profile": _profile,
     "prediction": prediction.chapter,
-    "training, checkpointing": _training(PRODUCT, REFERENCE, checkpointing=True),
+    "training, checkpointing": _training(PRODUCT, REFERENCE, activation_checkpointing=True),
     "training, compiled": _training(PRODUCT, CACHED, compiled=True),
 }

@@ -14,9 +14,10 @@ from bench.stopwatch import in_turns
 from bench.true_sizes import as_read, network_of, sample_for
 
 from bench import reference
-from vessel.data.inputs import Target
-from vessel.generation import MAX_NEW_TOKENS
-from vessel.inference import Prediction, Predictor
+from vessel.data.inputs import InputImage
+from vessel.inference.generation import MAX_NEW_TOKENS
+from vessel.inference.predictor import Predictor
+from vessel.inference.results import Prediction
 from vessel.model.sa2va import Sa2VA
 
 IMAGES = 8  # of the product, in one batch; the reference takes them one by one, and so needs fewer to tell its rate
@@ -53,9 +54,9 @@ def chapter(trial: Trial) -> list[dict[str, Any]]:
 
 def _runs(trial: Trial, network: Sa2VA, phrases: int, decode: str) -> dict[str, Callable[[], None]]:
     sample = sample_for(trial.setup, trial.prompt, phrases=phrases)
-    restored: Any = SimpleNamespace(network=network, prompt=trial.prompt, views=trial.setup.sizes.views)
+    restored: Any = SimpleNamespace(network=network, prompt=trial.prompt, geometry=trial.setup.sizes.geometry)
     predictor = Predictor(restored, device=trial.device, decode=decode)
-    targets = [Target(str(i), Path(), str(i)) for i in range(IMAGES)]
+    targets = [InputImage(str(i), Path(), str(i)) for i in range(IMAGES)]
 
     def product() -> None:
         # Not `predict`, which asks image by image where the memory is too small for all.

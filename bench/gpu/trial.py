@@ -10,7 +10,7 @@ import torch
 from bench.flops import recipe
 
 from vessel.data.prompt import Prompt
-from vessel.memory.plan import Setup
+from vessel.memory_plan.plan import Setup
 
 
 @dataclass

@@ -26,7 +26,7 @@ class TokenIds:
 
 
 @dataclass(frozen=True)
-class Views:
+class InputGeometry:
     """How an image is shown to the network; data and network take it from the same place.
 
     Attributes:

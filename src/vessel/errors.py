@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import errno
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NoReturn
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -43,7 +40,7 @@ class BadItemsError(VesselError):
         super().__init__(f"{what}: {len(self.problems)} bad item(s), nothing was written\n{lines}")
 
 
-def message_for_the_user(error: BaseException) -> str | None:
+def user_message(error: BaseException) -> str | None:
     """What a `VesselError` says, also one that other libraries wrapped, or that a disk is full; None for others."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, VesselError):
@@ -52,27 +49,3 @@ def message_for_the_user(error: BaseException) -> str | None:
         cause = cause.__cause__ or cause.__context__
     # A loader's worker process sends its traceback as the message; the user's part comes last.
     return None if cause is None else str(cause).rpartition("vessel.errors.VesselError: ")[2].rstrip()
-
-
-@contextmanager
-def told_to_the_user() -> Iterator[None]:
-    """Print a `VesselError`, also one wrapped by Hydra's instantiate, as one message and exit with status 1."""
-    try:
-        yield
-    except Exception as error:
-        message = message_for_the_user(error)
-        if message is None:
-            raise
-        print(f"error: {message}", file=sys.stderr)
-        _end_the_job(message)
-
-
-def _end_the_job(message: str) -> NoReturn:
-    from hydra.core.hydra_config import HydraConfig
-    from hydra.errors import CompactHydraException
-    from hydra.types import RunMode
-
-    # In a sweep the other jobs go on: Hydra has to see an exception, and shows this kind without a traceback.
-    if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
-        raise CompactHydraException(message) from None
-    raise SystemExit(1) from None

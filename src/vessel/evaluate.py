@@ -8,23 +8,23 @@ from __future__ import annotations
 import hydra
 from omegaconf import DictConfig
 
-from vessel.conf_path import CONF
-from vessel.errors import told_to_the_user
+from vessel.cli.conf import CONF
+from vessel.cli.exits import report_errors
 
 
 @hydra.main(version_base="1.3", config_path=CONF, config_name="evaluate")
 def main(cfg: DictConfig) -> None:
     """Read the options and evaluate."""
-    with told_to_the_user():
+    with report_errors():
         from pathlib import Path
 
         from hydra.core.hydra_config import HydraConfig
 
+        from vessel.cli.options import typed
         from vessel.evaluation.command import evaluate
-        from vessel.evaluation.options import Options
-        from vessel.options import typed
+        from vessel.evaluation.options import EvaluateOptions
 
-        evaluate(typed(cfg, Options, "vessel.evaluate"), Path(HydraConfig.get().runtime.output_dir))
+        evaluate(typed(cfg, EvaluateOptions, "vessel.evaluate"), Path(HydraConfig.get().runtime.output_dir))
 
 
 if __name__ == "__main__":

@@ -8,18 +8,18 @@ from __future__ import annotations
 import hydra
 from omegaconf import DictConfig
 
-from vessel.conf_path import CONF
-from vessel.errors import told_to_the_user
+from vessel.cli.conf import CONF
+from vessel.cli.exits import report_errors
 
 
 @hydra.main(version_base="1.3", config_path=CONF, config_name="export")
 def main(cfg: DictConfig) -> None:
     """Read the options and export."""
-    with told_to_the_user():
-        from vessel.options import typed
-        from vessel.publishing.publication import Options, export
+    with report_errors():
+        from vessel.cli.options import typed
+        from vessel.publishing.command import ExportOptions, export
 
-        export(typed(cfg, Options, "vessel.export"))
+        export(typed(cfg, ExportOptions, "vessel.export"))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,8 @@ from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
 from typing_extensions import override
 
-from vessel.privacy import Scanner, text_of
+from vessel.privacy.scanner import Scanner
+from vessel.privacy.texts import text_of
 
 # What W&B takes from the environment, and shows.
 _SHOWN = tuple(f"WANDB_{what}" for what in ("NAME", "NOTES", "TAGS", "RUN_GROUP", "PROJECT", "JOB_TYPE", "RUN_ID"))

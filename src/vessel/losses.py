@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -70,7 +71,7 @@ def uncertain_points(logits: Tensor, count: int, *, oversample: float, importanc
 
 
 @dataclass(frozen=True)
-class NativeObjective:
+class NativeLoss:
     """Loss at each mask's own resolution: logits are upsampled to the mask, the mask is never made smaller.
 
     Attributes:
@@ -107,14 +108,14 @@ class NativeObjective:
 
 
 @dataclass(frozen=True)
-class Sa2vaObjective:
-    """The public objective: losses on sampled points of the decoder's map, for parity with published training.
+class Sa2vaLoss:
+    """The loss of the public training: its terms on sampled points of the decoder's map.
 
     Points are read from logits and from the mask at its own resolution, so that the target is soft and no mask is
     resized beforehand; the public code shrinks the mask by nearest neighbour first, which loses thin vessels.
 
     Attributes:
-        lm_weight, mask_weight, dice_weight: as in `NativeObjective`.
+        lm_weight, mask_weight, dice_weight: as in `NativeLoss`.
         points: points of a mask.
         oversample, importance: as in `uncertain_points`.
     """
@@ -127,7 +128,7 @@ class Sa2vaObjective:
     importance: float = 0.75
 
     def __call__(self, mask_logits: Tensor, masks: Sequence[Tensor], frame_size: int) -> Mapping[str, Tensor]:
-        """As `NativeObjective`, `frame_size` is not used."""
+        """As `NativeLoss`, `frame_size` is not used."""
         logits = mask_logits.float()
         points = uncertain_points(logits, self.points, oversample=self.oversample, importance=self.importance)
         per_image = zip(masks, points.split([len(m) for m in masks]), strict=True)
@@ -137,3 +138,14 @@ class Sa2vaObjective:
             "mask_loss": self.mask_weight * mask_bce(predictions, targets),
             "dice_loss": self.dice_weight * dice_loss(predictions, targets),
         }
+
+
+class Loss(Protocol):
+    """A mask loss, see `vessel.losses`."""
+
+    @property
+    def lm_weight(self) -> float:
+        """Weight of the language-model loss."""
+
+    def __call__(self, mask_logits: Tensor, masks: Sequence[Tensor], frame_size: int) -> Mapping[str, Tensor]:
+        """Weighted mask losses by name."""

@@ -8,23 +8,24 @@ from __future__ import annotations
 import hydra
 from omegaconf import DictConfig
 
-from vessel.conf_path import CONF
-from vessel.errors import told_to_the_user
+from vessel.cli.conf import CONF
+from vessel.cli.exits import report_errors
 
 
 @hydra.main(version_base="1.3", config_path=CONF, config_name="predict")
 def main(cfg: DictConfig) -> None:
     """Read the options and predict."""
-    with told_to_the_user():
-        from vessel.options import require_given, typed
-        from vessel.prediction_request import check
+    with report_errors():
+        from vessel.cli.options import require_given, typed
+        from vessel.prediction.request import check
 
         require_given(cfg, "vessel.predict")
         check(cfg)
         # Heavy from here on: a mistake that needs none of it is told before.
-        from vessel.prediction import Options, predict
+        from vessel.prediction.command import predict
+        from vessel.prediction.options import PredictOptions
 
-        predict(typed(cfg, Options, "vessel.predict"))
+        predict(typed(cfg, PredictOptions, "vessel.predict"))
 
 
 if __name__ == "__main__":

@@ -8,18 +8,19 @@ from __future__ import annotations
 import hydra
 from omegaconf import DictConfig
 
-from vessel.conf_path import CONF
-from vessel.errors import VesselError, told_to_the_user
+from vessel.cli.conf import CONF
+from vessel.cli.exits import report_errors
+from vessel.errors import VesselError
 
 
 @hydra.main(version_base="1.3", config_path=CONF, config_name="prepare")
 def main(cfg: DictConfig) -> None:
     """Read the options and prepare."""
-    with told_to_the_user():
-        from vessel.data.preparation import Options, prepare
-        from vessel.options import typed
+    with report_errors():
+        from vessel.cli.options import typed
+        from vessel.data.preparation import PrepareOptions, prepare
 
-        options = typed(cfg, Options, "vessel.prepare")
+        options = typed(cfg, PrepareOptions, "vessel.prepare")
         try:
             prepare(options)
         except OSError as error:  # no permission, no space: the system's words name the place

@@ -5,24 +5,30 @@ from __future__ import annotations
 import hydra
 from omegaconf import DictConfig
 
-from vessel.command_line import settle
-from vessel.conf_path import CONF
-from vessel.errors import told_to_the_user
-from vessel.launch import launched
-from vessel.ranks import leave_on_signals
+from vessel.cli.argv import settle
+from vessel.cli.conf import CONF
+from vessel.cli.exits import report_errors
+from vessel.processes.launch import launch
+from vessel.processes.signals import leave_on_signals
 
 
 @hydra.main(version_base="1.3", config_path=CONF, config_name="train")
 def app(config: DictConfig) -> float | None:
     """Train as configured; the best validation Dice is the value that a sweep maximises."""
-    with told_to_the_user():
-        return launched(config)
+    with report_errors():
+        return launch(config, _train)
+
+
+def _train(config: DictConfig) -> float | None:
+    from vessel.training.run import train  # heavy, and in the parent of ranks not needed
+
+    return train(config)
 
 
 def main() -> None:
     """Settle what Hydra has to find settled, then train."""
     leave_on_signals()
-    with told_to_the_user():
+    with report_errors():
         settle()
     app()
 

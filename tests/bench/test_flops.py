@@ -8,12 +8,12 @@ from bench.pieces import DECODER, HEAD, LANGUAGE, PROJECTOR, SAM2, VISION
 from tests.conftest import SIZES
 
 from vessel.data.prompt import Prompt
-from vessel.losses import NativeObjective
-from vessel.memory.engine import Engine
-from vessel.memory.plan import Images, Setup, batch_of
+from vessel.losses import NativeLoss
+from vessel.memory_plan.engine import Engine
+from vessel.memory_plan.plan import Images, Setup, batch_of
 from vessel.model.lora import Lora
 
-SETUP = Setup(SIZES, Lora(r=8), "lora", NativeObjective(), Engine(), batch_size=2, images=Images((64, 64), 2))
+SETUP = Setup(SIZES, Lora(r=8), "lora", NativeLoss(), Engine(), batch_size=2, images=Images((64, 64), 2))
 
 
 @pytest.fixture(scope="module")

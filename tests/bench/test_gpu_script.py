@@ -17,9 +17,9 @@ from bench.pieces import HEAD, LOSSES, pieces, step_loss
 from bench.stopwatch import in_turns, matrix_rate
 from tests.conftest import SIZES
 
-from vessel.losses import NativeObjective
-from vessel.memory.engine import Engine
-from vessel.memory.plan import Images, Setup
+from vessel.losses import NativeLoss
+from vessel.memory_plan.engine import Engine
+from vessel.memory_plan.plan import Images, Setup
 from vessel.model.lora import Lora
 
 CPU = torch.device("cpu")
@@ -34,7 +34,7 @@ def here(tmp_path, monkeypatch):
 @pytest.fixture
 def small(monkeypatch):
     """Smaller still than tiny."""
-    setup = Setup(SIZES, Lora(r=8), "lora", NativeObjective(), Engine(), images=Images((64, 64)))
+    setup = Setup(SIZES, Lora(r=8), "lora", NativeLoss(), Engine(), images=Images((64, 64)))
     monkeypatch.setattr(trials, "recipe", lambda name: setup)
 
 
@@ -163,11 +163,11 @@ def test_what_does_not_fit_is_left_out_and_the_others_run_in_turns():
 def test_batches_grow_without_what_did_not_fit_the_last_one(small, monkeypatch):
     asked, plain = [], chapters.reference.losses
 
-    def too_large_for_two(network, batch, objective):
+    def too_large_for_two(network, batch, loss_function):
         asked.append(len(batch))
         if len(batch) > 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return plain(network, batch, objective)
+        return plain(network, batch, loss_function)
 
     monkeypatch.setattr(chapters.reference, "losses", too_large_for_two)
     one = trial(largest=4)
@@ -190,7 +190,7 @@ def test_the_matrix_rate_is_that_of_a_processor():
 
 
 def test_parts_have_the_losses_of_the_step(plan, make_batch):
-    network, batch, objective = plan().build(), make_batch([["lumen"], ["lumen", "cap"]]), NativeObjective()
-    parts = pieces(network, batch, objective)
-    whole = step_loss(network, batch, objective)
-    torch.testing.assert_close(parts[LOSSES]() + objective.lm_weight * parts[HEAD](), whole)
+    network, batch, loss_function = plan().build(), make_batch([["lumen"], ["lumen", "cap"]]), NativeLoss()
+    parts = pieces(network, batch, loss_function)
+    whole = step_loss(network, batch, loss_function)
+    torch.testing.assert_close(parts[LOSSES]() + loss_function.lm_weight * parts[HEAD](), whole)

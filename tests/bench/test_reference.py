@@ -8,11 +8,11 @@ from bench.speech import saying, standard_answer
 
 from bench import reference
 from vessel.batch import Features, Pyramid, Sample
-from vessel.losses import NativeObjective, lm_loss
+from vessel.losses import NativeLoss, lm_loss
 from vessel.model.lora import Lora
 
 PHRASES = ("lumen", "side branch", "lipid core", "cap", "vessel", "stent", "thrombus", "calcium")
-OBJECTIVE = NativeObjective(lm_weight=0.7, mask_weight=2.0, dice_weight=0.5)
+OBJECTIVE = NativeLoss(lm_weight=0.7, mask_weight=2.0, dice_weight=0.5)
 TRAINED = {"lora": Lora(r=4, dropout=0.0), "all": Lora(r=0)}
 
 

@@ -6,8 +6,8 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from bench import scaling
-from vessel.conf_path import CONF
-from vessel.settings import check
+from vessel.cli.conf import CONF
+from vessel.training.settings import check
 
 
 @pytest.mark.slow

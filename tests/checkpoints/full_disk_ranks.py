@@ -29,7 +29,7 @@ def agree(vote: bool) -> bool:
 
 
 def save(engine: deepspeed.DeepSpeedEngine, path: Path, step: int) -> None:
-    """As `vessel.sharding` does."""
+    """As `vessel.training.zero` does."""
     beside = {"global_step": step, "vessel": {"name": "ranks"}}
     is_main = dist.get_rank() == 0
     with whole(path, is_main=is_main, agree=agree) as folder:

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.processes import on_ranks
+from tests.launching import on_ranks
 
 from vessel.checkpoints.reading import fault
-from vessel.disk import size_on_disk
+from vessel.files import size_on_disk
 
 pytestmark = pytest.mark.slow
 SCRIPT = Path(__file__).with_name("full_disk_ranks.py")

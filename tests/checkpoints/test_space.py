@@ -7,10 +7,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from tests.conftest import _configuration
 from torch import nn
 
-from vessel.checkpoints.space import checkpoint_bytes, planned, require_space
+from vessel.checkpoints.space import checkpoint_bytes, planned
 from vessel.checkpoints.writing import WholeFiles
-from vessel.disk import readable, size_on_disk
 from vessel.errors import VesselError
+from vessel.files import readable, require_space, size_on_disk
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -4,15 +4,15 @@ import numpy as np
 import pytest
 import torch
 
-from vessel.batch import Views
+from vessel.batch import InputGeometry
 from vessel.data.catalog import Catalog
 from vessel.data.dataset import VesselDataset
 from vessel.data.images import read_rgb
-from vessel.data.module import VesselDataModule
 from vessel.data.transforms import Augmentation, QuarterTurns
 from vessel.errors import VesselError
+from vessel.training.datamodule import VesselDataModule
 
-VIEWS = Views(tile=56, tokens_per_tile=4, max_tiles=1, frame=64)
+VIEWS = InputGeometry(tile=56, tokens_per_tile=4, max_tiles=1, frame=64)
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def catalog(oct_set):
 def make_dataset(catalog, prompt):
     def make(part="train", phrases=("lumen", "side branch"), **changes):
         frames = catalog.part(part)
-        return VesselDataset(catalog.root, frames, phrases=phrases, prompt=prompt, views=VIEWS, **changes)
+        return VesselDataset(catalog.root, frames, phrases=phrases, prompt=prompt, geometry=VIEWS, **changes)
 
     return make
 
@@ -32,7 +32,7 @@ def make_dataset(catalog, prompt):
 @pytest.fixture
 def make_module(oct_set, prompt):
     def make(**changes):
-        return VesselDataModule(str(oct_set), prompt=prompt, views=VIEWS, **changes)
+        return VesselDataModule(str(oct_set), prompt=prompt, geometry=VIEWS, **changes)
 
     return make
 

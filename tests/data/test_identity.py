@@ -7,17 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from vessel.data.identity import (
-    GRAMMARS,
-    MappingFolder,
-    RawIdentity,
-    compile_grammar,
-    parse,
-    patient_keys,
-    pseudonymise,
-)
+from vessel.data.identity import GRAMMARS, RawIdentity, compile_grammar, parse, patient_keys, pseudonymise
+from vessel.data.mapping import MappingFolder, read_mapping
 from vessel.errors import BadItemsError, VesselError
-from vessel.privacy import read_mapping
 
 ID = "0012345678"
 SPELLINGS = {

@@ -11,7 +11,7 @@ from vessel.data.catalog import Frame, Split
 from vessel.data.masks import write_mask
 from vessel.data.overview import _spread, _thumbnail, absences, contact_sheet, statistics, tables
 from vessel.data.splits import make_split
-from vessel.figures import PHRASE_COLOURS
+from vessel.plotting.colours import PHRASE_COLOURS
 
 
 def frames(root, *counts):

@@ -9,12 +9,12 @@ import pytest
 from omegaconf import OmegaConf
 from PIL import Image
 
-from vessel.conf_path import CONF
+from vessel.cli.conf import CONF
 from vessel.data.catalog import Catalog, digest
 from vessel.data.masks import read_mask, write_mask
-from vessel.data.preparation import Options, prepare
+from vessel.data.preparation import PrepareOptions, prepare
 from vessel.errors import BadItemsError, VesselError
-from vessel.privacy import Scanner
+from vessel.privacy.scanner import Scanner
 
 ID = "0012345678"
 VIDEOS = (
@@ -30,7 +30,7 @@ SIZE = (24, 32)
 def defaults():
     raw = OmegaConf.load(f"{CONF}/prepare.yaml")
     raw.pop("hydra"), raw.pop("defaults")
-    schema = OmegaConf.structured(Options)
+    schema = OmegaConf.structured(PrepareOptions)
     return OmegaConf.to_object(OmegaConf.merge(schema, raw, {"source": "", "out": ""}))
 
 

@@ -7,13 +7,13 @@ import pytest
 import torch
 from PIL import Image
 
-from vessel.batch import Views, collate
+from vessel.batch import InputGeometry, collate
 from vessel.data.masks import write_mask
 from vessel.data.questions import check_question, question_sample, read_regions
 from vessel.errors import VesselError
 
-VIEWS = Views(tile=56, tokens_per_tile=4, max_tiles=4, frame=64)
-PUBLIC = Views(tile=448, tokens_per_tile=256, max_tiles=12, frame=1024)
+VIEWS = InputGeometry(tile=56, tokens_per_tile=4, max_tiles=4, frame=64)
+PUBLIC = InputGeometry(tile=448, tokens_per_tile=256, max_tiles=12, frame=1024)
 
 
 def picture(height, width, seed=0):

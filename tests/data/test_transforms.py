@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from vessel.batch import Views
+from vessel.batch import InputGeometry
 from vessel.data.transforms import Augmentation, QuarterTurns, cut_tiles, tile_count, tile_grid, whole_frame
 
 # Width, height -> grid and tiles with thumbnail, the golden table of the specification, section 1.3.
@@ -12,7 +12,7 @@ TILINGS = {
     (2048, 2048): ((3, 3), 10), (640, 480): ((4, 3), 13), (1024, 768): ((4, 3), 13), (1280, 720): ((4, 2), 9),
     (3504, 2336): ((3, 2), 7),
 }  # fmt: skip
-PUBLIC = Views(tile=448, tokens_per_tile=256, max_tiles=12, frame=1024)
+PUBLIC = InputGeometry(tile=448, tokens_per_tile=256, max_tiles=12, frame=1024)
 
 
 @pytest.mark.parametrize(("size", "expected"), TILINGS.items())
@@ -43,10 +43,10 @@ def test_a_larger_grid_of_the_same_shape_wants_more_than_half_its_pixels():
 
 
 def test_tiles_run_row_by_row_with_the_thumbnail_last():
-    views = Views(tile=8, tokens_per_tile=4, max_tiles=4, frame=16)
+    geometry = InputGeometry(tile=8, tokens_per_tile=4, max_tiles=4, frame=16)
     image = np.zeros((16, 16, 3), np.uint8)
     image[:8, :8], image[:8, 8:], image[8:, :8], image[8:, 8:] = 10, 20, 30, 40
-    tiles = cut_tiles(image, views)
+    tiles = cut_tiles(image, geometry)
     assert tiles.shape == (5, 3, 8, 8)
     assert [int(tile.float().mean()) for tile in tiles] == [10, 20, 30, 40, 25]
 

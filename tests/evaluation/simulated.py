@@ -8,9 +8,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from vessel.evaluation.report import write_results
+from vessel.evaluation.metrics_json import write_results
 from vessel.evaluation.scoring import Scored
-from vessel.inference import Failure
+from vessel.inference.predictor import Failure
 from vessel.metrics.scores import METRICS, Scores
 from vessel.metrics.summary import ImageScore, per_patient, summarise
 

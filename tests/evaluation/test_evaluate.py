@@ -14,14 +14,15 @@ from tests.wandb_offline import media, read_history
 from vessel.checkpoints.reading import find_checkpoint
 from vessel.data.catalog import Catalog, Frame, fingerprint_of
 from vessel.data.masks import read_mask
-from vessel.decision import CleanupOptions
 from vessel.errors import VesselError
 from vessel.evaluation.command import evaluate
-from vessel.evaluation.options import DataOptions, Options
-from vessel.prediction import Options as PredictOptions
-from vessel.prediction import predict
-from vessel.publishing.proof import account_of, drawn_image
-from vessel.restore import NetworkOptions, restore
+from vessel.evaluation.options import DataOptions, EvaluateOptions
+from vessel.inference.decision import CleanupOptions
+from vessel.inference.loading import load_model
+from vessel.inference.options import NetworkOptions
+from vessel.prediction.command import predict
+from vessel.prediction.options import EvaluateOptions as PredictOptions
+from vessel.publishing.verification import account_of, drawn_image
 
 pytestmark = pytest.mark.slow
 
@@ -39,7 +40,7 @@ def set_threshold(run, threshold):
 def run_folder(tiny_run, tmp_path):
     """A copy of the run without results, with a threshold at which its hardly trained network draws something."""
     shutil.copytree(tiny_run, tmp_path / "run")
-    probabilities = account_of(restore(str(tiny_run)), {"drawn": drawn_image(64)}).maps["drawn"]
+    probabilities = account_of(load_model(str(tiny_run)), {"drawn": drawn_image(64)}).maps["drawn"]
     set_threshold(tmp_path / "run", float(np.median(probabilities)))
     return tmp_path / "run"
 
@@ -55,7 +56,7 @@ def score(run_folder, tmp_path):
             "batch_size": 3, "workers": 0, "device": "cpu", "network": NETWORK,
         }  # fmt: skip
         return evaluate(
-            Options(**defaults | changes, data=DataOptions(root and str(root), None)), tmp_path / "elsewhere"
+            EvaluateOptions(**defaults | changes, data=DataOptions(root and str(root), None)), tmp_path / "elsewhere"
         )
 
     return call
@@ -74,7 +75,7 @@ def damaged(oct_set, tmp_path):
 
 def test_figures_are_those_of_the_masks_that_predict_writes(score, run_folder, oct_set, tmp_path):
     report = score()
-    options = {"phrases": None, "split": "test", "decode": "forced", "threshold": "auto", "low": "auto"}
+    options = {"phrases": None, "split": "test", "decode": "forced", "threshold": "auto", "hysteresis": "auto"}
     options |= {"decision": None, "cleanup": CleanupOptions(), "views": "auto"}
     rest = {"overwrite": False, "batch_size": 1, "workers": 0, "device": "cpu", "devices": 1}
     rest |= {"network": NETWORK, "question": None, "mask_prompts": None, "video": False, "max_new_tokens": 2048}
@@ -122,7 +123,7 @@ def test_best_and_worst_panels_are_those_of_the_table(score, run_folder):
 def test_guard_I8_the_report_says_which_weights_it_is_about(score, run_folder):
     report = score()
     assert report["run"] == "tiny"
-    assert report["fingerprint"] == restore(str(run_folder)).manifest.fingerprint != ""
+    assert report["fingerprint"] == load_model(str(run_folder)).manifest.fingerprint != ""
     assert report["source"].endswith(find_checkpoint(run_folder).name)
 
 
@@ -237,15 +238,15 @@ def test_wandb_shows_the_numbers_and_the_report(score, run_folder, tmp_path, mon
     for variable in ("WANDB_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR", "WANDB_ARTIFACT_DIR"):
         monkeypatch.setenv(variable, str(tmp_path / "wandb-home"))
     monkeypatch.setenv("WANDB_SILENT", "true")
-    views = tmp_path / "views"
-    report = score(logger={"wandb": {"_target_": "vessel.loggers.PrivateWandb", "save_dir": str(views)}})
-    shown = {name: value for row in read_history(views) for name, value in row.items()}
+    geometry = tmp_path / "views"
+    report = score(logger={"wandb": {"_target_": "vessel.loggers.PrivateWandb", "save_dir": str(geometry)}})
+    shown = {name: value for row in read_history(geometry) for name, value in row.items()}
     assert shown["test/all/dice"] == report["summary"]["all"]["dice"]["mean"]
     assert shown["test/lumen/hd95"] == report["summary"]["lumen"]["hd95"]["mean"]
     page = run_folder / "evaluate/test/report.html"
-    assert media(views, shown["report/test"]).read_bytes() == page.read_bytes()
+    assert media(geometry, shown["report/test"]).read_bytes() == page.read_bytes()
     with pytest.raises(VesselError, match="shown by logger=wandb"):
-        score(logger={"csv": {"_target_": "lightning.pytorch.loggers.CSVLogger", "save_dir": str(views)}})
+        score(logger={"csv": {"_target_": "lightning.pytorch.loggers.CSVLogger", "save_dir": str(geometry)}})
 
 
 def test_as_a_user_runs_it(run_folder, tmp_path):

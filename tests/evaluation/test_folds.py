@@ -9,20 +9,21 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from vessel.callbacks.threshold_sweep import THRESHOLDS
 from vessel.data.catalog import Catalog
 from vessel.data.dataset import VesselDataset
 from vessel.errors import VesselError
 from vessel.evaluation.fold_runs import FoldRun, find_fold_runs, require_one_experiment
 from vessel.evaluation.folds import Curve, cross_fitted, evaluate_folds, mean_curve
-from vessel.evaluation.options import DataOptions, Options
+from vessel.evaluation.options import DataOptions, EvaluateOptions
 from vessel.evaluation.results import read_results
 from vessel.evaluation.scoring import maps_of, targets_of
-from vessel.inference import Predictor
-from vessel.metrics.overlap import METRICS
-from vessel.restore import NetworkOptions, restore
-from vessel.run import Manifest
-from vessel.sweep import JOB, Job
+from vessel.inference.loading import load_model
+from vessel.inference.options import NetworkOptions
+from vessel.inference.predictor import Predictor
+from vessel.metrics.overlap import OVERLAP_METRICS
+from vessel.metrics.thresholds import THRESHOLDS
+from vessel.runs.manifest import Manifest
+from vessel.runs.sweep import JOB, Job
 
 
 def curve(images, **dice):
@@ -30,7 +31,7 @@ def curve(images, **dice):
     scores = np.zeros(len(THRESHOLDS))
     for name, value in dice.items():
         scores[THRESHOLDS.index(int(name[1:]) / 100)] = value
-    return Curve(images, dict.fromkeys(METRICS, scores))
+    return Curve(images, dict.fromkeys(OVERLAP_METRICS, scores))
 
 
 def test_guard_I6_a_fold_has_no_say_in_its_own_threshold():
@@ -178,7 +179,7 @@ def pooled(trained):
     """Their results."""
     given = {"data": DataOptions(None, None), "network": NetworkOptions("auto", None, None, None), "device": "cpu"}
     given |= {"batch_size": 4, "workers": 0}
-    options = Options(**dict.fromkeys(Options.__dataclass_fields__) | given)
+    options = EvaluateOptions(**dict.fromkeys(EvaluateOptions.__dataclass_fields__) | given)
     report = evaluate_folds([trained], options)
     read = read_results(trained)
     assert read.folder == trained / "evaluate/pooled"
@@ -209,13 +210,13 @@ def test_figures_are_those_of_each_run_on_its_fold(pooled, trained, catalog):
     curves, found = [], {}
     for fold in range(3):
         [last] = (trained / str(fold) / "checkpoints").glob("last-*.ckpt")
-        restored = restore(str(last))
+        restored = load_model(str(last))
         dataset = VesselDataset(
             catalog.root,
             catalog.part("val", fold),
             phrases=pooled.report["phrases"],
             prompt=restored.prompt,
-            views=restored.views,
+            geometry=restored.geometry,
         )
         answers = list(Predictor(restored, device="cpu").predict(targets_of(dataset), dataset.__getitem__))
         dice = []
@@ -223,7 +224,7 @@ def test_figures_are_those_of_each_run_on_its_fold(pooled, trained, catalog):
             maps, masks = maps_of(answer), answer.sample.masks.numpy()
             found[answer.sample.id] = fold, maps[0], masks[0]
             dice.append(np.mean([[dice_of(p > t, m) for t in THRESHOLDS] for p, m in zip(maps, masks, strict=True)], 0))
-        curves.append(Curve(len(answers), dict.fromkeys(METRICS, np.mean(dice, 0))))
+        curves.append(Curve(len(answers), dict.fromkeys(OVERLAP_METRICS, np.mean(dice, 0))))
     thresholds = [fold["threshold"] for fold in pooled.report["folds"]]
     assert thresholds == cross_fitted(curves)
     scored = {row.id: row.scores.dice for row in pooled.rows if row.phrase == "lumen"}

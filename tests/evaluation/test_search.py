@@ -10,20 +10,22 @@ import torch
 
 from vessel.batch import Sample
 from vessel.checkpoints.reading import find_checkpoint
-from vessel.cleanup import Cleanup
 from vessel.data.catalog import Catalog
 from vessel.data.dataset import VesselDataset
-from vessel.data.inputs import Target
-from vessel.decision import DECISION_FILE, Decision, given_decision
+from vessel.data.inputs import InputImage
 from vessel.errors import VesselError
-from vessel.evaluation.greedy import MIN_GAIN, Search
-from vessel.evaluation.kept_maps import KeptMaps
-from vessel.evaluation.options import DataOptions, Options
-from vessel.evaluation.report import Part
+from vessel.evaluation.decision_search import MIN_GAIN, Search
+from vessel.evaluation.metrics_json import Part
+from vessel.evaluation.options import DataOptions, EvaluateOptions
+from vessel.evaluation.probability_store import ProbabilityStore
 from vessel.evaluation.search import check_search, run_search
-from vessel.inference import Failure, Prediction
+from vessel.inference.cleanup import Cleanup
+from vessel.inference.decision import DECISION_FILE, Decision, given_decision
+from vessel.inference.loading import load_model
+from vessel.inference.options import NetworkOptions
+from vessel.inference.predictor import Failure
+from vessel.inference.results import Prediction
 from vessel.metrics.intervals import cluster_interval
-from vessel.restore import NetworkOptions, restore
 
 SIZE = (48, 40)
 Y, X = np.mgrid[: SIZE[0], : SIZE[1]]
@@ -39,7 +41,7 @@ def prediction(name, patient, *maps, truth=DISC):
         masks=torch.from_numpy(np.stack([truth] * len(maps))),
     )  # fmt: skip
     values = tuple(torch.from_numpy(one.astype(np.float32)) for one in maps)
-    return Prediction(Target(name, Path(name), name), sample, ("",) * len(maps), values, (True,) * len(maps))
+    return Prediction(InputImage(name, Path(name), name), sample, ("",) * len(maps), values, (True,) * len(maps))
 
 
 def patients(draw, *, n=3, frames=2):
@@ -148,13 +150,13 @@ def test_each_option_is_tried_on_top_of_what_was_kept(tmp_path):
 def test_views_that_help_are_kept_and_two_sets_lie_on_the_disk_at_most(tmp_path):
     rng, on_disk = np.random.default_rng(0), []
 
-    def answers(views):
+    def answers(geometry):
         on_disk.append(len(list(tmp_path.iterdir())))
-        noise = {0: 0.8, 2: 0.3}.get(len(views), 0.8)  # with the flips alone it is nearly right
+        noise = {0: 0.8, 2: 0.3}.get(len(geometry), 0.8)  # with the flips alone it is nearly right
         return patients(lambda p, f: np.clip(np.where(DISC, 0.6, 0.4) + noise * (rng.random(SIZE) - 0.5), 0, 1))
 
     search = searched(tmp_path, answers)
-    assert search.decision.views == ("flip_lr", "flip_ud")
+    assert search.decision.geometry == ("flip_lr", "flip_ud")
     assert [trial.adopted for trial in of(search, "views")] == [True, False, False]
     assert of(search, "views")[1].value.startswith("flip_lr, flip_ud, turn_90, turn_180, turn_270; threshold 0.")
     assert max(on_disk) == 1  # and the one that is being made
@@ -164,8 +166,8 @@ def test_views_that_help_are_kept_and_two_sets_lie_on_the_disk_at_most(tmp_path)
 def test_views_with_which_an_image_fails_are_told_and_left(tmp_path):
     good = patients(lambda p, f: np.where(DISC, 0.9, 0.1))
 
-    def answers(views):
-        failed = [Failure(good[0].sample.id, "p0_0.png", "out of memory")] if "turn_90" in views else good[:1]
+    def answers(geometry):
+        failed = [Failure(good[0].sample.id, "p0_0.png", "out of memory")] if "turn_90" in geometry else good[:1]
         return [*failed, *good[1:]]
 
     trial = of(searched(tmp_path, answers), "views")[1]
@@ -185,7 +187,7 @@ def test_kept_maps_give_the_dice_of_those_that_came(tmp_path):
     rng = np.random.default_rng(0)
     answers = [prediction(f"i{i}", "p", rng.random(SIZE), rng.random(SIZE)) for i in range(3)]
     decisions = [Decision(0.123), Decision(0.6, 0.4), Decision(0.7, cleanup=Cleanup(closing=2))]
-    kept = KeptMaps(tmp_path / "maps", answers)
+    kept = ProbabilityStore(tmp_path / "maps", answers)
     rows = list(kept.dice(decisions))
     assert len(rows) == kept.rows == 6
     for of_row, (answer, k) in zip(rows, [(answer, k) for answer in answers for k in range(2)], strict=True):
@@ -211,14 +213,14 @@ def search_of(oct_set):
     def call(ckpt, *, split="test", phrases=None, **changes):
         asked = {"ckpt": str(ckpt), "split": split, "other_data": False, "batch_size": 8, "workers": 0, "device": "cpu"}
         others = {"data": DataOptions(None, phrases), "network": NetworkOptions("auto", None, None, None)}
-        options = Options(**dict.fromkeys(Options.__dataclass_fields__) | asked | others | changes)
+        options = EvaluateOptions(**dict.fromkeys(EvaluateOptions.__dataclass_fields__) | asked | others | changes)
         check_search(options)
-        restored, catalog = restore(str(ckpt)), Catalog.open(oct_set)
+        restored, catalog = load_model(str(ckpt)), Catalog.open(oct_set)
         phrases = tuple(phrases or ("lumen", "side branch"))
         part = Part(catalog, options.split, None, phrases, own=True)
         frames = catalog.part(options.split)
         dataset = VesselDataset(
-            catalog.root, frames, phrases=phrases, prompt=restored.prompt, views=restored.views
+            catalog.root, frames, phrases=phrases, prompt=restored.prompt, geometry=restored.geometry
         )  # fmt: skip
         return run_search(restored, part, dataset, options)
 
@@ -227,12 +229,12 @@ def search_of(oct_set):
 
 @pytest.mark.slow
 def test_guard_I6_the_decision_of_validation_is_stored_with_the_run_and_found_again(search_of, run_folder, capsys):
-    before = restore(str(run_folder))
+    before = load_model(str(run_folder))
     content = search_of(run_folder, split="val")
     assert json.loads((run_folder / DECISION_FILE).read_text()) == content
     assert (content["fingerprint"], content["fold"]) == (before.manifest.fingerprint, None)
     assert content["split_hash"] == before.manifest.data["split_hash"]
-    again = restore(str(run_folder))
+    again = load_model(str(run_folder))
     assert again.decision.to_json() == content["decision"]
     assert again.decision_source == "searched on validation"
     assert before.decision == again.decision  # it is looked up when it is asked for
@@ -259,6 +261,6 @@ def test_guard_I6_a_search_that_would_look_at_other_images_is_refused(search_of,
     with pytest.raises(VesselError, match=r"lies in no run folder.*out=DIR"):
         search_of(lone, split="val")
     content = search_of(lone, split="val", out=str(tmp_path / "decided"))
-    decision, _ = given_decision(str(tmp_path / "decided"), restore(str(lone)).manifest)
+    decision, _ = given_decision(str(tmp_path / "decided"), load_model(str(lone)).manifest)
     assert decision.to_json() == content["decision"]
     assert not (run_folder / DECISION_FILE).exists()

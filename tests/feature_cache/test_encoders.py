@@ -10,10 +10,10 @@ from tests.feature_cache.conftest import equal
 
 from vessel.batch import Features, Pyramid
 from vessel.errors import VesselError
-from vessel.feature_cache.encoders import Picture, blank, complete, encoded, group_of, require_frozen, sizes_of
+from vessel.feature_cache.encoders import Picture, blank, cache_namespace, complete, encoded, require_frozen, sizes_of
 from vessel.model.network import Network
 
-VIEWS = SIZES.views
+VIEWS = SIZES.geometry
 
 
 def picture(seed: int, tiles: int) -> Picture:
@@ -70,27 +70,30 @@ def change_dtype(network):
 @pytest.mark.parametrize("change", [change_vision, change_sam2, change_window, change_heads, change_dtype])
 def test_whatever_changes_features_changes_the_group(network, change):
     other = copy.deepcopy(network)
-    assert group_of(other, VIEWS) == group_of(network, VIEWS)
+    assert cache_namespace(other, VIEWS) == cache_namespace(network, VIEWS)
     change(other)
-    assert group_of(other, VIEWS) != group_of(network, VIEWS)
+    assert cache_namespace(other, VIEWS) != cache_namespace(network, VIEWS)
 
 
 def test_views_and_whatever_else_is_named_change_the_group(network):
-    groups = {group_of(network, views) for views in (VIEWS, replace(VIEWS, max_tiles=6), replace(VIEWS, frame=128))}
-    groups |= {group_of(network, VIEWS, device=device) for device in ("cpu", "cuda")}
+    groups = {
+        cache_namespace(network, geometry)
+        for geometry in (VIEWS, replace(VIEWS, max_tiles=6), replace(VIEWS, frame=128))
+    }
+    groups |= {cache_namespace(network, VIEWS, device=device) for device in ("cpu", "cuda")}
     assert len(groups) == 5
     assert all(len(group) == 32 for group in groups)
 
 
 def test_what_trains_and_how_it_trains_does_not(network):
-    before = group_of(network, VIEWS)
+    before = cache_namespace(network, VIEWS)
     with torch.no_grad():
         for parameter in network.parameters():
             if parameter.requires_grad:
                 parameter.add_(1)
     network.eval()
     network.checkpoint_layers()
-    assert group_of(network, VIEWS) == before
+    assert cache_namespace(network, VIEWS) == before
 
 
 # Refusals ------------------------------------------------------------------------------------------------------------

@@ -12,13 +12,13 @@ from tests.conftest import SIZES
 from tests.feature_cache.conftest import GROUP, equal
 
 from vessel.data.images import pixel_hash
-from vessel.data.module import VesselDataModule
 from vessel.data.transforms import QuarterTurns
 from vessel.errors import VesselError
 from vessel.feature_cache.encoders import Picture, blank, encoded
 from vessel.feature_cache.fill import Filler, Ranks, looks_of
 from vessel.feature_cache.groups import Hold
 from vessel.feature_cache.store import Store
+from vessel.training.datamodule import VesselDataModule
 
 ALONE = Ranks(0, 1, any=lambda said: said, together=False)
 
@@ -28,7 +28,7 @@ def dataset(oct_set, prompt):
     """Twelve images; as augmented."""
 
     def make(augmentation=None):
-        module = VesselDataModule(str(oct_set), prompt=prompt, views=SIZES.views, augmentation=augmentation)
+        module = VesselDataModule(str(oct_set), prompt=prompt, geometry=SIZES.geometry, augmentation=augmentation)
         return module.dataset("train")
 
     return make
@@ -160,7 +160,7 @@ def test_ranks_with_unequal_work_stay_in_step(network, store, dataset, together)
             calls[rank] += 1
             if together:
                 barrier.wait()  # as a collective of the encoders
-            return encoded(network, pictures or [blank(SIZES.views)])
+            return encoded(network, pictures or [blank(SIZES.geometry)])
 
         ranks = Ranks(rank, 2, agreed, together)
         own = dict(list(looks.items())[: 12 if rank else 4])

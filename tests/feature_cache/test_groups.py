@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from tests.feature_cache.conftest import GROUP, OTHER
 
-from vessel.disk import size_on_disk
 from vessel.errors import VesselError
 from vessel.feature_cache.groups import Hold
+from vessel.files import size_on_disk
 
 THIRD = "c" * 32
 GB = 10**9

@@ -11,7 +11,7 @@ from torchmetrics.functional.classification import (
 )
 
 from vessel.errors import VesselError
-from vessel.metrics.overlap import METRICS, Counts, OverlapSweep, count, dice, iou, precision, recall
+from vessel.metrics.overlap import OVERLAP_METRICS, Counts, OverlapSweep, count, dice, iou, precision, recall
 
 THRESHOLDS = [0.1, 0.3, 0.5, 0.9]
 
@@ -67,14 +67,14 @@ def test_scores_equal_torchmetrics(ours, theirs):
 )
 def test_guard_D12_empty_masks_follow_the_stated_rule(truth, prediction, expected):
     counts = count(torch.tensor([[prediction]]).float(), torch.tensor([[truth]]).bool(), torch.tensor([0.5]))
-    assert [float(metric(counts)) for metric in METRICS.values()] == pytest.approx(list(expected))
+    assert [float(metric(counts)) for metric in OVERLAP_METRICS.values()] == pytest.approx(list(expected))
 
 
 def test_guard_I5_scores_move_with_the_threshold():
     sweep = OverlapSweep(THRESHOLDS)
     add(sweep, 0)
     scores = sweep.compute()
-    assert all(len(set(scores[name].tolist())) > 1 for name in METRICS)
+    assert all(len(set(scores[name].tolist())) > 1 for name in OVERLAP_METRICS)
     assert scores["recall"].tolist() == sorted(scores["recall"].tolist(), reverse=True)
 
 

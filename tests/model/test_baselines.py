@@ -9,26 +9,27 @@ import torch
 from lightning.pytorch import Trainer
 from safetensors.torch import save_file
 from tests.conftest import SIZES
-from tests.model.layouts import internvl_state, write_folder, write_sa2va, write_sam2
+from tests.weights.layouts import internvl_state, write_folder, write_sa2va, write_sam2
 from torch.utils.data import DataLoader
 
-from vessel.callbacks.first_step_check import check_gradients, signs
 from vessel.data.transforms import cut_tiles
 from vessel.errors import VesselError
-from vessel.losses import NativeObjective, lm_loss
-from vessel.memory.advice import alternatives
-from vessel.memory.engine import Engine
-from vessel.memory.plan import Setup, memory_plan
-from vessel.model.baselines import PromptedSam2, PromptedSizes, UNetSizes
+from vessel.losses import NativeLoss, lm_loss
+from vessel.memory_plan.advice import alternatives
+from vessel.memory_plan.engine import Engine
+from vessel.memory_plan.plan import Setup, memory_plan
+from vessel.model.baselines import PromptedSam2, PromptedSam2Config, UNetConfig
 from vessel.model.lora import Lora
 from vessel.model.placement import place
-from vessel.model.weights.entry import Weights
-from vessel.task import OptimizerSettings, VesselTask
+from vessel.training.callbacks.first_step_check import check_gradients, signs
+from vessel.training.optimizer import OptimizerSettings
+from vessel.training.task import VesselTask
+from vessel.weights.entry import Weights
 
 PHRASES = ("lumen", "cap")
-PROMPTED = PromptedSizes(SIZES.grounding)
-UNET = UNetSizes("tu-test_resnet", (16, 16, 8, 8, 8), 64)
-RESNET = UNetSizes("resnet18", (16, 16, 8, 8, 8), 64)
+PROMPTED = PromptedSam2Config(SIZES.grounding)
+UNET = UNetConfig("tu-test_resnet", (16, 16, 8, 8, 8), 64)
+RESNET = UNetConfig("resnet18", (16, 16, 8, 8, 8), 64)
 BOTH = pytest.mark.parametrize("sizes", [PROMPTED, UNET], ids=["sam2_prompt", "unet"])
 
 
@@ -74,8 +75,8 @@ def test_there_are_no_words(baseline, make_batch, sizes):
 
 @BOTH
 def test_of_tiles_the_smallest_is_cut(sizes):
-    assert cut_tiles(torch.zeros(480, 640, 3, dtype=torch.uint8).numpy(), sizes.views).shape == (1, 3, 1, 1)
-    assert sizes.views.frame == 64
+    assert cut_tiles(torch.zeros(480, 640, 3, dtype=torch.uint8).numpy(), sizes.geometry).shape == (1, 3, 1, 1)
+    assert sizes.geometry.frame == 64
 
 
 @BOTH
@@ -92,7 +93,7 @@ def test_another_phrase_and_another_resolution_are_refused(baseline, make_batch,
 def test_guard_T11_every_group_learns_and_no_tensor_is_left_out(baseline, make_batch, sizes):
     """Also of a batch that does not ask for every phrase."""
     network, batch = baseline(sizes).build().train(), make_batch([["cap"], ["cap"]])
-    sum(NativeObjective()(network(batch).mask_logits, batch.masks, network.frame).values()).backward()
+    sum(NativeLoss()(network(batch).mask_logits, batch.masks, network.frame).values()).backward()
     groups = network.trainable_groups()
     arrived = {name for members in groups.values() for name, parameter in members if parameter.grad is not None}
     check_gradients(groups, signs(groups, arrived))
@@ -207,18 +208,18 @@ def test_a_missing_package_is_named(baseline, monkeypatch):
 def test_layers_are_computed_again_where_they_can_be(baseline, make_batch):
     batch = make_batch([["lumen"]])
     gradients = []
-    for checkpointing in (False, True):
-        network = baseline(PROMPTED, checkpointing=checkpointing).build().train()
+    for activation_checkpointing in (False, True):
+        network = baseline(PROMPTED, activation_checkpointing=activation_checkpointing).build().train()
         network(batch).mask_logits.square().mean().backward()
         gradients.append([p.grad for _, p in network.trainable_groups()["image_encoder"]])
     assert all(torch.allclose(one, other, atol=1e-6) for one, other in zip(*gradients, strict=True))
-    with pytest.raises(VesselError, match=r"checkpointing=true: layers of a U-Net are not computed twice"):
-        baseline(UNET, checkpointing=True).build()
+    with pytest.raises(VesselError, match=r"activation_checkpointing=true: layers of a U-Net are not computed twice"):
+        baseline(UNET, activation_checkpointing=True).build()
 
 
 def test_other_settings_for_a_baseline_are_those_that_it_has():
     for sizes, frame in ((UNET, "model.frame=512"), (PROMPTED, "model.grounding.frame=512")):
-        setup = Setup(sizes.with_frame(1024)[1], Lora(r=0), "all", NativeObjective(), Engine(), batch_size=2)
+        setup = Setup(sizes.with_frame(1024)[1], Lora(r=0), "all", NativeLoss(), Engine(), batch_size=2)
         options = [option for option, _ in alternatives(setup)]
         assert f"{frame} (coarser masks)" in options
         assert not [option for option in options if "tiles" in option or "lora" in option]
@@ -227,9 +228,9 @@ def test_other_settings_for_a_baseline_are_those_that_it_has():
 
 def test_the_statistics_of_a_unet_are_saved_with_what_trains(baseline, make_batch, tmp_path):
     """Of a run that began with weights, whose frozen tensors are not saved: running means are no parameters."""
-    objective, optimizer = NativeObjective(), OptimizerSettings(lr=1e-2)
+    loss_function, optimizer = NativeLoss(), OptimizerSettings(lr=1e-2)
     build = baseline(UNET).build
-    task = VesselTask(build, objective=objective, optimizer=optimizer, keep_frozen=False, manifest={})
+    task = VesselTask(build, loss_function=loss_function, optimizer=optimizer, keep_frozen=False, manifest={})
     quiet = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False)
     trainer = Trainer(max_steps=2, accelerator="cpu", default_root_dir=tmp_path, **quiet)
     batch = make_batch([["lumen", "cap"]] * 2)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from vessel.losses import NativeObjective, lm_loss
+from vessel.losses import NativeLoss, lm_loss
 from vessel.model.grounding import trains
 from vessel.model.lora import Lora
 
@@ -16,7 +16,7 @@ LAYERS = 6
 
 @pytest.fixture
 def built(plan):
-    """Networks that differ in nothing but `checkpointing`: `built(checkpointing=True, trainable="all")`."""
+    """Networks that differ in nothing else: `built(activation_checkpointing=True, trainable="all")`."""
 
     def make(**changes):
         made = plan()
@@ -51,7 +51,7 @@ def step(network, batch):
     torch.manual_seed(3)  # dropout draws the same
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         output = network(batch)
-        losses = NativeObjective()(output.mask_logits, batch.masks, network.grounding.image_size)
+        losses = NativeLoss()(output.mask_logits, batch.masks, network.grounding.image_size)
         loss = sum(losses.values()) + lm_loss(output.lm_logits, output.lm_targets)
     loss.backward()
     gradients = {name: p.grad for name, p in network.named_parameters() if p.requires_grad}
@@ -69,7 +69,7 @@ CHOICES = {
 def test_guard_T12_checkpointing_gives_the_same_gradients_from_less_memory(built, make_batch, choice):
     batch = make_batch([["lumen", "cap"], ["lumen"]])
     plain, plain_bytes = step(built(**CHOICES[choice]), batch)
-    network = built(checkpointing=True, **CHOICES[choice])
+    network = built(activation_checkpointing=True, **CHOICES[choice])
     if choice == "only adapters train":  # nothing that enters the first layer requires a gradient
         network.mllm.model.multi_modal_projector.requires_grad_(False)
         network.mllm.get_input_embeddings().requires_grad_(False)
@@ -90,7 +90,9 @@ def test_guard_T12_checkpointing_gives_the_same_gradients_from_less_memory(built
 @pytest.mark.parametrize("trainable", ["lora", "all"])
 def test_checkpointing_changes_neither_names_nor_validation(built, make_batch, trainable):
     choice = {"lora": Lora(r=4)} if trainable == "lora" else {}
-    plain, recomputing = (built(checkpointing=c, trainable=trainable, **choice).eval() for c in (False, True))
+    plain, recomputing = (
+        built(activation_checkpointing=c, trainable=trainable, **choice).eval() for c in (False, True)
+    )
     assert list(plain.state_dict()) == list(recomputing.state_dict())
     batch = make_batch([["lumen"]])
     with torch.inference_mode():
@@ -100,10 +102,10 @@ def test_checkpointing_changes_neither_names_nor_validation(built, make_batch, t
 
 
 def test_encoders_are_recomputed_only_where_they_train(built, make_batch):
-    network = built(checkpointing=True, lora=Lora(r=4), trainable="lora")
+    network = built(activation_checkpointing=True, lora=Lora(r=4), trainable="lora")
     assert not trains(network.grounding.image_encoder)
     assert not any(layer.gradient_checkpointing for layer in network.mllm.model.vision_tower.encoder.layer)
-    network = built(checkpointing=True, trainable="decoder_only")
+    network = built(activation_checkpointing=True, trainable="decoder_only")
     seen = []
     network.mllm.get_input_embeddings().register_forward_hook(lambda *call: seen.append(call[2].requires_grad))
     network(make_batch([["lumen"]]))

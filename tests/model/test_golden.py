@@ -6,8 +6,8 @@ from tests.golden import NETWORKS, open_golden
 
 from vessel.batch import upsample
 from vessel.data.transforms import cut_tiles, whole_frame
-from vessel.model.architecture import public_names
-from vessel.model.weights.files import open_safetensors
+from vessel.weights.architecture import public_names
+from vessel.weights.files import open_safetensors
 
 IMAGES = ("square", "wide", "small_gray")
 
@@ -30,16 +30,16 @@ def test_loads_with_a_full_report(golden):
 
 @pytest.mark.parametrize("case", IMAGES)
 def test_state_embedding_logits_and_mask_are_the_recorded_ones(golden, case):
-    network, prompt, views = golden.restored.network, golden.restored.prompt, golden.restored.views
+    network, prompt, geometry = golden.restored.network, golden.restored.prompt, golden.restored.geometry
     image = golden.image(case)
-    tiles = cut_tiles(image, views)
+    tiles = cut_tiles(image, geometry)
     ids, _ = prompt.conversation([golden.cases[case]["text"]], ["[SEG]"], len(tiles) * 256)
     with torch.no_grad():
         embeddings = network.embed(ids[None], network.see(tiles))
         hidden = network.mllm.model.language_model(inputs_embeds=embeddings).last_hidden_state
         state = hidden[ids[None] == prompt.token_ids.seg]
         embedding = network.text_hidden_fcs(state)
-        logits = network.masks(network.pyramid(whole_frame(image, views)[None]), state, torch.tensor([0]))
+        logits = network.masks(network.pyramid(whole_frame(image, geometry)[None]), state, torch.tensor([0]))
         at_1024 = upsample(logits, 1024, (1024, 1024))
         mask = upsample(logits, 1024, image.shape[:2]).sigmoid() > 0.5
     asked = int((ids == prompt.token_ids.seg).nonzero()[0])

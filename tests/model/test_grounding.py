@@ -48,10 +48,10 @@ def test_the_candidate_with_the_highest_predicted_iou_is_taken():
 
 
 def test_true_size_is_sam2_hiera_large():
-    from vessel.model.grounding import GroundingSizes
+    from vessel.model.grounding import GroundingConfig
 
     with torch.device("cpu"):
-        grounding = build_grounding(GroundingSizes())
+        grounding = build_grounding(GroundingConfig())
     by_part = {
         name: sum(p.numel() for p in getattr(grounding, name).parameters())
         for name in ("image_encoder", "memory_attention", "memory_encoder", "sam_mask_decoder", "obj_ptr_proj")

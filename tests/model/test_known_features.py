@@ -7,21 +7,21 @@ import torch
 from torch.testing import assert_close
 
 from vessel.batch import Features, Pyramid, Sample, collate
-from vessel.losses import NativeObjective, lm_loss
+from vessel.losses import NativeLoss, lm_loss
 from vessel.model.lora import Lora
 
 
 @pytest.fixture
 def samples(prompt, plan):
     """Two images with truth, of one and of three tiles."""
-    views, generator = plan().sizes.views, torch.Generator().manual_seed(1)
+    geometry, generator = plan().sizes.geometry, torch.Generator().manual_seed(1)
 
     def pixels(*shape):
         return torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
 
     def make(name, count, phrases):
-        ids, labels = prompt.encode(phrases, count * views.tokens_per_tile)
-        tiles, frame = pixels(count, 3, views.tile, views.tile), pixels(3, views.frame, views.frame)
+        ids, labels = prompt.encode(phrases, count * geometry.tokens_per_tile)
+        tiles, frame = pixels(count, 3, geometry.tile, geometry.tile), pixels(3, geometry.frame, geometry.frame)
         masks = pixels(len(phrases), 24, 20) > 127
         return Sample(name, "p", "v", tuple(phrases), tiles, frame, ids, labels, (24, 20), masks)
 
@@ -39,7 +39,7 @@ def learnt(network, batch):
     """Losses of a batch, and the gradients of what trains."""
     network.zero_grad()
     output = network(batch)
-    losses = dict(NativeObjective()(output.mask_logits, batch.masks, network.frame))
+    losses = dict(NativeLoss()(output.mask_logits, batch.masks, network.frame))
     losses["lm_loss"] = lm_loss(output.lm_logits, output.lm_targets)
     sum(losses.values()).backward()
     gradients = {name: p.grad.clone() for name, p in network.named_parameters() if p.grad is not None}

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from vessel.errors import VesselError
-from vessel.model.groups import choose_trainable, group_of
+from vessel.model.groups import choose_trainable, parameter_group
 from vessel.model.lora import Lora, adapter_state, add_lora, is_adapter, merged_name, merged_state
 
 
@@ -81,7 +81,7 @@ def test_unknown_choices_are_refused(plan):
 
 def test_every_parameter_has_a_group(plan):
     names = [n for n, _ in plan(lora=Lora(r=4)).build().named_parameters()]
-    assert {group_of(n) for n in names} == {
+    assert {parameter_group(n) for n in names} == {
         "lora", "tokens", "vision", "projector", "language", "text_hidden_fcs", "frozen heads", "mask_decoder",
         "image_encoder", "prompt", "video memory",
     }  # fmt: skip

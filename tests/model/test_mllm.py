@@ -8,15 +8,15 @@ from torch.nn import functional as F
 
 from vessel.batch import TokenIds
 from vessel.errors import VesselError
-from vessel.model.mllm import LanguageSizes, VisionSizes, build_mllm
-from vessel.model.weights.names import PublicNames
+from vessel.model.mllm import LanguageConfig, VisionConfig, build_mllm
+from vessel.weights.names import PublicNames
 
 TOKENS = TokenIds(seg=40, image=41, pad=2, eos=3)
-INTERNLM2 = LanguageSizes(
+INTERNLM2 = LanguageConfig(
     width=48, layers=2, heads=6, kv_heads=2, mlp=80, vocabulary=64, context=32, family="internlm2", rms_eps=1e-5,
     rope_theta=1000.0,
 )  # fmt: skip
-VISION = VisionSizes(tile=56, width=24, layers=2, heads=3, mlp=40)
+VISION = VisionConfig(tile=56, width=24, layers=2, heads=3, mlp=40)
 VISION_6B = replace(VISION, norm="rms_norm", qk_norm=True, qkv_bias=False)
 
 

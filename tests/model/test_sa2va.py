@@ -7,10 +7,10 @@ from omegaconf import OmegaConf
 
 from vessel.batch import TokenIds
 from vessel.errors import VesselError
-from vessel.model.architecture import public_names
 from vessel.model.groups import choose_trainable
 from vessel.model.lora import Lora, add_lora
 from vessel.model.sa2va import Sa2VA, build_sa2va
+from vessel.weights.architecture import public_names
 
 # Ids of the public tokenizers: of Qwen2.5 as the specification lists them, of InternLM2.5 as its folders do.
 PUBLIC = TokenIds(seg=151674, image=151667, pad=151643, eos=151645)

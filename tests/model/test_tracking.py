@@ -51,7 +51,7 @@ def test_golden_pullback_is_what_the_public_code_draws(shared, name):
     tracker = Tracker(grounding, golden.tensors["pullback.seg_embedding"])
     for index, truth in enumerate(golden.mask("pullback")):
         image = golden.image(f"pullback_{index}")
-        frame = whole_frame(image, golden.restored.views)
+        frame = whole_frame(image, golden.restored.geometry)
         with torch.inference_mode():
             logits = tracker.step(grounding.encode(normalise(frame[None])))
         at_1024 = upsample(logits, 1024, (1024, 1024))[0, 8::16, 8::16]

@@ -6,11 +6,11 @@ from dataclasses import asdict, replace
 import pytest
 from huggingface_hub import ModelCard
 
-from vessel.decision import Decision
+from vessel.inference.decision import Decision
 from vessel.metrics.scores import METRICS, Scores
 from vessel.metrics.summary import ImageScore, summarise
 from vessel.publishing.card import Facts, model_card
-from vessel.run import Manifest
+from vessel.runs.manifest import Manifest
 
 MANIFEST = Manifest(
     name="oct",
@@ -68,7 +68,7 @@ def test_it_says_what_manifest_and_evaluation_say():
 
 
 def test_it_tells_the_whole_decision_of_validation():
-    decision = Decision(0.4, 0.2, views=("flip_lr",)).to_json()
+    decision = Decision(0.4, 0.2, tta=("flip_lr",)).to_json()
     text = model_card(replace(FACTS, manifest=replace(MANIFEST, decision=decision)))
     told = "threshold 0.40, hysteresis from 0.20, mean over the image and flip_lr; searched on the validation part"
     assert f"| threshold on probabilities | {told} |" in text

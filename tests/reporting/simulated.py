@@ -10,21 +10,21 @@ import numpy as np
 from PIL import Image
 from scipy.ndimage import distance_transform_edt, gaussian_filter
 
-from vessel.data.synthetic_oct import render
-from vessel.data.synthetic_pullback import draw_pullback
-from vessel.decision import Decision
+from vessel.data.synthetic.anatomy import draw_pullback
+from vessel.data.synthetic.oct import render
 from vessel.evaluation.results import rows_hash, seal
-from vessel.figures import panel_figure
+from vessel.inference.decision import Decision
 from vessel.metrics.calibration import Reliability
 from vessel.metrics.scores import METRICS, score
 from vessel.metrics.summary import ImageScore, per_patient, summarise, write_per_image_csv
+from vessel.plotting.panels import panel_figure
 
 PHRASES = ("lumen", "side branch", "lipid core")
 SPACING = (0.02, 0.02)
 DECISION = Decision(threshold=0.35)
 SEARCHED = [
     {"option": "threshold", "value": 0.35, "gain": 0.0121, "low": 0.0032, "high": 0.0204, "adopted": True},
-    {"option": "views", "value": ["flip_horizontal"], "gain": 0.0004, "low": -0.001, "high": 0.002, "adopted": False},
+    {"option": "tta", "value": ["flip_horizontal"], "gain": 0.0004, "low": -0.001, "high": 0.002, "adopted": False},
 ]
 
 

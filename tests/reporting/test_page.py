@@ -6,9 +6,9 @@ import re
 import pytest
 
 from vessel.errors import VesselError
-from vessel.privacy import Scanner
+from vessel.privacy.scanner import Scanner
+from vessel.reporting.evaluation_figures import image_values
 from vessel.reporting.page import write_report
-from vessel.reporting.shown import image_values
 
 SECTIONS = [
     "Scores", "Patients", "Threshold and calibration", "Images", "Failures", "From probability to mask",

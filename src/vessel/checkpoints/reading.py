@@ -13,8 +13,8 @@ from zipfile import BadZipFile, ZipFile, ZipInfo
 import torch
 
 from vessel.errors import VesselError
-from vessel.model.weights.zero import LATEST, is_zero, open_zero, written
-from vessel.run import MANIFEST
+from vessel.runs.manifest import MANIFEST
+from vessel.weights.zero import LATEST, is_zero, open_zero, written
 
 _PART, _ASIDE = ".part", ".aside"
 _FOLDER = 0x10  # a zip file's mark of a part that is a folder

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterable
-from pathlib import Path
 
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import nn
-
-from vessel.disk import readable
-from vessel.errors import VesselError
 
 _PER_TENSOR = 512  # names, shapes and the alignment of each stored tensor, about
 _PER_FILE = 100_000  # manifest, counters and whatever callbacks keep
@@ -42,24 +37,3 @@ def planned(callbacks: Iterable[Callback]) -> int:
     savers = [callback for callback in callbacks if isinstance(callback, ModelCheckpoint)]
     kept = sum(abs(saver.save_top_k) + bool(saver.save_last) for saver in savers)  # -1 keeps all: their number is open
     return kept + 1 if kept else 0
-
-
-def require_space(folder: Path, nbytes: int, what: str) -> None:
-    """Refuse to begin what the disk has no room for.
-
-    Args:
-        folder: where it will be written; it need not exist yet.
-        nbytes: that will be written there, beside what is there already.
-        what: that is.
-
-    Raises:
-        VesselError: says how much is needed and free, and what helps.
-    """
-    there = next(place for place in (folder, *folder.absolute().parents) if place.is_dir())
-    free = shutil.disk_usage(there).free
-    if free < nbytes:
-        raise VesselError(
-            f"{folder}: {what} take {readable(nbytes)} and {readable(free)} are free there; make room, put the run on "
-            "another disk with hydra.run.dir=FOLDER, or write less: callbacks.checkpoint=null keeps no best one, and a "
-            "smaller lora= or trainable=decoder_only makes each smaller"
-        )

@@ -14,8 +14,8 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
 from vessel.checkpoints.reading import aside_of, checkpoints_in, part_of, put_back, written
 from vessel.checkpoints.retention import discard
-from vessel.disk import readable, size_on_disk
 from vessel.errors import DISK_FULL, VesselError
+from vessel.files import readable, size_on_disk
 
 # What torch's zip writer says when the system refuses its bytes; it drops the reason.
 _TORCH_WRITER = ("PytorchStreamWriter", "unexpected pos", "iostream error")

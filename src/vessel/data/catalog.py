@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from vessel.errors import VesselError
-from vessel.places import expanded
+from vessel.paths import expanded
 
 KIND = "vessel dataset"
 VERSION = 1
@@ -232,3 +233,8 @@ def _read(root: Path, name: str) -> Any:
 
 def _not_prepared(root: Path, reason: str) -> str:
     return f"{root} is not a prepared data set: {reason}; make one by `python -m vessel.prepare source=... out={root}`"
+
+
+def slug(phrase: str) -> str:
+    """The folder name of a phrase."""
+    return re.sub(r"[^\w-]+", "_", phrase)

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
-from vessel.batch import Features, Sample, Views
+from vessel.batch import Features, InputGeometry, Sample
 from vessel.data.catalog import Frame
 from vessel.data.images import PreparedImages, pixel_hash
 from vessel.data.masks import read_mask
@@ -24,7 +24,7 @@ def make_sample(
     image: NDArray[np.uint8],
     phrases: Sequence[str],
     prompt: Prompt,
-    views: Views,
+    geometry: InputGeometry,
     *,
     draw: Random | None = None,
     features: Features | None = None,
@@ -35,16 +35,16 @@ def make_sample(
         image: uint8 [H, W, 3], RGB.
         phrases: what to segment, at least one.
         prompt: wording that belongs to the network.
-        views: cutting that belongs to the network.
+        geometry: cutting that belongs to the network.
         draw: source of the wordings in training.
         features: of the image, in place of its tiles and frame.
     """
     if features is None:
-        tiles, frame = cut_tiles(image, views), whole_frame(image, views)
+        tiles, frame = cut_tiles(image, geometry), whole_frame(image, geometry)
     else:
-        tiles, frame = torch.empty(0, 3, views.tile, views.tile, dtype=torch.uint8), torch.empty(3, 0, 0).byte()
+        tiles, frame = torch.empty(0, 3, geometry.tile, geometry.tile, dtype=torch.uint8), torch.empty(3, 0, 0).byte()
     count = len(tiles) if features is None else len(features.seen)
-    ids, labels = prompt.encode(phrases, count * views.tokens_per_tile, draw=draw)
+    ids, labels = prompt.encode(phrases, count * geometry.tokens_per_tile, draw=draw)
     height, width = image.shape[:2]
     return Sample(
         id="", patient="", video="", phrases=tuple(phrases), tiles=tiles, frame=frame,
@@ -62,7 +62,7 @@ class VesselDataset(Dataset[Sample]):
         root: folder of the prepared data set.
         frames: the part to serve.
         phrases: K phrases, normalised.
-        prompt, views: wording and cutting that belong to the network.
+        prompt, geometry: wording and cutting that belong to the network.
         augmentation: None outside training.
         seed: of wordings and augmentation.
 
@@ -77,13 +77,13 @@ class VesselDataset(Dataset[Sample]):
         *,
         phrases: Sequence[str],
         prompt: Prompt,
-        views: Views,
+        geometry: InputGeometry,
         augmentation: Augmentation | QuarterTurns | None = None,
         varied: bool = False,
         seed: int = 0,
     ) -> None:
         self.root, self.frames, self.phrases = root, list(frames), tuple(phrases)
-        self.prompt, self.views = prompt, views
+        self.prompt, self.geometry = prompt, geometry
         self.augmentation, self.varied, self.seed = augmentation, varied, seed
         self.features: Callable[[str], Features | None] | None = None
         self._images = PreparedImages()
@@ -102,7 +102,7 @@ class VesselDataset(Dataset[Sample]):
         if self.features is not None and self.is_finite:
             features = self.features(frame.sha256 if self.augmentation is None else pixel_hash(image))
         draw = Random(f"{self.seed} {index}") if self.varied else None
-        sample = make_sample(image, self.phrases, self.prompt, self.views, draw=draw, features=features)
+        sample = make_sample(image, self.phrases, self.prompt, self.geometry, draw=draw, features=features)
         return replace(sample, id=frame.id, patient=frame.patient, video=frame.video, masks=torch.from_numpy(masks))
 
     @property

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import hmac
-import json
-import os
 import re
-import secrets
 import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vessel.errors import BadItemsError, Problem, VesselError
-from vessel.privacy import MAPPING_FILE, normal_name, read_mapping
 
 # The grammars that are recognised without being asked for; `frame` counts within `video`.
 GRAMMARS = (
@@ -186,47 +182,6 @@ def _name_part(text: str) -> str:
     return (text[: found.start()] if found else text).strip(" _^(")
 
 
-@dataclass(frozen=True)
-class MappingFolder:
-    """Where raw names and their pseudonyms are kept: outside the data set, readable by the owner only."""
-
-    path: Path
-
-    def check(self) -> None:
-        """Raise VesselError where other files are, or a file: raw names must not get among them."""
-        kept = sorted(each.name for each in self.path.iterdir()) if self.path.is_dir() else []
-        if self.path.is_file() or (kept and not {"salt", MAPPING_FILE} & set(kept)):
-            what = f"holds {kept[0]} and no mapping of ours" if kept else "is a file"
-            raise VesselError(f"mapping: {self.path} {what}; choose an empty or a new folder with mapping=DIR")
-
-    def salt(self) -> bytes:
-        """The salt kept here, or a new random one; `write` keeps it."""
-        kept = self.path / "salt"
-        if not kept.is_file():
-            return secrets.token_bytes(32)
-        try:
-            return bytes.fromhex(kept.read_text().strip())
-        except ValueError as error:
-            raise VesselError(f"{kept} is damaged; restore it from a copy, or delete it for new pseudonyms") from error
-
-    def write(self, salt: bytes, pseudonyms: Pseudonyms, stems: Sequence[str]) -> None:
-        """Keep the salt and who is who, of files with these raw stems, beside what is here already."""
-        self.check()
-        if not self.path.exists():  # a folder that the user made keeps its mode; our files are 0600 in any
-            self.path.mkdir(mode=0o700, parents=True)
-        before = read_mapping(self.path)
-        files = {stem: identity.id for stem, identity in zip(stems, pseudonyms.identities, strict=True)}
-        content = {
-            "patients": {**before["patients"], **pseudonyms.patients},
-            "files": {**before["files"], **files},
-            "names": sorted({*before["names"], *pseudonyms.names}),
-        }
-        self._write("salt", salt.hex() + "\n")
-        self._write(MAPPING_FILE, json.dumps(content, indent=1, ensure_ascii=False, sort_keys=True) + "\n")
-
-    def _write(self, name: str, text: str) -> None:
-        temporary = self.path / f".{name}.{os.getpid()}"
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
-            stream.write(text)
-        temporary.replace(self.path / name)
+def normal_name(text: str) -> str:
+    """A name without case, spaces, underscores, carets and brackets: equal for every spelling of one patient."""
+    return re.sub(r"[\W_]+", "", unicodedata.normalize("NFKC", text).casefold())

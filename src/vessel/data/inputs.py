@@ -13,11 +13,11 @@ from vessel.data.catalog import KIND, Catalog
 from vessel.data.images import IMAGE_SUFFIXES
 from vessel.data.prompt import Prompt
 from vessel.errors import VesselError
-from vessel.places import expanded
+from vessel.paths import expanded
 
 
 @dataclass(frozen=True)
-class Target:
+class InputImage:
     """An image to be predicted.
 
     Attributes:
@@ -31,7 +31,7 @@ class Target:
     name: str
 
 
-def find_images(images: str, *, split: str | None = None, beside: Path | None = None) -> list[Target]:
+def find_images(images: str, *, split: str | None = None, beside: Path | None = None) -> list[InputImage]:
     """Images of a file, a folder with its sub-folders, a glob pattern, or a prepared data set.
 
     In a folder, hidden files and masks (`*_mask.*`) are passed over.
@@ -48,7 +48,7 @@ def find_images(images: str, *, split: str | None = None, beside: Path | None = 
     if _is_data_set(path):
         catalog = Catalog.open(path)
         frames = list(catalog.frames.values()) if split is None else catalog.part(split)
-        return [Target(frame.id, catalog.root / frame.image, frame.image) for frame in frames]
+        return [InputImage(frame.id, catalog.root / frame.image, frame.image) for frame in frames]
     if split is not None:
         raise VesselError(f"split={split}: images={images} is no prepared data set; leave split= away")
     if path.is_file():
@@ -111,15 +111,15 @@ def _fixed_part(pattern: Path) -> Path:
     return next(parent for parent in pattern.parents if not glob.has_magic(str(parent)))
 
 
-def _targets(files: Iterable[Path], base: Path) -> list[Target]:
+def _targets(files: Iterable[Path], base: Path) -> list[InputImage]:
     """Name the files; those that differ in suffix only keep it in their id."""
     names = [file.relative_to(base) for file in files]
     stems = Counter(name.with_suffix("").as_posix() for name in names)
-    targets: dict[str, Target] = {}
+    targets: dict[str, InputImage] = {}
     for name in names:
         stem = name.with_suffix("").as_posix()
         wanted = stem if stems[stem] == 1 else name.as_posix()
         while wanted in targets:
             wanted += "_"
-        targets[wanted] = Target(wanted, base / name, name.as_posix())
+        targets[wanted] = InputImage(wanted, base / name, name.as_posix())
     return list(targets.values())

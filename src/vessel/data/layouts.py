@@ -12,7 +12,7 @@ from vessel.data.annotations import Drawn, Polygon, normal_phrase, read_labelme,
 from vessel.data.images import IMAGE_SUFFIXES
 from vessel.errors import BadItemsError, Problem, VesselError
 
-LAYOUTS = {
+SOURCE_LAYOUTS = {
     "masks": "<stem>_mask.png in masks/ or beside each image",
     "phrases": "masks/<phrase>/<stem>_mask.png, one folder per phrase",
     "labelme": "LabelMe files <stem>.json in json/ or beside each image",
@@ -35,7 +35,7 @@ class Item:
 
 
 @dataclass
-class Source:
+class SourceFolder:
     """All that a source folder holds.
 
     Attributes:
@@ -49,7 +49,9 @@ class Source:
     problems: list[Problem] = field(default_factory=list)
 
 
-def read_source(folder: Path, *, layout: str = "auto", phrase: str = "blood vessel", missing: str = "error") -> Source:
+def read_source(
+    folder: Path, *, layout: str = "auto", phrase: str = "blood vessel", missing: str = "error"
+) -> SourceFolder:
     """Find the images of a folder and pair them with their labels.
 
     Args:
@@ -78,7 +80,7 @@ def read_source(folder: Path, *, layout: str = "auto", phrase: str = "blood vess
         "annotations": lambda: _read_annotations_file(folder / "annotations.json"),
     }
     labels, problems = readers[chosen]()
-    return _pair(images, labels, problems, missing_is_empty=missing == "empty", expected=LAYOUTS[chosen])
+    return _pair(images, labels, problems, missing_is_empty=missing == "empty", expected=SOURCE_LAYOUTS[chosen])
 
 
 def detect_layout(folder: Path, images_dir: Path) -> str:
@@ -99,7 +101,7 @@ def detect_layout(folder: Path, images_dir: Path) -> str:
     present = [name for name, here in found.items() if here]
     if len(present) == 1:
         return present[0]
-    listed = "\n".join(f"  layout={name}: {LAYOUTS[name]}" for name in (present or LAYOUTS))
+    listed = "\n".join(f"  layout={name}: {SOURCE_LAYOUTS[name]}" for name in (present or SOURCE_LAYOUTS))
     if not present:
         raise VesselError(f"{folder}: images but no annotations; looked for\n{listed}")
     raise VesselError(f"{folder}: annotations of {len(present)} kinds; choose one (PNG masks lose nothing):\n{listed}")
@@ -189,8 +191,8 @@ def _pair(
     *,
     missing_is_empty: bool,
     expected: str,
-) -> Source:
-    source = Source(problems=list(problems))
+) -> SourceFolder:
+    source = SourceFolder(problems=list(problems))
     seen: dict[str, Path] = {}
     for image in images:
         key = _key(image.stem)

@@ -84,7 +84,7 @@ def contact_sheet(root: Path, frames: Sequence[Frame], count: int = 24) -> Image
         frames: all frames; at least one.
         count: frames to show at most.
     """
-    from vessel.figures import PHRASE_COLOURS
+    from vessel.plotting.colours import PHRASE_COLOURS
 
     shown = _spread(frames, count)
     columns = min(COLUMNS, len(shown))
@@ -122,7 +122,7 @@ def absences(frames: Sequence[Frame], split: Split) -> list[str]:
 
 def _thumbnail(root: Path, frame: Frame) -> np.ndarray:
     """Uint8 [h, w, 3]: masks are laid over the small image, where an outline of one pixel can be seen."""
-    from vessel.figures import overlay
+    from vessel.plotting.overlays import overlay
 
     with Image.open(root / frame.image) as image:
         small = ImageOps.contain(image, (THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)

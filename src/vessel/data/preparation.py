@@ -20,16 +20,16 @@ from typing import Any
 from rich.console import Console
 from rich.progress import track
 
-from vessel.data.canonical import Job, Origin, Written, make_folders, slug, spacing_of, write_frame, write_summary
-from vessel.data.catalog import KIND, VERSION, Catalog, check_split, digest
-from vessel.data.identity import Identity, MappingFolder, Pseudonyms, compile_grammar, pseudonymise
+from vessel.data.catalog import KIND, VERSION, Catalog, check_split, digest, slug
+from vessel.data.identity import Identity, Pseudonyms, compile_grammar, pseudonymise
 from vessel.data.images import common_depth
-from vessel.data.layouts import LAYOUTS, Source, read_source
+from vessel.data.layouts import SOURCE_LAYOUTS, SourceFolder, read_source
+from vessel.data.mapping import MappingFolder, mapping_folder
 from vessel.data.overview import tables
 from vessel.data.splits import NOTES, make_split
+from vessel.data.writing import Job, Origin, Written, make_folders, spacing_of, write_frame, write_summary
 from vessel.errors import BadItemsError, Problem, VesselError
-from vessel.places import expanded
-from vessel.privacy import mapping_folder
+from vessel.paths import expanded
 
 SYNTHETIC = "synthetic"
 # Starting processes takes longer than this many images do.
@@ -48,7 +48,7 @@ class Synthetic:
 
 
 @dataclass
-class Options:
+class PrepareOptions:
     """The options of the command; conf/prepare.yaml has the defaults, `--help` the explanations."""
 
     source: str
@@ -78,7 +78,7 @@ class Options:
         return expanded(self.mapping).absolute() if self.mapping else mapping_folder(self.target)
 
 
-def prepare(options: Options) -> Catalog:
+def prepare(options: PrepareOptions) -> Catalog:
     """Make the data set that `options` describe, or find that it is there already.
 
     Raises:
@@ -108,8 +108,8 @@ def prepare(options: Options) -> Catalog:
     return catalog
 
 
-def _check(options: Options) -> None:
-    choices = {"layout": ("auto", *LAYOUTS), "missing": ("error", "empty"), "split": tuple(NOTES)}
+def _check(options: PrepareOptions) -> None:
+    choices = {"layout": ("auto", *SOURCE_LAYOUTS), "missing": ("error", "empty"), "split": tuple(NOTES)}
     for name, allowed in choices.items():
         if (value := getattr(options, name)) not in allowed:
             raise VesselError(f"{name}={value}: choose one of {', '.join(allowed)}")
@@ -129,11 +129,11 @@ def _check(options: Options) -> None:
 
 
 @contextmanager
-def source_folder(options: Options) -> Iterator[Path]:
+def source_folder(options: PrepareOptions) -> Iterator[Path]:
     """The folder to read: the one named, a downloaded hub data set, or a freshly painted one that is removed again."""
     folder = expanded(options.source)
     if options.source == SYNTHETIC:
-        from vessel.data.synthetic import write_source
+        from vessel.data.synthetic.source import write_source
 
         wanted = options.synthetic
         with tempfile.TemporaryDirectory() as painted:
@@ -170,7 +170,7 @@ def _download(hub_id: str) -> Path:
         ) from error
 
 
-def _source_fingerprint(source: Source, options: Options, salt: bytes) -> str:
+def _source_fingerprint(source: SourceFolder, options: PrepareOptions, salt: bytes) -> str:
     """Changes with every pixel, label and option that the data set depends on; tells nothing without the salt."""
 
     def content(path: Path) -> str:
@@ -192,7 +192,7 @@ def _source_fingerprint(source: Source, options: Options, salt: bytes) -> str:
     return hmac.new(salt, digest([settings, items]).encode(), "sha256").hexdigest()
 
 
-def _already_there(options: Options, fingerprint: str) -> Catalog | None:
+def _already_there(options: PrepareOptions, fingerprint: str) -> Catalog | None:
     """The data set at `out` when it came from the same source by the same options; None when the place is free."""
     out = options.target
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
@@ -213,7 +213,7 @@ def _already_there(options: Options, fingerprint: str) -> Catalog | None:
     return Catalog.open(out)
 
 
-def _make(source: Source, options: Options, salt: bytes, making: Path, fingerprint: str) -> Pseudonyms:
+def _make(source: SourceFolder, options: PrepareOptions, salt: bytes, making: Path, fingerprint: str) -> Pseudonyms:
     """Write the data set into the folder `making`."""
     problems = [*source.problems, *_clashing_folders(source.phrases)]
     files = [item.image for item in source.items]
@@ -281,7 +281,7 @@ def _put_in_place(made: Path, out: Path, aside: Path) -> None:
         raise
 
 
-def _report(catalog: Catalog, options: Options, console: Console) -> None:
+def _report(catalog: Catalog, options: PrepareOptions, console: Console) -> None:
     for table in tables(catalog.manifest["statistics"], catalog.split):
         console.print(table)
     if bits := catalog.manifest.get("grey_bits"):

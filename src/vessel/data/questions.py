@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from vessel.batch import Sample, Views
+from vessel.batch import InputGeometry, Sample
 from vessel.data.masks import read_mask
 from vessel.data.prompt import PLACEHOLDER, Prompt
 from vessel.data.transforms import cut_tiles, whole_frame
@@ -35,7 +35,7 @@ def check_question(question: str, prompt: Prompt) -> None:
 
 
 def question_sample(
-    image: NDArray[np.uint8], question: str, prompt: Prompt, views: Views, *, regions: Tensor | None = None
+    image: NDArray[np.uint8], question: str, prompt: Prompt, geometry: InputGeometry, *, regions: Tensor | None = None
 ) -> Sample:
     """A sample that ends where the answer begins; it has no phrases yet.
 
@@ -43,27 +43,27 @@ def question_sample(
         image: uint8 [H, W, 3], RGB.
         question: what the user says.
         prompt: wording that belongs to the network.
-        views: cutting that belongs to the network.
+        geometry: cutting that belongs to the network.
         regions: bool [R, s, s], what the question points at.
     """
-    tiles = cut_tiles(image, views)
+    tiles = cut_tiles(image, geometry)
     counts = [] if regions is None else regions.flatten(1).sum(1).tolist()
-    ids, labels = prompt.conversation([question], [], len(tiles) * views.tokens_per_tile, regions=counts)
+    ids, labels = prompt.conversation([question], [], len(tiles) * geometry.tokens_per_tile, regions=counts)
     height, width = image.shape[:2]
     return Sample(
-        id="", patient="", video="", phrases=(), tiles=tiles, frame=whole_frame(image, views), input_ids=ids,
+        id="", patient="", video="", phrases=(), tiles=tiles, frame=whole_frame(image, geometry), input_ids=ids,
         labels=labels, size=(height, width), regions=regions,
     )  # fmt: skip
 
 
-def read_regions(folder: Path, image: str, size: tuple[int, int], views: Views) -> Tensor:
+def read_regions(folder: Path, image: str, size: tuple[int, int], geometry: InputGeometry) -> Tensor:
     """The regions of an image: masks `a/b_1.png`, `a/b_2.png`, … of the folder for the image `a/b.jpg`.
 
     Args:
         folder: of the masks.
         image: name of the image file, relative to the folder that the images are in.
         size: (H, W) of the image.
-        views: cutting that belongs to the network.
+        geometry: cutting that belongs to the network.
 
     Returns:
         bool [R, s, s] on the s x s features of a tile: the nearest pixels of the masks, as the public code takes them.
@@ -71,7 +71,7 @@ def read_regions(folder: Path, image: str, size: tuple[int, int], views: Views) 
     Raises:
         VesselError: there is no region, or one is unreadable, of another size or too small to be seen.
     """
-    stem, side = folder / Path(image).with_suffix(""), math.isqrt(views.tokens_per_tile)
+    stem, side = folder / Path(image).with_suffix(""), math.isqrt(geometry.tokens_per_tile)
     files: list[Path] = []
     while (file := stem.with_name(f"{stem.name}_{len(files) + 1}.png")).is_file():
         files.append(file)

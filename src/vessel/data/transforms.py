@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from vessel.batch import Views
+from vessel.batch import InputGeometry
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # it would ask the network for a newer version
 
@@ -36,25 +36,25 @@ def tile_grid(width: int, height: int, *, tile: int, max_tiles: int) -> tuple[in
     return best
 
 
-def tile_count(width: int, height: int, views: Views) -> int:
+def tile_count(width: int, height: int, geometry: InputGeometry) -> int:
     """Tiles that an image is cut into, thumbnail counted."""
-    columns, rows = tile_grid(width, height, tile=views.tile, max_tiles=views.max_tiles)
+    columns, rows = tile_grid(width, height, tile=geometry.tile, max_tiles=geometry.max_tiles)
     return columns * rows + (columns * rows > 1)
 
 
-def cut_tiles(image: NDArray[np.uint8], views: Views) -> Tensor:
+def cut_tiles(image: NDArray[np.uint8], geometry: InputGeometry) -> Tensor:
     """Tiles of an RGB image [H, W, 3], row by row, then a thumbnail when there is more than one: uint8 [T, 3, t, t]."""
-    side = views.tile
+    side = geometry.tile
     height, width = image.shape[:2]
-    columns, rows = tile_grid(width, height, tile=side, max_tiles=views.max_tiles)
+    columns, rows = tile_grid(width, height, tile=side, max_tiles=geometry.max_tiles)
     resized = _resize(image, columns * side, rows * side)
     tiles = resized.view(3, rows, side, columns, side).permute(1, 3, 0, 2, 4).reshape(-1, 3, side, side)
     return tiles if len(tiles) == 1 else torch.cat([tiles, _resize(image, side, side)[None]])
 
 
-def whole_frame(image: NDArray[np.uint8], views: Views) -> Tensor:
+def whole_frame(image: NDArray[np.uint8], geometry: InputGeometry) -> Tensor:
     """The whole image as SAM2 sees it, aspect ratio not kept: uint8 [3, S, S]."""
-    return _resize(image, views.frame, views.frame)
+    return _resize(image, geometry.frame, geometry.frame)
 
 
 def _resize(image: NDArray[np.uint8], width: int, height: int) -> Tensor:

@@ -11,25 +11,26 @@ from rich.console import Console
 
 from vessel.data.catalog import PARTS, Catalog
 from vessel.data.dataset import VesselDataset
-from vessel.decision import given_decision
 from vessel.errors import VesselError
 from vessel.evaluation.comparison import compare
 from vessel.evaluation.dashboards import show
-from vessel.evaluation.folder import require_own, staged
 from vessel.evaluation.folds import evaluate_folds
-from vessel.evaluation.options import Options
+from vessel.evaluation.metrics_json import Part, asked_of, note_use, results_of, write_results
+from vessel.evaluation.options import EvaluateOptions
 from vessel.evaluation.panels import draw_panels
-from vessel.evaluation.report import Part, asked_of, note_use, results_of, write_results
 from vessel.evaluation.scoring import Ruler, score_part
 from vessel.evaluation.search import check_search, run_search
-from vessel.evaluation.telling import tell
-from vessel.inference import Predictor, choose_device
-from vessel.places import expanded
+from vessel.evaluation.staging import require_own, staged
+from vessel.evaluation.terminal import tell
+from vessel.inference.decision import given_decision
+from vessel.inference.loading import LoadedModel, load_model
+from vessel.inference.options import choose_device
+from vessel.inference.predictor import Predictor
+from vessel.paths import expanded
 from vessel.reporting.page import write_report
-from vessel.restore import Restored, restore
 
 
-def evaluate(options: Options, default_out: Path) -> Mapping[str, Any]:
+def evaluate(options: EvaluateOptions, default_out: Path) -> Mapping[str, Any]:
     """Score a network, search its decision, compare runs, or pool the runs of a cross-validation.
 
     Args:
@@ -68,10 +69,10 @@ def _expanded(out: str | None) -> Path | None:
     return None if out is None else expanded(out)
 
 
-def _score(options: Options, default_out: Path) -> Mapping[str, Any]:
+def _score(options: EvaluateOptions, default_out: Path) -> Mapping[str, Any]:
     assert options.ckpt is not None
     device = choose_device(options.device)
-    restored = restore(options.ckpt, options.network.reading(device))
+    restored = load_model(options.ckpt, options.network.reading(device))
     for told in restored.reports:
         Console().print(told.table())
     part, dataset = _data(options, restored)
@@ -84,7 +85,7 @@ def _score(options: Options, default_out: Path) -> Mapping[str, Any]:
     if not options.overwrite:
         require_own(out, restored.manifest, part)
     decision = restored.decision
-    predictor = Predictor(restored, device=device, device_map=options.network.device_map, views=decision.views)
+    predictor = Predictor(restored, device=device, device_map=options.network.device_map, tta=decision.tta)
     scored = score_part(predictor, dataset, decision, ruler, batch_size=options.batch_size, workers=options.workers)
     report = results_of(restored, part, scored, ruler, uses=note_use(restored, part))
     with staged(out, part.catalog.root) as stage:
@@ -98,7 +99,7 @@ def _score(options: Options, default_out: Path) -> Mapping[str, Any]:
     return report
 
 
-def _decided(place: str, restored: Restored, part: Part) -> Restored:
+def _decided(place: str, restored: LoadedModel, part: Part) -> LoadedModel:
     """Weights without a run folder, to be used as a decision that was searched for them says."""
     if restored.run is not None:
         raise VesselError(f"decision={place}: a run keeps its own, see search=true; this is for what lies in none")
@@ -107,13 +108,13 @@ def _decided(place: str, restored: Restored, part: Part) -> Restored:
     return replace(restored, manifest=replace(restored.manifest, decision=decision.to_json()))
 
 
-def _usual(options: Options, restored: Restored, default: Path) -> Path:
+def _usual(options: EvaluateOptions, restored: LoadedModel, default: Path) -> Path:
     """Folder of the results unless the user names one."""
     part = f"{options.split}_other_data" if options.other_data else options.split
     return default if restored.run is None else restored.run / "evaluate" / part
 
 
-def _data(options: Options, restored: Restored) -> tuple[Part, VesselDataset]:
+def _data(options: EvaluateOptions, restored: LoadedModel) -> tuple[Part, VesselDataset]:
     """The images to score, of the run's own data set unless the user says otherwise."""
     manifest = restored.manifest
     configured = manifest.config.get("data") or {}
@@ -132,6 +133,10 @@ def _data(options: Options, restored: Restored) -> tuple[Part, VesselDataset]:
     fold = None if options.other_data else configured.get("fold")
     part = Part(catalog, options.split, fold, phrases, own=restored.tuned and not options.other_data)
     dataset = VesselDataset(
-        catalog.root, catalog.part(options.split, fold), phrases=phrases, prompt=restored.prompt, views=restored.views
+        catalog.root,
+        catalog.part(options.split, fold),
+        phrases=phrases,
+        prompt=restored.prompt,
+        geometry=restored.geometry,
     )
     return part, dataset

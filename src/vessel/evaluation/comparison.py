@@ -20,8 +20,8 @@ from rich.table import Table
 
 from vessel.errors import VesselError
 from vessel.evaluation.comparability import require_comparable, scored_by_all
-from vessel.evaluation.folder import staged
 from vessel.evaluation.results import Results, read_results
+from vessel.evaluation.staging import staged
 from vessel.metrics.intervals import cluster_interval
 from vessel.metrics.scores import METRICS, Scores
 from vessel.metrics.summary import ImageScore, cluster_means, per_patient, summarise, value_range

@@ -10,7 +10,7 @@ from hydra.utils import instantiate
 
 from vessel.errors import VesselError
 from vessel.loggers import PrivateWandb, log_page
-from vessel.privacy import Scanner
+from vessel.privacy.scanner import Scanner
 
 
 def show(settings: Mapping[str, Any] | None, report: Mapping[str, Any], folder: Path, data: Path) -> None:

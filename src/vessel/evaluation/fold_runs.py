@@ -11,11 +11,11 @@ from typing import Any
 from vessel.checkpoints.reading import find_checkpoint, read_checkpoint
 from vessel.data.catalog import Catalog
 from vessel.errors import VesselError
-from vessel.model.weights.files import read_json
-from vessel.places import expanded
-from vessel.record import differing
-from vessel.run import MANIFEST, RESULT, Manifest, read_result
-from vessel.sweep import JOB, read_jobs
+from vessel.files import read_json
+from vessel.paths import expanded
+from vessel.runs.manifest import MANIFEST, RESULT, Manifest, read_result
+from vessel.runs.record import differing
+from vessel.runs.sweep import JOB, read_jobs
 
 _LENGTH = ("max_epochs", "max_steps", "max_time")
 

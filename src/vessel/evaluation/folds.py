@@ -12,25 +12,27 @@ import torch
 from numpy.typing import NDArray
 from rich.progress import track
 
-from vessel.callbacks.threshold_sweep import THRESHOLDS
 from vessel.data.catalog import Catalog, Split, digest
 from vessel.data.dataset import VesselDataset
-from vessel.decision import Decision
 from vessel.errors import VesselError
 from vessel.evaluation.dashboards import show
 from vessel.evaluation.fold_runs import FoldRun, find_fold_runs, require_one_experiment
-from vessel.evaluation.folder import require_own, staged
-from vessel.evaluation.options import Options
-from vessel.evaluation.report import Part, asked_of, results_of, write_results
+from vessel.evaluation.metrics_json import Part, asked_of, results_of, write_results
+from vessel.evaluation.options import EvaluateOptions
 from vessel.evaluation.results import POOLED
 from vessel.evaluation.scoring import Ruler, Scored, maps_of, score_part, targets_of
-from vessel.evaluation.telling import tell
-from vessel.inference import Prediction, Predictor, choose_device
-from vessel.metrics.overlap import METRICS, OverlapSweep
-from vessel.places import expanded, named
+from vessel.evaluation.staging import require_own, staged
+from vessel.evaluation.terminal import tell
+from vessel.inference.decision import Decision
+from vessel.inference.loading import LoadedModel, load_model
+from vessel.inference.options import choose_device
+from vessel.inference.predictor import Predictor
+from vessel.inference.results import Prediction
+from vessel.metrics.overlap import OVERLAP_METRICS, OverlapSweep
+from vessel.metrics.thresholds import THRESHOLDS
+from vessel.paths import expanded, named
 from vessel.reporting.page import write_report
-from vessel.restore import Restored, restore
-from vessel.run import Manifest
+from vessel.runs.manifest import Manifest
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class Curve:
     scores: Mapping[str, NDArray[np.float64]]
 
 
-def evaluate_folds(places: Sequence[str | Path], options: Options) -> Mapping[str, Any]:
+def evaluate_folds(places: Sequence[str | Path], options: EvaluateOptions) -> Mapping[str, Any]:
     """Predict every image out of fold, score and print; the results lie in `evaluate/pooled` of the first place.
 
     Each network is asked twice: at all thresholds first, then, at the threshold that the other folds chose, for all
@@ -120,20 +122,22 @@ def cross_fitted(curves: Sequence[Curve]) -> list[float]:
 def mean_curve(curves: Sequence[Curve]) -> dict[str, list[float]]:
     """Means over the images of several folds, each score [T]."""
     weights = [curve.images for curve in curves]
-    return {name: np.average([c.scores[name] for c in curves], axis=0, weights=weights).tolist() for name in METRICS}
+    return {
+        name: np.average([c.scores[name] for c in curves], axis=0, weights=weights).tolist() for name in OVERLAP_METRICS
+    }
 
 
-def _opened(run: FoldRun, catalog: Catalog, options: Options) -> tuple[Restored, Predictor, VesselDataset]:
+def _opened(run: FoldRun, catalog: Catalog, options: EvaluateOptions) -> tuple[LoadedModel, Predictor, VesselDataset]:
     """The network of a fold and the images that it has not seen."""
     device = choose_device(options.device)
-    restored = restore(str(run.checkpoint), options.network.reading(device))
+    restored = load_model(str(run.checkpoint), options.network.reading(device))
     phrases = asked_of(restored, catalog, options.data.phrases)
     frames = catalog.part("val", run.fold)
-    dataset = VesselDataset(catalog.root, frames, phrases=phrases, prompt=restored.prompt, views=restored.views)
+    dataset = VesselDataset(catalog.root, frames, phrases=phrases, prompt=restored.prompt, geometry=restored.geometry)
     return restored, Predictor(restored, device=device, device_map=options.network.device_map), dataset
 
 
-def _curve(run: FoldRun, catalog: Catalog, options: Options) -> Curve:
+def _curve(run: FoldRun, catalog: Catalog, options: EvaluateOptions) -> Curve:
     """The images of a fold at every threshold; what fails here is told when it is scored."""
     _, predictor, dataset = _opened(run, catalog, options)
     sweep, images = OverlapSweep(THRESHOLDS), 0
@@ -153,12 +157,12 @@ def _curve(run: FoldRun, catalog: Catalog, options: Options) -> Curve:
             )
     means = sweep.compute()
     nothing = torch.zeros(len(THRESHOLDS), dtype=torch.float64)
-    return Curve(images, {name: means.get(name, nothing).numpy() for name in METRICS})
+    return Curve(images, {name: means.get(name, nothing).numpy() for name in OVERLAP_METRICS})
 
 
 def _scored(
-    run: FoldRun, catalog: Catalog, threshold: float, ruler: Ruler, options: Options
-) -> tuple[Restored, tuple[str, ...], Scored]:
+    run: FoldRun, catalog: Catalog, threshold: float, ruler: Ruler, options: EvaluateOptions
+) -> tuple[LoadedModel, tuple[str, ...], Scored]:
     """All scores of a fold, its phrases, and where they come from; the weights themselves are gone."""
     restored, predictor, dataset = _opened(run, catalog, options)
     scored = score_part(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from vessel.restore import NetworkOptions
+from vessel.inference.options import NetworkOptions
 
 
 @dataclass
@@ -17,7 +17,7 @@ class DataOptions:
 
 
 @dataclass
-class Options:
+class EvaluateOptions:
     """The options of the command; conf/evaluate.yaml has the defaults, `--help` the explanations."""
 
     ckpt: str | None

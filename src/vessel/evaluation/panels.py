@@ -11,11 +11,12 @@ import numpy as np
 
 from vessel.data.dataset import VesselDataset
 from vessel.data.images import read_rgb
-from vessel.decision import Decision
 from vessel.evaluation.scoring import maps_of, targets_of
-from vessel.figures import panel_figure
-from vessel.inference import Prediction, Predictor
+from vessel.inference.decision import Decision
+from vessel.inference.predictor import Predictor
+from vessel.inference.results import Prediction
 from vessel.metrics.summary import ImageScore
+from vessel.plotting.panels import panel_figure
 
 FOLDER = "panels"
 _FIRST = 3

@@ -12,10 +12,10 @@ from typing import Any
 
 from vessel.data.catalog import digest
 from vessel.errors import VesselError
+from vessel.files import read_json
 from vessel.metrics.summary import ImageScore, read_per_image_csv, summarise
-from vessel.model.weights.files import read_json
-from vessel.places import expanded, option
-from vessel.run import MANIFEST
+from vessel.paths import expanded, option
+from vessel.runs.manifest import MANIFEST
 
 METRICS_FILE = "metrics.json"
 ROWS_FILE = "per_image.csv"

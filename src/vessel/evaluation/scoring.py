@@ -13,10 +13,11 @@ from rich.progress import track
 
 from vessel.data.catalog import Catalog
 from vessel.data.dataset import VesselDataset
-from vessel.data.inputs import Target
-from vessel.decision import Decision
+from vessel.data.inputs import InputImage
 from vessel.errors import VesselError
-from vessel.inference import Failure, Prediction, Predictor
+from vessel.inference.decision import Decision
+from vessel.inference.predictor import Failure, Predictor
+from vessel.inference.results import Prediction
 from vessel.metrics.calibration import Reliability
 from vessel.metrics.scores import score
 from vessel.metrics.summary import ImageScore
@@ -92,9 +93,9 @@ def maps_of(prediction: Prediction) -> NDArray:
     return torch.stack(maps).numpy()
 
 
-def targets_of(dataset: VesselDataset) -> list[Target]:
+def targets_of(dataset: VesselDataset) -> list[InputImage]:
     """The images of a part, named as reports name them."""
-    return [Target(frame.id, Path(dataset.root) / frame.image, frame.image) for frame in dataset.frames]
+    return [InputImage(frame.id, Path(dataset.root) / frame.image, frame.image) for frame in dataset.frames]
 
 
 def score_part(

@@ -14,19 +14,21 @@ from rich.progress import track
 from rich.table import Table
 
 from vessel.data.dataset import VesselDataset
-from vessel.decision import DECISION_FILE, Decision, Stored
 from vessel.errors import VesselError
-from vessel.evaluation.greedy import MIN_GAIN, Search
-from vessel.evaluation.kept_maps import require_room
-from vessel.evaluation.options import Options
-from vessel.evaluation.report import Part
+from vessel.evaluation.decision_search import MIN_GAIN, Search
+from vessel.evaluation.metrics_json import Part
+from vessel.evaluation.options import EvaluateOptions
+from vessel.evaluation.probability_store import require_room
 from vessel.evaluation.scoring import targets_of
-from vessel.inference import Failure, Prediction, Predictor, choose_device
-from vessel.places import expanded
-from vessel.restore import Restored
+from vessel.inference.decision import DECISION_FILE, Decision, Stored
+from vessel.inference.loading import LoadedModel
+from vessel.inference.options import choose_device
+from vessel.inference.predictor import Failure, Predictor
+from vessel.inference.results import Prediction
+from vessel.paths import expanded
 
 
-def check_search(options: Options) -> None:
+def check_search(options: EvaluateOptions) -> None:
     """Refuse to choose anything on images that it must not be chosen on.
 
     Raises:
@@ -41,7 +43,9 @@ def check_search(options: Options) -> None:
         )
 
 
-def run_search(restored: Restored, part: Part, dataset: VesselDataset, options: Options) -> Mapping[str, Any]:
+def run_search(
+    restored: LoadedModel, part: Part, dataset: VesselDataset, options: EvaluateOptions
+) -> Mapping[str, Any]:
     """Search on validation, print what was tried, and write `decision.json`, which later commands find by the run.
 
     Args:
@@ -62,9 +66,9 @@ def run_search(restored: Restored, part: Part, dataset: VesselDataset, options: 
     targets = targets_of(dataset)
     predictor = Predictor(restored, device=choose_device(options.device), device_map=options.network.device_map)
 
-    def ask(views: tuple[str, ...]) -> Iterable[Prediction | Failure]:
-        told = f"predicting {len(targets)} images" + (f" with {len(views)} views" if views else "")
-        answers = predictor.with_views(views).predict(
+    def ask(tta: tuple[str, ...]) -> Iterable[Prediction | Failure]:
+        told = f"predicting {len(targets)} images" + (f" with {len(tta)} views" if tta else "")
+        answers = predictor.with_tta(tta).predict(
             targets, dataset.__getitem__, batch_size=options.batch_size, workers=options.workers
         )
         return track(answers, told, len(targets), transient=True)
@@ -85,7 +89,7 @@ def run_search(restored: Restored, part: Part, dataset: VesselDataset, options: 
     return stored.to_json()
 
 
-def _folder(restored: Restored, dataset: VesselDataset, options: Options) -> Path:
+def _folder(restored: LoadedModel, dataset: VesselDataset, options: EvaluateOptions) -> Path:
     trained = restored.manifest.phrases
     if trained and set(trained) != set(dataset.phrases):
         raise VesselError(

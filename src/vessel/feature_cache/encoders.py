@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vessel.batch import Batch, Features, Pyramid, Views
+from vessel.batch import Batch, Features, InputGeometry, Pyramid
 from vessel.errors import VesselError
 from vessel.model.grounding import trains
 from vessel.model.network import Network
-from vessel.model.partition import gathered, is_partitioned
 from vessel.model.sa2va import Sa2VA
-from vessel.model.weights.digests import digests
+from vessel.weights.digests import digests
+from vessel.weights.partition import gathered, is_partitioned
 
 _FORMAT = 1  # to be counted up when tiles, frames, `see` or `pyramid` come out differently
 _HEADER = 1024  # of a file, about
@@ -39,9 +39,9 @@ class Picture(NamedTuple):
     frame: Tensor
 
 
-def blank(views: Views) -> Picture:
+def blank(geometry: InputGeometry) -> Picture:
     """A black image of one tile."""
-    tile, frame = (torch.zeros(3, side, side, dtype=torch.uint8) for side in (views.tile, views.frame))
+    tile, frame = (torch.zeros(3, side, side, dtype=torch.uint8) for side in (geometry.tile, geometry.frame))
     return Picture("", tile[None], frame)
 
 
@@ -94,18 +94,18 @@ def complete(batch: Batch, network: Sa2VA, encode: Callable[[Sequence[Picture]],
     batch.tiles, batch.frames = batch.tiles[:0], batch.frames[:0]
 
 
-def group_of(network: Sa2VA, views: Views, **facts: str) -> str:
+def cache_namespace(network: Sa2VA, geometry: InputGeometry, **facts: str) -> str:
     """32 hexadecimal digits of what decides the features of an image; under ZeRO-3 every rank calls this.
 
     Args:
         network: weights and settings of its encoders count.
-        views: how images are cut.
+        geometry: how images are cut.
         facts: what else changes numbers, such as the device.
     """
     encoders = network.mllm.model.vision_tower, network.grounding.image_encoder
     plain: Mapping[str, Any] = {
         "format": _FORMAT,
-        "views": repr(views),
+        "views": repr(geometry),
         "libraries": {name: version(name) for name in _LIBRARIES},
         "settings": [_settings(encoder) for encoder in encoders],
         **facts,

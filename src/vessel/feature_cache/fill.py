@@ -21,7 +21,7 @@ from vessel.data.images import pixel_hash
 from vessel.data.transforms import cut_tiles, tile_count, whole_frame
 from vessel.feature_cache.encoders import Picture
 from vessel.feature_cache.store import Store
-from vessel.ranks import outlive_signals
+from vessel.processes.signals import outlive_signals
 
 
 class Look(NamedTuple):
@@ -40,8 +40,8 @@ class Look(NamedTuple):
     @property
     def tiles(self) -> int:
         """Into how many tiles it is cut, thumbnail counted."""
-        frame, views = self.dataset.frames[self.position], self.dataset.views
-        return tile_count(frame.width, frame.height, views)
+        frame, geometry = self.dataset.frames[self.position], self.dataset.geometry
+        return tile_count(frame.width, frame.height, geometry)
 
     def image(self) -> NDArray[Any]:
         """uint8 [H, W, 3]."""
@@ -172,8 +172,8 @@ class _Todo(Dataset[Picture | None]):
         key, look = self.missing[index]
         if self.store.holds(key):
             return None
-        image, views = look.image(), look.dataset.views
-        return Picture(key, cut_tiles(image, views), whole_frame(image, views))
+        image, geometry = look.image(), look.dataset.geometry
+        return Picture(key, cut_tiles(image, geometry), whole_frame(image, geometry))
 
 
 def _loaded(dataset: Dataset[Any], batches: Sequence[list[int]], workers: int) -> Iterator[list[Any]]:

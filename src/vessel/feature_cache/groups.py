@@ -17,10 +17,10 @@ from functools import partial
 from pathlib import Path
 from typing import TextIO
 
-from vessel import disk
-from vessel.disk import size_on_disk
+from vessel import files as disk
 from vessel.errors import VesselError
 from vessel.feature_cache.store import PART
+from vessel.files import size_on_disk
 
 readable = partial(disk.readable, below=".3g")  # an image may take far less than a megabyte
 _LOCK = ".lock"

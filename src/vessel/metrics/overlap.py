@@ -78,7 +78,7 @@ def recall(counts: Counts) -> Tensor:
     return _ratio(counts.tp, counts.tp + counts.fn)
 
 
-METRICS = {"dice": dice, "iou": iou, "precision": precision, "recall": recall}
+OVERLAP_METRICS = {"dice": dice, "iou": iou, "precision": precision, "recall": recall}
 
 
 class OverlapSweep(Metric):
@@ -153,7 +153,9 @@ class OverlapSweep(Metric):
         means = {"": of_images.mean(0), "_patient": of_patients.mean(0)}
         means |= {f"/{phrase}": mean for phrase, mean in zip(phrases, of_phrases, strict=True)}
         return {
-            f"{m}{suffix}": mean[i].to(self.device) for i, m in enumerate(METRICS) for suffix, mean in means.items()
+            f"{m}{suffix}": mean[i].to(self.device)
+            for i, m in enumerate(OVERLAP_METRICS)
+            for suffix, mean in means.items()
         }
 
     def _rows(self) -> tuple[list[tuple[str, str, str]], Counts]:
@@ -172,7 +174,7 @@ class OverlapSweep(Metric):
 
 def _scores(counts: Counts) -> Tensor:
     """Float64 [R, 4, T] in the order of `METRICS`, of counts [R, T]."""
-    return torch.stack([metric(counts) for metric in METRICS.values()], dim=1)
+    return torch.stack([metric(counts) for metric in OVERLAP_METRICS.values()], dim=1)
 
 
 def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:

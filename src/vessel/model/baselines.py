@@ -14,9 +14,9 @@ from typing import ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from vessel.batch import Batch, Output, TokenIds, Views
+from vessel.batch import Batch, InputGeometry, Output, TokenIds
 from vessel.errors import VesselError
-from vessel.model.grounding import Grounding, GroundingSizes, best_candidate, build_grounding, trains
+from vessel.model.grounding import Grounding, GroundingConfig, best_candidate, build_grounding, trains
 from vessel.model.network import Network, normalise
 
 _N = TypeVar("_N", bound=nn.Module)
@@ -83,18 +83,18 @@ def require_known(network: Network, phrases: Sequence[str]) -> None:
 
 
 @dataclass(frozen=True)
-class PromptedSizes:
+class PromptedSam2Config:
     """Everything that fixes the shape of a SAM2 with a learned prompt a phrase.
 
     Attributes:
         grounding: sizes of SAM2.
     """
 
-    grounding: GroundingSizes
+    grounding: GroundingConfig
     loads: ClassVar[tuple[str, ...]] = ("grounding",)
 
     @property
-    def views(self) -> Views:
+    def geometry(self) -> InputGeometry:
         """A frame; of tiles, which it does not look at, the smallest."""
         return _without_tiles(self.grounding.frame)
 
@@ -104,7 +104,7 @@ class PromptedSizes:
             network = PromptedSam2(build_grounding(self.grounding), phrases)
         return _on_the_current_device(network)
 
-    def with_frame(self, side: int) -> tuple[str, PromptedSizes]:
+    def with_frame(self, side: int) -> tuple[str, PromptedSam2Config]:
         """The same at another resolution, after the option that says so."""
         return f"model.grounding.frame={side}", replace(self, grounding=replace(self.grounding, frame=side))
 
@@ -145,7 +145,7 @@ class PromptedSam2(Baseline):
 
 
 @dataclass(frozen=True)
-class UNetSizes:
+class UNetConfig:
     """Everything that fixes the shape of a U-Net.
 
     Attributes:
@@ -160,7 +160,7 @@ class UNetSizes:
     loads: ClassVar[tuple[str, ...]] = ("unet.encoder",)
 
     @property
-    def views(self) -> Views:
+    def geometry(self) -> InputGeometry:
         """A frame; of tiles, which it does not look at, the smallest."""
         return _without_tiles(self.frame)
 
@@ -190,7 +190,7 @@ class UNetSizes:
             network = UNet(unet, self.frame, phrases)
         return _on_the_current_device(network)
 
-    def with_frame(self, side: int) -> tuple[str, UNetSizes]:
+    def with_frame(self, side: int) -> tuple[str, UNetConfig]:
         """The same at another resolution, after the option that says so."""
         return f"model.frame={side}", replace(self, frame=side)
 
@@ -232,8 +232,8 @@ class UNet(Baseline):
             VesselError: always.
         """
         raise VesselError(
-            "checkpointing=true: layers of a U-Net are not computed twice, as its batch normalisation would count a "
-            "batch twice; leave it false. A smaller data.batch_size or model.frame needs less memory"
+            "activation_checkpointing=true: layers of a U-Net are not computed twice, as its batch normalisation would "
+            "count a batch twice; leave it false. A smaller data.batch_size or model.frame needs less memory"
         )
 
 
@@ -242,5 +242,5 @@ def _on_the_current_device(network: _N) -> _N:
     return network if device.type == "cpu" else network.to(device)  # on the CPU it may be without content already
 
 
-def _without_tiles(frame: int) -> Views:
-    return Views(tile=1, tokens_per_tile=1, max_tiles=1, frame=frame)
+def _without_tiles(frame: int) -> InputGeometry:
+    return InputGeometry(tile=1, tokens_per_tile=1, max_tiles=1, frame=frame)

@@ -35,8 +35,8 @@ with _hydra_as_found():
 
 
 @dataclass(frozen=True)
-class GroundingSizes:
-    """Sizes of SAM2; the defaults are `sam2_hiera_large`, generation 2.0.
+class GroundingConfig:
+    """Sa2VAConfig of SAM2; the defaults are `sam2_hiera_large`, generation 2.0.
 
     Attributes:
         frame: side of the input frame, pixels, a multiple of 32.
@@ -180,7 +180,7 @@ def best_candidate(masks: Tensor, ious: Tensor) -> Tensor:
     return masks[torch.arange(len(masks), device=masks.device), ious.argmax(dim=1)]
 
 
-def build_grounding(sizes: GroundingSizes) -> Grounding:
+def build_grounding(sizes: GroundingConfig) -> Grounding:
     """Build SAM2 with random weights."""
     channels = [sizes.embed_dim * 2**stage for stage in reversed(range(4))]
     encoder = ImageEncoder(
@@ -234,7 +234,7 @@ def build_grounding(sizes: GroundingSizes) -> Grounding:
     return grounding
 
 
-def _memory_attention(sizes: GroundingSizes) -> MemoryAttention:
+def _memory_attention(sizes: GroundingConfig) -> MemoryAttention:
     def rope(**extra: object) -> RoPEAttention:
         side = sizes.frame // 16
         return RoPEAttention(
@@ -255,7 +255,7 @@ def _memory_attention(sizes: GroundingSizes) -> MemoryAttention:
     return MemoryAttention(d_model=sizes.width, pos_enc_at_input=True, layer=layer, num_layers=sizes.memory_layers)
 
 
-def _memory_encoder(sizes: GroundingSizes) -> MemoryEncoder:
+def _memory_encoder(sizes: GroundingConfig) -> MemoryEncoder:
     block = CXBlock(dim=sizes.width, kernel_size=7, padding=3, layer_scale_init_value=1e-6, use_dwconv=True)
     return MemoryEncoder(
         out_dim=sizes.memory_width,

@@ -53,7 +53,7 @@ TRAINABLE = {
 }
 
 
-def group_of(name: str) -> str:
+def parameter_group(name: str) -> str:
     """The group that a parameter belongs to, by its name in the network."""
     return next((group for group, part in GROUPS if part in name), "video memory")
 
@@ -84,9 +84,9 @@ def choose_trainable(network: nn.Module, choice: str) -> None:
         VesselError: unknown choice.
     """
     groups = trained_by(choice)
-    adapted = any(group_of(name) == "lora" or _is_token_adapter(name) for name, _ in network.named_parameters())
+    adapted = any(parameter_group(name) == "lora" or _is_token_adapter(name) for name, _ in network.named_parameters())
     for name, parameter in network.named_parameters():
-        group = group_of(name)
+        group = parameter_group(name)
         is_base = adapted and (group == "language" or (group == "tokens" and not _is_token_adapter(name)))
         parameter.requires_grad_(group in groups and not is_base)
 
@@ -100,5 +100,5 @@ def trainable_groups(network: nn.Module) -> dict[str, list[tuple[str, nn.Paramet
     groups: dict[str, list[tuple[str, nn.Parameter]]] = {}
     for name, parameter in network.named_parameters():
         if parameter.requires_grad:
-            groups.setdefault(group_of(name), []).append((name, parameter))
+            groups.setdefault(parameter_group(name), []).append((name, parameter))
     return groups

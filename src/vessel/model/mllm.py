@@ -15,16 +15,17 @@ from transformers import (
 
 from vessel.batch import TokenIds
 from vessel.errors import VesselError
-from vessel.model.weights.names import Language
 
 Norm = Literal["layer_norm", "rms_norm"]
 # In every public InternViT; transformers has it as a constant for the norms of query and key.
 VISION_EPS = 1e-6
 
+Language = Literal["qwen2", "internlm2"]
+
 
 @dataclass(frozen=True)
-class LanguageSizes:
-    """Sizes of Qwen2 or InternLM2.
+class LanguageConfig:
+    """Sa2VAConfig of Qwen2 or InternLM2.
 
     Attributes:
         width, layers, heads, kv_heads, mlp: as in a Qwen2 configuration; a head is width / heads wide.
@@ -58,8 +59,8 @@ class LanguageSizes:
 
 
 @dataclass(frozen=True)
-class VisionSizes:
-    """Sizes of InternViT; the defaults are InternViT-300M-448px.
+class VisionConfig:
+    """Sa2VAConfig of InternViT; the defaults are InternViT-300M-448px.
 
     Attributes:
         tile: side of a tile, pixels.
@@ -92,7 +93,7 @@ class VisionSizes:
         return (self.tile // self.patch) ** 2 // 4
 
 
-def build_mllm(language: LanguageSizes, vision: VisionSizes, tokens: TokenIds) -> InternVLForConditionalGeneration:
+def build_mllm(language: LanguageConfig, vision: VisionConfig, tokens: TokenIds) -> InternVLForConditionalGeneration:
     """Build InternVL with random weights; embedding and head are not tied, as in every public Sa2VA.
 
     Weights are drawn with standard deviation 1 / sqrt(width), about the 0.02 that transformers takes for large widths;
@@ -120,7 +121,7 @@ def build_mllm(language: LanguageSizes, vision: VisionSizes, tokens: TokenIds) -
     return InternVLForConditionalGeneration(config)
 
 
-def _language_config(sizes: LanguageSizes, tokens: TokenIds) -> Qwen2Config | LlamaConfig:
+def _language_config(sizes: LanguageConfig, tokens: TokenIds) -> Qwen2Config | LlamaConfig:
     rope: dict[str, str | float] = {"rope_type": "default", "rope_theta": sizes.rope_theta}
     if sizes.rope_factor is not None:
         rope |= {"rope_type": "dynamic", "factor": sizes.rope_factor}

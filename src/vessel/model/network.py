@@ -8,7 +8,7 @@ from typing import ClassVar, Protocol, Self
 import torch
 from torch import Tensor, nn
 
-from vessel.batch import Batch, Output, TokenIds, Views, upsample
+from vessel.batch import Batch, InputGeometry, Output, TokenIds, upsample
 from vessel.errors import VesselError
 from vessel.model.groups import trainable_groups
 
@@ -90,7 +90,7 @@ class Network(nn.Module):
             )
 
 
-class NetworkSizes(Protocol):
+class NetworkConfig(Protocol):
     """Everything that fixes the shape of a network.
 
     Attributes:
@@ -100,7 +100,7 @@ class NetworkSizes(Protocol):
     loads: ClassVar[tuple[str, ...]]
 
     @property
-    def views(self) -> Views:
+    def geometry(self) -> InputGeometry:
         """How images must be cut and resized for this network."""
 
     def build(self, tokens: TokenIds, phrases: Sequence[str]) -> Network:

@@ -14,15 +14,15 @@ import torch
 from torch import Tensor, nn
 from transformers import InternVLForConditionalGeneration
 
-from vessel.batch import Batch, Output, Pyramid, TokenIds, Views
+from vessel.batch import Batch, InputGeometry, Output, Pyramid, TokenIds
 from vessel.errors import VesselError
-from vessel.model.grounding import Grounding, GroundingSizes, best_candidate, build_grounding, trains
-from vessel.model.mllm import LanguageSizes, VisionSizes, build_mllm
+from vessel.model.grounding import Grounding, GroundingConfig, best_candidate, build_grounding, trains
+from vessel.model.mllm import LanguageConfig, VisionConfig, build_mllm
 from vessel.model.network import Network, normalise
 
 
 @dataclass(frozen=True)
-class Sizes:
+class Sa2VAConfig:
     """Everything that fixes the shape of a network.
 
     Attributes:
@@ -30,22 +30,22 @@ class Sizes:
         max_tiles: tiles of an image at most, thumbnail not counted.
     """
 
-    language: LanguageSizes
-    vision: VisionSizes
-    grounding: GroundingSizes
+    language: LanguageConfig
+    vision: VisionConfig
+    grounding: GroundingConfig
     max_tiles: int = 12
     loads: ClassVar[tuple[str, ...]] = ("mllm", "grounding", "text_hidden_fcs")
 
     @property
-    def views(self) -> Views:
+    def geometry(self) -> InputGeometry:
         """How images must be cut and resized for this network."""
-        return Views(self.vision.tile, self.vision.tokens_per_tile, self.max_tiles, self.grounding.frame)
+        return InputGeometry(self.vision.tile, self.vision.tokens_per_tile, self.max_tiles, self.grounding.frame)
 
     def build(self, tokens: TokenIds, phrases: Sequence[str]) -> Sa2VA:
         """The network with random weights; it reads any phrase, so that those of the run do not matter."""
         return build_sa2va(self, tokens)
 
-    def with_frame(self, side: int) -> tuple[str, Sizes]:
+    def with_frame(self, side: int) -> tuple[str, Sa2VAConfig]:
         """The same at another resolution of SAM2, after the option that says so."""
         return f"model.grounding.frame={side}", replace(self, grounding=replace(self.grounding, frame=side))
 
@@ -241,7 +241,7 @@ def _with_regions(features: Tensor, counts: Sequence[int], regions: Sequence[Ten
     return torch.cat(parts)
 
 
-def build_sa2va(sizes: Sizes, tokens: TokenIds) -> Sa2VA:
+def build_sa2va(sizes: Sa2VAConfig, tokens: TokenIds) -> Sa2VA:
     """Build the network with random weights on the current device (`with torch.device("meta")` counts for free)."""
     mllm = build_mllm(sizes.language, sizes.vision, tokens)
     with torch.device("cpu"):  # Hiera reads values while it is built, which the meta device has not

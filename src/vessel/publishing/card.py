@@ -8,8 +8,8 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from vessel.decision import Decision
-from vessel.run import Manifest
+from vessel.inference.decision import Decision
+from vessel.runs.manifest import Manifest
 
 _LIBRARIES = {"sa2va": "transformers", "native": "vessel", "adapter": "peft"}
 _COUNTS = ("n_images", "n_videos", "n_patients")

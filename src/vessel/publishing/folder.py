@@ -10,22 +10,22 @@ from pathlib import Path
 from typing import Any
 
 from vessel.data.prompt import Prompt
-from vessel.decision import Decision
-from vessel.model.architecture import public_names
-from vessel.model.hub import DTYPES, read_back, write_layout
-from vessel.model.hub_config import REMOTE_CODE, limits_of_public_code, native_config, public_config
+from vessel.files import read_json
+from vessel.inference.decision import Decision
+from vessel.inference.loading import LoadedModel
 from vessel.model.lora import adapter_config
-from vessel.model.weights.entry import Weights
-from vessel.model.weights.files import read_json
-from vessel.model.weights.sources import open_source
-from vessel.places import expanded
+from vessel.paths import expanded
 from vessel.publishing.card import Facts, model_card
-from vessel.restore import EXPORT_MANIFEST, Restored
-from vessel.run import LOCAL, Manifest, without_places
+from vessel.runs.manifest import EXPORT_MANIFEST, LOCAL, Manifest, without_places
+from vessel.weights.architecture import public_names
+from vessel.weights.entry import Weights
+from vessel.weights.export import DTYPES, read_back, write_layout
+from vessel.weights.hub_config import REMOTE_CODE, limits_of_public_code, native_config, public_config
+from vessel.weights.sources import open_source
 
 _EVALUATION = "evaluate/test/metrics.json"  # where vessel.evaluate leaves it in a run
 _OF_TRANSFORMERS_5 = ("backend", "is_local", "local_files_only")
-_KEPT = ("name", "seed", "model", "prompt", "lora", "trainable", "weights", "objective", "optimizer", "data", "trainer")
+_KEPT = ("name", "seed", "model", "prompt", "lora", "trainable", "weights", "loss", "optimizer", "data", "trainer")
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Written:
     fingerprint: str
 
 
-def write_folder(folder: Path, restored: Restored, *, layout: str, dtype: str, code: Sequence[Path]) -> Written:
+def write_folder(folder: Path, restored: LoadedModel, *, layout: str, dtype: str, code: Sequence[Path]) -> Written:
     """Write every file of an export, and read the tensors again.
 
     Args:
@@ -128,7 +128,7 @@ def _without_place(source: Mapping[str, Any]) -> dict[str, Any]:
     return {**source, "source": LOCAL if _is_local(source["source"]) else source["source"]}
 
 
-def _evaluation(restored: Restored) -> Mapping[str, Any] | None:
+def _evaluation(restored: LoadedModel) -> Mapping[str, Any] | None:
     """The report on the test part, if it is about these very weights."""
     if restored.run is None or not (file := restored.run / _EVALUATION).is_file():
         return None

@@ -9,11 +9,11 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from vessel.model.weights.files import read_json
+from vessel.files import read_json
 from vessel.reporting.blocks import Page, drawings
-from vessel.reporting.compared import comparison_page
-from vessel.reporting.evaluated import report_page
-from vessel.reporting.figures import themed
+from vessel.reporting.comparison_page import comparison_page
+from vessel.reporting.evaluation_page import report_page
+from vessel.reporting.svg import themed
 
 _WRITTEN = "vessel.evaluate writes it"
 _TEMPLATES = Path(__file__).parent / "templates"

@@ -1,6 +1,0 @@
-"""Where the configuration tree lies: inside an installed package, or at the top of a checkout."""
-
-from pathlib import Path
-
-_PACKAGED = Path(__file__).parent / "conf"
-CONF = str(_PACKAGED if _PACKAGED.is_dir() else Path(__file__).parents[2] / "conf")

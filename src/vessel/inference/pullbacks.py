@@ -1,0 +1,205 @@
+"""Pullbacks: the network is asked about the first frames, and SAM2's memory carries the masks through the others.
+
+Frames are read one by one: memory does not grow with their number.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain, islice
+from pathlib import PurePosixPath
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from vessel.batch import Sample, collate, upsample
+from vessel.data.catalog import Catalog
+from vessel.data.images import common_depth, read_rgb
+from vessel.data.inputs import InputImage
+from vessel.data.prompt import ANSWERS, QUESTIONS
+from vessel.data.transforms import cut_tiles, whole_frame
+from vessel.errors import VesselError
+from vessel.inference.generation import Spoken
+from vessel.inference.predictor import Failure, Predictor
+from vessel.inference.results import Prediction
+from vessel.model.network import normalise
+from vessel.model.tracking import PROMPTED_FRAMES, Tracker
+from vessel.paths import expanded
+
+
+@dataclass(frozen=True)
+class Pullback:
+    """Frames of one vessel, one after the other.
+
+    Attributes:
+        id: the video of a prepared data set, or the folder relative to the one the user named, which is `.`.
+        frames: in order.
+        depth: bits of 16-bit grey frames, one for all so that the brightness does not flicker; None without such.
+    """
+
+    id: str
+    frames: tuple[InputImage, ...]
+    depth: int | None
+
+
+def find_pullbacks(images: str, targets: Sequence[InputImage]) -> list[Pullback]:
+    """Put images into pullbacks: by the video of a prepared data set, else by folder, `frame_2` before `frame_10`.
+
+    Args:
+        images: what the user named.
+        targets: what `find_images` found there.
+    """
+    try:
+        known = Catalog.open(expanded(images)).frames
+    except VesselError:  # no data set: a broken one would have been refused when its images were looked for
+        known = {}
+    groups: dict[str, list[tuple[tuple[object, ...], InputImage]]] = defaultdict(list)
+    for target in targets:
+        if frame := known.get(target.id):
+            groups[frame.video].append(((frame.frame,), target))
+        else:
+            path = PurePosixPath(target.name)
+            groups[path.parent.as_posix()].append((_natural(path.name), target))
+    pullbacks = []
+    for name in sorted(groups, key=_natural):
+        frames = tuple(target for _, target in sorted(groups[name], key=lambda pair: pair[0]))
+        pullbacks.append(Pullback(name, frames, common_depth(frame.file for frame in frames)))
+    return pullbacks
+
+
+def _natural(name: str) -> tuple[object, ...]:
+    """Key that sorts the numbers in names by value."""
+    parts = re.split(r"(\d+)", name)
+    return tuple(int(part) if i % 2 else part for i, part in enumerate(parts)), name
+
+
+def follow(
+    predictor: Predictor, pullback: Pullback, phrases: Sequence[str], *, question: str | None = None
+) -> Iterator[Prediction | Failure]:
+    """Masks of every frame in order; a `Failure` ends them, and then the pullback as a whole has failed.
+
+    Args:
+        predictor: the network, and whether it answers itself.
+        pullback: at least one frame.
+        phrases: what to look for, asked in one conversation about the first frames.
+        question: a free question in their place; each `[SEG]` of the answer is followed.
+    """
+    try:
+        yield from _predictions(predictor, pullback, phrases, question)
+    except (VesselError, OSError) as error:
+        # Folders of this machine are no business of a report.
+        first = pullback.frames[0]
+        folder = str(first.file).removesuffix(first.name)
+        yield _failure(pullback, str(error).replace(folder, "") if folder else str(error))
+    except (RuntimeError, MemoryError) as error:
+        from lightning.pytorch.utilities.memory import is_oom_error  # seconds, which only a failure costs
+
+        if not (isinstance(error, MemoryError | torch.OutOfMemoryError) or is_oom_error(error)):
+            raise
+        yield _failure(pullback, f"out of memory on {predictor.device.type}")
+
+
+def _failure(pullback: Pullback, reason: str) -> Failure:
+    ends = dict.fromkeys((pullback.frames[0].name, pullback.frames[-1].name))
+    return Failure(pullback.id, " … ".join(ends), reason)
+
+
+def _predictions(
+    predictor: Predictor, pullback: Pullback, phrases: Sequence[str], question: str | None
+) -> Iterator[Prediction]:
+    frames, geometry = _read(pullback), predictor.geometry
+    shown = list(islice(frames, PROMPTED_FRAMES))
+    tiles = torch.cat([cut_tiles(image, replace(geometry, max_tiles=1)) for _, image in shown])
+    sample = _sample(predictor, tiles, phrases, question, size=shown[0][1].shape[:2])
+    prompts, emitted, told = _listen(predictor, sample, frames=len(tiles))
+    drawn = [at for at in told.at if at is not None]
+    grounding = predictor.sa2va.grounding
+    tracker = Tracker(grounding, prompts[drawn].to(grounding.device))
+    for target, image in chain(shown, frames):
+        sample = replace(told.sample, phrases=told.phrases, frame=whole_frame(image, geometry))
+        masks = iter(_draw(predictor, tracker, sample) if drawn else ())
+        yield Prediction(
+            target=target,
+            sample=sample,
+            answers=told.answers,
+            probabilities=tuple(None if at is None else next(masks) for at in told.at),
+            emitted=tuple(at is not None and bool(emitted[at]) for at in told.at),
+        )
+
+
+def _read(pullback: Pullback) -> Iterator[tuple[InputImage, NDArray[np.uint8]]]:
+    """Frames one by one.
+
+    Raises:
+        VesselError: one is unreadable, or of another size than the first.
+    """
+    size = None
+    for target in pullback.frames:
+        image = read_rgb(target.file, depth=pullback.depth)
+        size = size or image.shape
+        if image.shape != size:
+            raise VesselError(
+                f"{target.name}: {image.shape[1]} x {image.shape[0]} pixels, but {pullback.frames[0].name} has "
+                f"{size[1]} x {size[0]}; the frames of a pullback have one size, put other images into another folder"
+            )
+        yield target, image
+
+
+def _sample(
+    predictor: Predictor, tiles: Tensor, phrases: Sequence[str], question: str | None, *, size: tuple[int, ...]
+) -> Sample:
+    """The question about the first frames, one tile each (uint8 [T, 3, t, t]), with the answers to be taught."""
+    asked = [QUESTIONS[0].format(phrase=phrase) for phrase in phrases] if question is None else [question]
+    tokens = predictor.geometry.tokens_per_tile
+    ids, labels = predictor.prompt.conversation(asked, ANSWERS[:1] * len(phrases), tokens, frames=len(tiles))
+    height, width = size
+    return Sample(
+        id="", patient="", video="", phrases=tuple(phrases), tiles=tiles, frame=torch.empty(0),
+        input_ids=ids, labels=labels, size=(height, width),
+    )  # fmt: skip
+
+
+@torch.inference_mode()
+def _listen(predictor: Predictor, sample: Sample, *, frames: int) -> tuple[Tensor, Tensor, Spoken]:
+    """The conversation; of its N `[SEG]` the embeddings [N, C], and whether the network itself would say them."""
+    network, seg = predictor.sa2va, predictor.prompt.token_ids.seg
+    with _precision(predictor):
+        [told] = predictor.converse([sample], frames=frames)
+        states = told.states
+        if states is None:
+            batch = collate([told.sample], predictor.prompt.token_ids.pad).to(predictor.device)
+            hidden = network.language_states(batch)[0]
+            is_seg = told.sample.input_ids == seg
+            states = hidden[is_seg]
+            emitted = network.mllm.lm_head(hidden[:-1][is_seg[1:]]).argmax(-1) == seg
+        else:
+            emitted = torch.ones(len(states), dtype=torch.bool)
+        prompts = network.text_hidden_fcs(states)
+    return prompts, emitted.cpu(), told
+
+
+@torch.inference_mode()
+def _draw(predictor: Predictor, tracker: Tracker, sample: Sample) -> Tensor:
+    """Probabilities float32 [K, H, W] of the next frame.
+
+    Raises:
+        VesselError: they are not finite.
+    """
+    grounding = tracker.grounding
+    with _precision(predictor):
+        frame = normalise(sample.frame[None].to(grounding.device)).to(grounding.no_mem_embed.dtype)
+        logits = tracker.step(grounding.encode(frame))
+    probabilities = upsample(logits, grounding.image_size, sample.size).sigmoid().cpu()
+    if not torch.isfinite(probabilities).all():
+        raise VesselError("the network gave values that are not finite")
+    return probabilities
+
+
+def _precision(predictor: Predictor) -> torch.autocast:
+    kind = predictor.device.type
+    return torch.autocast(kind, dtype=torch.bfloat16, enabled=kind == "cuda")

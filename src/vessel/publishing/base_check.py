@@ -1,0 +1,44 @@
+"""What an export must be to its base: another in all that trained."""
+
+from __future__ import annotations
+
+import torch
+
+from vessel.errors import VesselError
+from vessel.inference.loading import LoadedModel
+from vessel.weights.architecture import public_names
+from vessel.weights.digests import digests
+from vessel.weights.export import trained_changes
+from vessel.weights.sources import open_source
+
+
+def differs_from_base(restored: LoadedModel, dtype: torch.dtype) -> str:
+    """Compare every trained group with all that the training started from.
+
+    Args:
+        restored: what is exported.
+        dtype: of the export, which decides what is left of a difference.
+
+    Returns:
+        fingerprints before and after, a sentence.
+
+    Raises:
+        VesselError: a group equals its base in every tensor; names it.
+    """
+    if not restored.network.trainable_groups():
+        return "nothing was trained here: the same network in another form"
+    if not restored.base:
+        return "no base to differ from: training began with random weights"
+    names, before = public_names(restored.sa2va_sizes.language), dict[str, str]()
+    for entry, report in zip(restored.base, restored.reports[:-1], strict=True):
+        loaded = set(report.all("loaded"))
+        tensors = open_source(entry).tensors(names)
+        before |= digests((name, tensor.to(dtype)) for name, tensor in tensors if name in loaded)
+    changes = trained_changes(restored.sa2va, before, dtype)
+    if same := [group for group, (old, new) in changes.items() if old == new]:
+        raise VesselError(
+            f"{', '.join(same)}: to be trained, yet equal to the base in every tensor. Either the wrong checkpoint was "
+            "named or nothing was learnt there; nothing was exported"
+        )
+    told = ", ".join(f"{group} {old[:8]} -> {new[:8]}" for group, (old, new) in changes.items())
+    return f"every trained group differs from its base: {told}"

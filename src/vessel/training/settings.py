@@ -1,0 +1,80 @@
+"""The configuration of a training run: checked, and settled so that it can be repeated from anywhere."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from vessel.errors import VesselError
+from vessel.memory_plan.request import AUTO
+from vessel.paths import expanded
+from vessel.runs.manifest import Manifest
+from vessel.weights.architecture import read_template
+from vessel.weights.entry import Weights
+from vessel.weights.sources import open_source
+
+WEIGHTS = "weights"  # of prompt.tokenizer and prompt.template: those of the weights
+ROOT_KEYS = (
+    *("model", "prompt", "lora", "loss", "optimizer", "data", "trainer", "callbacks", "logger", "cache"),
+    *("name", "seed", "ckpt", "resume", "weights", "trainable", "activation_checkpointing", "compile", "run"),
+    *("plan", "gpu_gb", "force"),
+)
+
+
+def check(config: DictConfig) -> None:
+    """Refuse a configuration that cannot be what was meant.
+
+    Raises:
+        VesselError: a key that nothing reads, a mandatory value not given, or an unknown choice.
+    """
+    if not isinstance(config.activation_checkpointing, bool) and config.activation_checkpointing != AUTO:
+        raise VesselError(f"activation_checkpointing={config.activation_checkpointing}: choose true, false or auto")
+    if not isinstance(config.compile, bool):
+        raise VesselError(f"compile={config.compile}: choose true or false")
+    if unknown := sorted(set(map(str, config)).difference(ROOT_KEYS)):
+        raise VesselError(f"unknown configuration key(s) {unknown}; the known ones are {sorted(ROOT_KEYS)}")
+    missing = sorted(OmegaConf.missing_keys(config))
+    if missing and not config.plan:  # which needs no data
+        raise VesselError(
+            f"no value for {', '.join(missing)}: give it on the command line, for example {missing[0]}=..."
+        )
+
+
+def settled(config: DictConfig, parent: Manifest | None) -> DictConfig:
+    """The configuration as it can be repeated from anywhere: whole paths, hub ids with their commits, prompts named.
+
+    A run that goes on has the commits of the one before.
+
+    Raises:
+        VesselError: a source is not found, or the prompt is to come from sources of which none has one.
+    """
+    entries = sources(config)
+    if parent is not None:
+        commits = {entry.source: entry.revision for entry in Weights.listed(parent.config["weights"])}
+        entries = [replace(e, revision=e.revision or commits.get(e.source)) for e in entries]
+    entries = [entry.pinned() for entry in entries]
+    whole = OmegaConf.merge(config, {"weights": [asdict(entry) for entry in entries]})
+    assert isinstance(whole, DictConfig)
+    for section, key in (("data", "root"), ("prompt", "tokenizer")):
+        place = config[section].get(key)
+        if place is not None and expanded(place).exists():
+            whole[section][key] = str(expanded(place).absolute())
+    if WEIGHTS in (config.prompt.tokenizer, config.prompt.template):
+        folders = [source for source in map(open_source, entries) if source.config]
+        if not folders:
+            raise VesselError(
+                "prompt=sa2va takes tokenizer and template from the folder that training starts from, and "
+                "weights=[...] names none; name one, or choose prompt=small"
+            )
+        for key, found in {"tokenizer": str(folders[0].path), "template": read_template(folders[0].config)}.items():
+            if whole.prompt[key] == WEIGHTS:
+                whole.prompt[key] = found
+    return whole
+
+
+def sources(config: DictConfig) -> list[Weights]:
+    """What training starts from, as given."""
+    plain: Any = OmegaConf.to_container(config, resolve=True)
+    return Weights.listed(plain["weights"])

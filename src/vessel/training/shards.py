@@ -1,0 +1,154 @@
+"""What one rank holds, under ZeRO, of values, gradient and moments of a parameter that trains.
+
+DeepSpeed keeps them flat and in float32, several parameters in one tensor. Where nothing is cut, a rank holds it all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vessel.weights.partition import is_partitioned, whole_shape
+from vessel.weights.zero import MOMENTS, Parts, Saved
+
+
+@dataclass(frozen=True)
+class Share:
+    """Where a rank's part of a parameter lies in what DeepSpeed's optimizer holds.
+
+    Attributes:
+        group, at: which of its flat tensors, and the place in it.
+        start, count: elements of the flattened parameter that the part is.
+    """
+
+    group: int
+    at: int
+    start: int
+    count: int
+
+    def of(self, flat: Tensor) -> Tensor:
+        """The part in the flat tensor of the group, or in a moment of it."""
+        return flat.narrow(0, self.at, self.count)
+
+    def out_of(self, parts: Parts) -> Tensor:
+        """The part in a saved tensor."""
+        return parts.piece(self.start, self.start + self.count)
+
+
+def values(parameter: nn.Parameter) -> Tensor:
+    """What this rank's optimizer updates of a parameter, flat; nothing where other ranks hold it all."""
+    if not _is_shared(parameter):
+        return parameter.detach().flatten()
+    owner: Any = parameter
+    share = share_of(parameter)
+    if share is None:
+        return torch.empty(0, device=parameter.device)
+    if is_partitioned(parameter):
+        return share.of(owner._z3_optimizer.fp32_partitioned_groups_flat[share.group]).detach()
+    return owner._hp_mapping.hp_fragment.detach()
+
+
+def gradient(parameter: nn.Parameter) -> Tensor | None:
+    """The same of its gradient, averaged over the ranks, between the last backward pass of a step and the update.
+
+    A parameter that got none has None, and under ZeRO zeros or what is left of an earlier step.
+    """
+    if parameter.grad is not None or not _is_shared(parameter):
+        return parameter.grad
+    owner: Any = parameter
+    if share_of(parameter) is None:
+        return torch.empty(0, device=parameter.device)
+    if is_partitioned(parameter):
+        return owner._z3_optimizer.get_local_fp32_grad_for_param(parameter)
+    return owner._hp_mapping.get_lp_grad_fragment(owner._index_in_param_group)
+
+
+def share_of(parameter: nn.Parameter) -> Share | None:
+    """Where this rank's part of a parameter is that DeepSpeed trains; None when it has none."""
+    owner: Any = parameter
+    if is_partitioned(parameter):
+        optimizer = owner._z3_optimizer
+        group, at, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
+        start = size * optimizer._get_param_partition_rank(parameter)
+        count = min(size, owner.ds_numel - start)
+        return Share(group, at, start, count) if count > 0 else None
+    mapping = owner._hp_mapping
+    if mapping is None:
+        return None
+    here, there = mapping.hp_fragment_address, mapping.lp_fragment_address
+    return Share(mapping.param_group_index, here.start, there.start, here.numel)
+
+
+@torch.no_grad()
+def take(saved: Saved, engine: Any) -> None:
+    """Give an engine the tensors, moments and counts of a checkpoint of any number of ranks; each reads its own part.
+
+    Tensors that the checkpoint lacks or has in another shape stay as they are.
+
+    Args:
+        saved: the checkpoint.
+        engine: `deepspeed.DeepSpeedEngine` that trains.
+    """
+    optimizer = engine.optimizer
+    is_stage_3 = engine.zero_optimization_partition_weights()
+    if is_stage_3:
+        optimizer.checkpoint_event_prologue()  # small parameters may lie whole on every rank
+    flat = optimizer.fp32_partitioned_groups_flat if is_stage_3 else optimizer.single_partition_of_fp32_groups
+    states = [_fresh_state(group, saved.steps) for group in flat]
+    for name, parameter in engine.module.named_parameters():
+        if name in saved.trained and parameter.requires_grad:
+            _take_trained(saved, name, parameter, flat, states)
+        elif name in saved.frozen and saved.frozen[name].shape == whole_shape(parameter):
+            _take_frozen(saved.frozen[name], parameter)
+    optimizer.optimizer.state.update(zip(flat, states, strict=True))
+    for name, buffer in engine.module.named_buffers():
+        if name in saved.buffers:
+            buffer.copy_(saved.buffers[name])
+    for group, of_group in zip(optimizer.optimizer.param_groups, saved.groups, strict=True):
+        group.update({key: of_group[key] for key in ("lr", "initial_lr") if key in of_group})
+    if is_stage_3:
+        for group in range(len(flat)):
+            optimizer._reassign_or_swap_out_partitioned_parameters(group)
+        optimizer.checkpoint_event_epilogue()
+    else:
+        optimizer.update_lp_params()
+    engine.global_steps = saved.steps
+    engine.global_samples = saved.steps * engine.train_batch_size()
+    engine.micro_steps = saved.steps * engine.gradient_accumulation_steps()
+
+
+def _fresh_state(flat: Tensor, steps: int) -> dict[str, Tensor]:
+    step = torch.tensor(float(steps), device=flat.device)  # where fused AdamW wants it
+    return {"step": step} | {name: torch.zeros_like(flat) for name in MOMENTS}
+
+
+def _take_trained(
+    saved: Saved, name: str, parameter: nn.Parameter, flat: Sequence[Tensor], states: Sequence[Mapping[str, Tensor]]
+) -> None:
+    trained, share = saved.trained[name], share_of(parameter)
+    if share is None or trained.values.shape != whole_shape(parameter):
+        return
+    share.of(flat[share.group]).copy_(share.out_of(trained.values))
+    for moment, parts in trained.moments.items():
+        share.of(states[share.group][moment]).copy_(share.out_of(parts))
+
+
+def _take_frozen(parts: Parts, parameter: nn.Parameter) -> None:
+    if not is_partitioned(parameter):
+        parameter.copy_(parts.whole())
+        return
+    from deepspeed import comm
+
+    own: Tensor = parameter.ds_tensor  # type: ignore[attr-defined]  # DeepSpeed sets it
+    start = own.numel() * comm.get_rank()
+    piece = parts.piece(start, start + own.numel())
+    own[: len(piece)].copy_(piece)
+
+
+def _is_shared(parameter: nn.Parameter) -> bool:
+    """Whether DeepSpeed trains it."""
+    return hasattr(parameter, "_z3_optimizer") or hasattr(parameter, "_hp_mapping")

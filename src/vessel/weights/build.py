@@ -1,0 +1,226 @@
+"""From a configuration to a network ready for a task: built, loaded, adapted, frozen where it does not train."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+
+from vessel.batch import TokenIds
+from vessel.errors import VesselError
+from vessel.model.groups import choose_trainable, module_of, parameter_group, trained_by
+from vessel.model.lora import Lora, add_lora
+from vessel.model.network import Network, NetworkConfig
+from vessel.model.sa2va import Sa2VA, Sa2VAConfig
+from vessel.weights.architecture import public_names
+from vessel.weights.checks import check_adapters, check_order, check_sizes, know_seg, require_same_base
+from vessel.weights.entry import Weights
+from vessel.weights.kinds import RUN
+from vessel.weights.load import load
+from vessel.weights.names import PublicNames
+from vessel.weights.partition import Ranks, gathered, resting
+from vessel.weights.report import LoadReport
+from vessel.weights.sources import EMBEDDING, HEAD, WeightSource, covers, open_source
+
+
+@dataclass
+class NetworkPlan:
+    """How to make a network; `reports` fills when it is made.
+
+    Attributes:
+        sizes: shape of the network.
+        tokens: ids that the prompt uses.
+        new_tokens: ids of the tokens added to the base vocabulary.
+        phrases: of the run; a network without a language model knows no others.
+        lora: adapters on the language model; rank 0 for none.
+        trainable: `lora`, `decoder_only` or `all`.
+        weights: sources in the order of loading, a later one on top of those before; empty for random weights.
+        frozen_dtype: dtype of parameters that do not train; under ZeRO-3 all have the one that DeepSpeed is set to.
+        activation_checkpointing: keep only what enters each layer that gradients pass, and compute the layer again for
+            them.
+        compile: have torch compile what takes most of the time.
+        seg_is_trained: whether a source gave rows of `[SEG]` that it trained; known when the network is made.
+    """
+
+    sizes: NetworkConfig
+    tokens: TokenIds
+    new_tokens: range
+    phrases: Sequence[str] = ()
+    lora: Lora = field(default_factory=lambda: Lora(r=0))
+    trainable: str = "lora"
+    weights: Sequence[Weights] = ()
+    frozen_dtype: torch.dtype = torch.float32
+    activation_checkpointing: bool = False
+    compile: bool = False
+    reports: list[LoadReport] = field(default_factory=list)
+    seg_is_trained: bool = False
+
+    def build(self) -> Network:
+        """Make the network; under ZeRO-3 partitioned over the ranks, all of which call this.
+
+        Raises:
+            VesselError: the vocabulary is too small for the tokens, weights are not found, do not fit or leave a part
+                of the network without any, a choice is unknown, or `lora.tokens` would leave `[SEG]` random for ever.
+        """
+        opened = [open_source(entry) for entry in self.weights]
+        check_order(opened)
+        sources = [self._asked(source) for source in opened]
+        for source in sources:
+            check_sizes(source, self.sizes)
+        if isinstance(self.sizes, Sa2VAConfig):
+            rows = self.sizes.language.vocabulary
+            if self.new_tokens.stop > rows:
+                raise VesselError(
+                    f"model.language.vocabulary={rows} but the tokenizer has {self.new_tokens.stop} entries: set it to "
+                    "at least that"
+                )
+            self.seg_is_trained = know_seg(sources, self.names, rows)
+        self.reports = []
+        with resting() as ranks:
+            if self.compile and ranks is not None:
+                raise VesselError("compile=true: ZeRO-3 gathers layers one by one, so none can be compiled; leave it")
+            return self._made(sources, ranks)
+
+    @property
+    def names(self) -> PublicNames:
+        """Public names of the network."""
+        return public_names(self.sizes.language) if isinstance(self.sizes, Sa2VAConfig) else PublicNames()
+
+    def _made(self, sources: Sequence[WeightSource], ranks: Ranks | None) -> Network:
+        network = self._base([source for source in sources if not source.kind.on_top], ranks)
+        if self.lora.r > 0:
+            tables = [p for name, p in network.named_parameters() if name in (EMBEDDING, HEAD)]
+            with gathered(tables):  # peft copies them
+                add_lora(network, self.lora, new_tokens=self.new_tokens, seg_is_trained=self.seg_is_trained)
+        if ranks is not None:
+            ranks.share(network)
+        for source in sources:
+            if source.kind.on_top:
+                check_adapters(source, self.lora, self.new_tokens)
+                if source.kind is RUN and not source.entry.partial:
+                    require_same_base(source.files.beside["vessel"]["weights"], self.reports)
+                self._load(network, source, ranks)
+        choose_trainable(network, self.trainable)
+        if self.activation_checkpointing:
+            network.checkpoint_layers()
+        if self.compile:
+            network.compile_layers()
+        for parameter in network.parameters() if ranks is None else ():
+            dtype = torch.float32 if parameter.requires_grad else self.frozen_dtype
+            if parameter.dtype != dtype:
+                parameter.data = parameter.data.to(dtype)
+        return network
+
+    def require_learning(self, network: Network) -> None:
+        """Refuse what would train nothing, or leave random for ever what it does not train.
+
+        Raises:
+            VesselError: with the choices there are.
+        """
+        groups, speaks = network.trainable_groups(), network.phrases is None
+        if self.trainable == "lora" and "lora" not in groups:
+            told = ", but lora=none: choose adapters, such as lora=r128, or another trainable="
+            raise VesselError("trainable=lora" + (told if speaks else ": no language model here; choose trainable=all"))
+        if not groups:
+            others = "lora, decoder_only or all" if speaks else "all"
+            raise VesselError(f"trainable={self.trainable}: nothing would train; choose {others}")
+        if speaks and not self.seg_is_trained and "tokens" not in groups:
+            raise VesselError(
+                f"trainable={self.trainable} from weights that do not know [SEG]: it would stay random for ever. Start "
+                "from the weights of a Sa2VA, weights=[...], or choose trainable=all"
+            )
+        if not speaks and not self.weights and self.trainable != "all":
+            raise VesselError(
+                f"trainable={self.trainable} from random weights: what does not train would stay random for ever. "
+                "Start from the weights of a SAM2, weights=[...], or choose trainable=all"
+            )
+
+    def nbytes(self) -> int:
+        """Bytes of the parameters when built, adapters not counted, in the dtypes that the sources' headers tell."""
+        tensors: dict[str, Tensor] = {}
+        if not (self.weights and isinstance(self.sizes, Sa2VAConfig)):  # whose sources give all of it
+            with init_empty_weights(include_buffers=False):
+                tensors |= self._new().state_dict()
+        for source in (self._asked(open_source(entry)) for entry in self.weights):
+            outline = source.outline(self.names)
+            tensors |= {name: tensor for name, tensor in outline.items() if source.takes(module_of(name))}
+        return sum(tensor.numel() * self._dtype(name, tensor.dtype).itemsize for name, tensor in tensors.items())
+
+    def _new(self) -> Network:
+        return self.sizes.build(self.tokens, self.phrases)
+
+    def _asked(self, source: WeightSource) -> WeightSource:
+        """A source, asked for no more than networks of this kind load.
+
+        Raises:
+            VesselError: it holds nothing of that.
+        """
+        held, loads = source.kind.modules, self.sizes.loads
+        if held and not any(covers(loads, module) for module in held):
+            raise VesselError(
+                f"weights: {source.entry.source} is a {source.kind.name} and holds nothing of {', '.join(loads)}, "
+                "which is what this network loads; name another, or take weights=[]"
+            )
+        if source.entry.partial or all(covers(loads, module) for module in held):
+            return source
+        return replace(source, entry=replace(source.entry, partial=loads))
+
+    def _base(self, sources: Sequence[WeightSource], ranks: Ranks | None) -> Network:
+        """The network without adapters; with sources it is never held twice, nor in more than the dtypes it needs."""
+        # What is drawn at random is drawn as without ranks, and so whole; the others get their parts from the first.
+        if not sources and (ranks is None or ranks.is_first):
+            return self._new()
+        if sources and not isinstance(self.sizes, Sa2VAConfig):
+            return self._baseline(sources, ranks)
+        with init_empty_weights(include_buffers=False):
+            network = self._new()
+        if not sources:
+            return network
+        assert isinstance(network, Sa2VA)
+        for source in sources:
+            self._load(network, source, ranks)
+        _begin_at_random(network.text_hidden_fcs)
+        empty = [name for name, parameter in network.named_parameters() if parameter.is_meta]
+        if empty:
+            parts = ", ".join(sorted({name.split(".")[0] for name in empty}))
+            raise VesselError(
+                f"weights={[source.entry.source for source in sources]}: nothing gives {parts} ({len(empty)} tensors, "
+                f"first: {empty[0]}); name a Sa2VA folder, or an InternVL folder and a SAM 2.0 file"
+            )
+        return network
+
+    def _baseline(self, sources: Sequence[WeightSource], ranks: Ranks | None) -> Network:
+        """One that is small enough to be drawn whole before sources give their part of it."""
+        network = self._new()
+        for source in sources:
+            self._load(network, source, ranks)
+        given = {name for report in self.reports for name in report.all("loaded")}
+        wanted = [name for name, _ in network.named_parameters() if covers(self.sizes.loads, module_of(name))]
+        if absent := [name for name in wanted if name not in given]:
+            raise VesselError(
+                f"weights={[source.entry.source for source in sources]}: nothing gives {len(absent)} of {len(wanted)} "
+                f"tensors of {', '.join(self.sizes.loads)} (first: {absent[0]}); name a source that has them all"
+            )
+        return network
+
+    def _load(self, network: Network, source: WeightSource, ranks: Ranks | None) -> None:
+        tokens = self.new_tokens.start
+        self.reports.append(load(network, source, self.names, tokens=tokens, keep=self._dtype, ranks=ranks))
+
+    def _dtype(self, name: str, stored: torch.dtype) -> torch.dtype:
+        """What trains keeps all its digits until it is adapted."""
+        return stored if parameter_group(name) in trained_by(self.trainable) else self.frozen_dtype
+
+
+def _begin_at_random(module: nn.Module) -> None:
+    """Initialise, as torch does, what no source gave; of a layer it may have given a part."""
+    for layer in module.modules():
+        if any(parameter.is_meta for parameter in layer.parameters(recurse=False)):
+            assert isinstance(layer, nn.Linear)
+            fresh = nn.Linear(layer.in_features, layer.out_features)
+            for name, parameter in fresh.named_parameters():
+                if layer.get_parameter(name).is_meta:
+                    setattr(layer, name, parameter)

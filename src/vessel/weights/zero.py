@@ -1,0 +1,251 @@
+"""Checkpoints that DeepSpeed writes under ZeRO: a folder with the files of each rank, put together tensor by tensor.
+
+The ranks share, in float32, what trains and what Adam knows of it. Under stage 3 each parameter is flattened and cut
+into as many equal parts as there are ranks (zeros fill the last), and a rank's parts lie one after the other. Under
+stage 2 all parameters of a group are laid end to end, and that is cut. Frozen parameters, where they were saved at all,
+are kept by their names: in parts under stage 3, whole under stage 2.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vessel.errors import VesselError
+from vessel.weights.files import Named, TensorFiles, load_pickle
+
+LATEST = "latest"  # names the folder within that holds the ranks' files
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam, as torch names them
+_SCRIPT = "zero_to_fp32.py"
+_FILE = re.compile(r"(?:\w+_)?zero_pp_rank_(\d+)_mp_rank_00_(model|optim)_states\.pt")
+_STAGE_2 = "mp_rank_00_model_states.pt"  # the one file of the parameters that all ranks hold
+# Objects that DeepSpeed saves beside its tensors.
+_OBJECTS = tuple(
+    f"deepspeed.{name}"
+    for name in (
+        *("runtime.zero.config.ZeroStageEnum", "utils.tensor_fragment.fragment_address"),
+        *("runtime.fp16.loss_scaler.LossScaler", "runtime.fp16.loss_scaler.DynamicLossScaler"),
+    )
+)
+_WEIGHTS = ("module", "buffer_names", "param_shapes", "frozen_param_shapes", "frozen_param_fragments", "shared_params")
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A flattened tensor in parts, one after the other; zeros may follow.
+
+    Attributes:
+        shape: of the whole.
+        parts: of one dtype, each flat.
+    """
+
+    shape: torch.Size
+    parts: Sequence[Tensor]
+
+    def outline(self) -> Tensor:
+        """The whole without content."""
+        return torch.empty(self.shape, dtype=self.parts[0].dtype, device="meta")
+
+    def whole(self) -> Tensor:
+        """The tensor itself."""
+        return self.piece(0, self.shape.numel()).view(self.shape)
+
+    def piece(self, start: int, stop: int) -> Tensor:
+        """Elements of the flattened whole from `start` to before `stop`."""
+        return torch.cat(_between(self.parts, start, stop))
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A parameter that trains.
+
+    Attributes:
+        values: float32.
+        moments: of Adam by its names for them; empty before the first step.
+    """
+
+    values: Parts
+    moments: Mapping[str, Parts]
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What a folder holds.
+
+    Attributes:
+        trained, frozen, buffers: tensors by name.
+        groups: settings of each group of the optimizer, the learning rate among them.
+        steps: of the optimizer.
+        beside: whatever else was saved.
+    """
+
+    trained: Mapping[str, Trained]
+    frozen: Mapping[str, Parts]
+    buffers: Mapping[str, Tensor]
+    groups: Sequence[Mapping[str, Any]]
+    steps: int
+    beside: Mapping[str, Any]
+
+    def tensors(self) -> dict[str, Parts]:
+        """Parameters by name."""
+        return {name: of.values for name, of in self.trained.items()} | dict(self.frozen)
+
+
+def is_zero(folder: Path) -> bool:
+    """Whether DeepSpeed wrote this folder."""
+    return any((folder / name).is_file() for name in (LATEST, _SCRIPT))
+
+
+def written(checkpoint: Path) -> float:
+    """When a checkpoint, a file or a folder of DeepSpeed, was written: seconds of the clock.
+
+    A folder that is written over in place keeps its own time.
+    """
+    latest = checkpoint / LATEST
+    return (latest if latest.is_file() else checkpoint).stat().st_mtime
+
+
+def open_zero(folder: Path) -> TensorFiles:
+    """What trained, in float32, with buffers and whatever frozen parameters were saved; one tensor at a time in memory.
+
+    Raises:
+        VesselError: a file is missing or damaged, or the ranks' files do not belong together.
+    """
+    saved = open_saved(folder)
+    outline = {name: torch.empty_like(buffer, device="meta") for name, buffer in saved.buffers.items()}
+    outline |= {name: parts.outline() for name, parts in saved.tensors().items()}
+
+    def read() -> Iterator[Named]:
+        yield from saved.buffers.items()
+        for name, parts in saved.tensors().items():
+            yield name, parts.whole()
+
+    return TensorFiles(outline, read, saved.beside)
+
+
+def open_saved(folder: Path) -> Saved:
+    """The same with the state of the optimizer; tensors stay in the files until they are used.
+
+    Raises:
+        VesselError: as `open_zero`.
+    """
+    try:
+        models, optimizers = _states(folder)
+        first = models[0]
+        inner = [optimizer[_inner(optimizer)] for optimizer in optimizers]
+        return Saved(
+            trained=dict(_trained(folder, first["param_shapes"], optimizers, [state["state"] for state in inner])),
+            frozen=dict(_frozen(models)),
+            buffers={name: first["module"][name] for name in first["buffer_names"]},
+            groups=inner[0]["param_groups"],
+            steps=int(first["global_steps"]),
+            beside={key: value for key, value in first.items() if key not in _WEIGHTS},
+        )
+    except (LookupError, TypeError, AttributeError) as error:
+        raise VesselError(f"{folder}: not what DeepSpeed writes under ZeRO ({error!r}); copy it again") from error
+
+
+def _states(folder: Path) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]:
+    """Model files, of each rank or the one for all, and each rank's optimizer file; no tensor is read yet."""
+    if not (folder / LATEST).is_file():
+        raise VesselError(f"{folder}: {LATEST} is not there, which names its content; copy the whole folder again")
+    inner = folder / (folder / LATEST).read_text(encoding="utf-8").strip()
+    found = {(m[2], int(m[1])): path for path in inner.glob("*.pt") if (m := _FILE.fullmatch(path.name))}
+    for_all = inner / _STAGE_2
+    if ("model", 0) not in found and not for_all.is_file():
+        raise VesselError(
+            f"{inner}: zero_pp_rank_0_mp_rank_00_model_states.pt is not there; only folders of ZeRO-2 and 3 are read"
+        )
+    first = _state(found.get(("model", 0), for_all), "dp_world_size")
+    ranks = range(first["dp_world_size"])
+    needed = [("model", rank) for rank in ranks if ("model", 0) in found] + [("optim", rank) for rank in ranks]
+    if lost := [
+        f"zero_pp_rank_{rank}_mp_rank_00_{kind}_states.pt" for kind, rank in needed if (kind, rank) not in found
+    ]:
+        raise VesselError(
+            f"{inner}: {lost[0]} is not there ({len(lost)} of {len(needed)} files); copy the folders of all ranks"
+        )
+    of_ranks = [key for key in needed if key[0] == "model"]
+    models = [first, *(_state(found[key], "dp_world_size") for key in of_ranks[1:])]
+    optimizers = [_state(found["optim", r], "optimizer_state_dict")["optimizer_state_dict"] for r in ranks]
+    if len({model["global_steps"] for model in models}) > 1 or len({_steps(state) for state in optimizers}) > 1:
+        raise VesselError(f"{inner}: its files are of different steps, so its writing was cut short; take another")
+    return models, optimizers
+
+
+def _state(file: Path, key: str) -> Mapping[str, Any]:
+    state = load_pickle(file, _OBJECTS)
+    if not isinstance(state, dict) or key not in state:
+        raise VesselError(f"{file}: not what DeepSpeed writes, it has no {key}; copy it again")
+    return state
+
+
+def _inner(optimizer: Mapping[str, Any]) -> str:
+    """Where stage 2 or stage 3 keeps the state of torch's optimizer."""
+    return "base_optimizer_state" if "base_optimizer_state" in optimizer else "optimizer_state_dict"
+
+
+def _steps(optimizer: Mapping[str, Any]) -> frozenset[float]:
+    """Steps that an optimizer has done, as it counts them for each of its flat groups."""
+    states = optimizer[_inner(optimizer)]["state"].values()
+    return frozenset(float(state["step"]) for state in states if "step" in state)
+
+
+def _trained(
+    folder: Path,
+    shapes: Sequence[Mapping[str, torch.Size]],
+    optimizers: Sequence[Mapping[str, Any]],
+    states: Sequence[Mapping[int, Mapping[str, Tensor]]],
+) -> Iterator[tuple[str, Trained]]:
+    stage_2 = "single_partition_of_fp32_groups" in optimizers[0]
+    key = "single_partition_of_fp32_groups" if stage_2 else "fp32_flat_groups"
+    cut = _cut_end_to_end if stage_2 else _cut_each
+    for group, of_group in enumerate(shapes):
+        flat = [optimizer[key][group] for optimizer in optimizers]
+        held = sum(part.numel() for part in flat)
+        sizes = [shape.numel() if stage_2 else math.ceil(shape.numel() / len(flat)) for shape in of_group.values()]
+        wanted = sum(sizes) * (1 if stage_2 else len(flat))
+        if held != wanted or (not stage_2 and any(part.numel() != sum(sizes) for part in flat)):
+            raise VesselError(f"{folder}: holds {held} numbers of a group for {wanted}; copy it again")
+        known = [name for name in MOMENTS if all(name in state.get(group, {}) for state in states)]
+        values = cut(flat, of_group)
+        moments = {name: dict(cut([state[group][name] for state in states], of_group)) for name in known}
+        for name, parts in values:
+            yield name, Trained(parts, {moment: by_name[name] for moment, by_name in moments.items()})
+
+
+def _cut_each(flat: Sequence[Tensor], shapes: Mapping[str, torch.Size]) -> Iterator[tuple[str, Parts]]:
+    """As stage 3 does."""
+    start = 0
+    for name, shape in shapes.items():
+        stop = start + math.ceil(shape.numel() / len(flat))
+        yield name, Parts(shape, [part[start:stop] for part in flat])
+        start = stop
+
+
+def _cut_end_to_end(flat: Sequence[Tensor], shapes: Mapping[str, torch.Size]) -> Iterator[tuple[str, Parts]]:
+    """As stage 2 does."""
+    start = 0
+    for name, shape in shapes.items():
+        yield name, Parts(shape, _between(flat, start, start + shape.numel()))
+        start += shape.numel()
+
+
+def _between(parts: Sequence[Tensor], start: int, stop: int) -> list[Tensor]:
+    """Elements `start` to before `stop` of flat tensors that follow each other."""
+    ends = list(chain((0,), torch.tensor([part.numel() for part in parts]).cumsum(0).tolist()))
+    cut = [part[max(0, start - at) : max(0, stop - at)] for part, at in zip(parts, ends, strict=False)]
+    return [piece for piece in cut if piece.numel()] or [parts[0][:0]]
+
+
+def _frozen(models: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, Parts]]:
+    for name, shape in (models[0]["frozen_param_shapes"] or {}).items():
+        yield name, Parts(shape, [model["frozen_param_fragments"][name].flatten() for model in models])

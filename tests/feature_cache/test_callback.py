@@ -1,0 +1,152 @@
+"""Training from kept features is training without them: same losses, same weights, whatever happens to the files."""
+
+import json
+import logging
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tests.conftest import SIZES, TINY_NETWORK
+from tests.launching import ROOT, on_ranks
+
+from vessel.batch import Features, Pyramid, collate
+from vessel.checkpoints.reading import find_checkpoint, read_checkpoint
+from vessel.data.images import read_rgb
+from vessel.errors import VesselError
+from vessel.model.sa2va import Sa2VA
+from vessel.training.callbacks.mask_panels import _image
+from vessel.training.datamodule import VesselDataModule
+
+# Two epochs of twelve images each.
+FROZEN = (
+    "trainable=lora", "lora=r8", "lora.dropout=0", "data.augmentation=null", "data.batch_size=1",
+    "trainer.accumulate_grad_batches=2", "trainer.max_steps=12", "trainer.val_check_interval=12",
+)  # fmt: skip
+RECORDER = "+callbacks.recorder._target_=tests.training.zero_ranks.Recorder"
+DAMAGE = "+callbacks.damage._target_=tests.feature_cache.damage.Damage"
+IMAGES = 12 + 4  # of training and validation
+
+
+def course(run: Path) -> list[dict[str, float]]:
+    """All that a run logged but times."""
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    names = ("step", "train/loss", "train/lm_loss", "val/loss", "val/dice_best", "val/seg_emission")
+    return [{name: record[name] for name in names if name in record} for record in records]
+
+
+def require_same(run: Path, other: Path) -> None:
+    """Losses of about 8 to 1e-5, and weights that moved by 5e-3 to 2e-5: a convolution of SAM2's decoder adds up the
+    numbers of a file, which lie in another order in memory than those of an encoder, in another order.
+    """
+    ours, theirs = course(run), course(other)
+    assert len(ours) == len(theirs) > 12
+    for one, two in zip(ours, theirs, strict=True):
+        assert one == pytest.approx(two, abs=1e-5)
+    ours, theirs = (read_checkpoint(find_checkpoint(folder, ("last",)))["state_dict"] for folder in (run, other))
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor, atol=2e-5, rtol=0)
+
+
+@pytest.fixture(scope="module")
+def without(train_tiny, tmp_path_factory):
+    """The run that all others are to equal."""
+    folder = tmp_path_factory.mktemp("without")
+    train_tiny(folder, *FROZEN, RECORDER, f"+callbacks.recorder.out={folder}")
+    return folder
+
+
+@pytest.fixture
+def encodings(monkeypatch):
+    """How often this process has run each encoder."""
+    counted: Counter[str] = Counter()
+    own = {name: getattr(Sa2VA, name) for name in ("see", "pyramid")}
+    for name in own:
+
+        def call(self, images, *, name=name):
+            counted[name] += 1
+            return own[name](self, images)
+
+        monkeypatch.setattr(Sa2VA, name, call)
+    return counted
+
+
+@pytest.mark.slow
+def test_losses_and_weights_are_those_without_a_cache(train_tiny, without, tmp_path, encodings, caplog):
+    """When it fills, when files are damaged under it, when it finds all, and in the workers of a loader."""
+    caplog.set_level(logging.INFO)
+    cache = ("cache=features", f"cache.root={tmp_path}/cache")
+    train_tiny(tmp_path / "first", *FROZEN, *cache, DAMAGE, f"+callbacks.damage.root={tmp_path}/cache")
+    require_same(tmp_path / "first", without)
+    assert any("feature cache: 16 images of 0.0451 MB, 0.721 MB in all, 0.721" in line for line in caplog.messages)
+    assert sum("was damaged and is removed" in line for line in caplog.messages) == IMAGES / 2
+    # One to measure; all; the damaged ones in their steps; and again for the next epoch.
+    assert encodings["see"] == encodings["pyramid"] == 1 + IMAGES + IMAGES / 2 + IMAGES / 2
+
+    encodings.clear()
+    caplog.clear()
+    train_tiny(tmp_path / "second", *FROZEN, *cache, "data.workers=1")
+    require_same(tmp_path / "second", without)
+    assert encodings["see"] == encodings["pyramid"] == 1
+    assert any("0.721 MB in all, 0 MB to be computed" in line for line in caplog.messages)
+    panels = [sorted(path.name for path in (run / "panels").iterdir()) for run in (tmp_path / "second", without)]
+    assert panels[0] == panels[1] != []
+
+
+@pytest.mark.slow
+def test_endless_augmentation_is_told_and_validation_kept(train_tiny, tmp_path, encodings, caplog):
+    caplog.set_level(logging.INFO)
+    options = (*FROZEN, "data.augmentation={_target_: vessel.data.transforms.Augmentation}", "trainer.max_steps=1")
+    train_tiny(tmp_path / "run", *options, "cache=features", f"cache.root={tmp_path}/cache")
+    assert any("data/augmentation=quarter_turns would let them be kept" in line for line in caplog.messages)
+    assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == 4
+    assert encodings["see"] == 1 + 4 + 2
+
+
+def test_encoders_that_train_and_too_little_room_are_refused(train_tiny, tmp_path):
+    cache = ("cache=features", f"cache.root={tmp_path}/cache")
+    with pytest.raises(VesselError, match=r"the vision encoder and the SAM2 image encoder train"):
+        train_tiny(tmp_path / "run", *cache)
+    assert not (tmp_path / "cache").exists()
+    with pytest.raises(VesselError, match=r"would take 0\.7\d+ MB .* may take 0\.5 MB.*cache\.max_gb=1"):
+        train_tiny(tmp_path / "run", *FROZEN, *cache, "cache.max_gb=0.0005")
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))
+
+
+def test_a_panel_shows_an_image_whose_frame_is_not_in_the_batch(oct_set, prompt):
+    """And of the others the right one."""
+    data = VesselDataModule(str(oct_set), prompt=prompt, geometry=SIZES.geometry)
+    samples = [data.dataset("val")[i] for i in range(3)]
+    known = Features(torch.zeros(1, 4, 64), Pyramid(*torch.zeros(3, 1)))
+    samples[1] = replace(samples[1], features=known, tiles=samples[1].tiles[:0], frame=torch.empty(3, 0, 0).byte())
+    batch = collate(samples, prompt.token_ids.pad)
+    for index, frame in enumerate(data.dataset("val").frames[:3]):
+        shown = _image(SimpleNamespace(datamodule=data), batch, index)
+        assert torch.equal(shown, torch.from_numpy(read_rgb(data.catalog.root / frame.image)))
+
+
+# Ranks that hold parts of the encoders -------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_guard_T10_a_rank_that_misses_features_does_not_wait_for_the_others(without, oct_set, tmp_path):
+    """Two ranks under ZeRO-3, half of the files damaged on the way: losses of every image as of one process."""
+    given = [
+        "experiment=tiny", f"run={tmp_path}/run", f"data.root={oct_set}", "data.phrases=[lumen,side branch]",
+        "data.workers=0", "trainer=zero3", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.precision=32-true",
+        "+trainer.strategy.zero={stage3_param_persistence_threshold: 0, sub_group_size: 20000}",
+        "trainer.log_every_n_steps=1", "+trainer.enable_progress_bar=false", "~callbacks.progress", *FROZEN,
+        "callbacks.mask_panels=null", "trainer.accumulate_grad_batches=1", "trainer.val_check_interval=6", RECORDER,
+        f"+callbacks.recorder.out={tmp_path}", "cache=features", f"cache.root={tmp_path}/cache", DAMAGE,
+        f"+callbacks.damage.root={tmp_path}/cache", *TINY_NETWORK,
+    ]  # fmt: skip
+    status, printed = on_ranks(2, str(ROOT / "tests/zero_ranks.py"), str(tmp_path), "train", *given, cwd=tmp_path)
+    assert status == 0, printed[-4000:]
+    assert printed.count("was damaged and is removed") == IMAGES / 2
+    expected = torch.load(without / "rank0.pt")["losses"]
+    ranks = [torch.load(tmp_path / f"rank{rank}.pt")["losses"] for rank in range(2)]
+    assert len(expected) == 24
+    assert ranks[0] | ranks[1] == pytest.approx(expected, abs=1e-5)

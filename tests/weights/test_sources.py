@@ -1,0 +1,66 @@
+"""Hub ids: downloaded once, pinned to the commit they stood for."""
+
+import pytest
+from huggingface_hub import constants
+from tests.hub_server import COMMIT, serve
+from tests.weights.layouts import write_sa2va
+
+from vessel.errors import VesselError
+from vessel.weights.entry import Weights
+from vessel.weights.sources import open_source
+
+
+@pytest.fixture
+def hub(plan, tmp_path, monkeypatch):
+    """A hub with one repository, `somebody/Sa2VA-tiny`, and a cache of its own."""
+    folder = write_sa2va(tmp_path / "repository", plan().build(), shards=2)
+    with serve({"somebody/Sa2VA-tiny": folder}) as (address, asked):
+        monkeypatch.setattr(constants, "ENDPOINT", address)
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}"
+        )
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        yield asked
+
+
+def test_a_hub_id_is_downloaded_and_pinned(hub, plan):
+    pinned = Weights("somebody/Sa2VA-tiny").pinned()
+    assert (pinned.source, pinned.revision) == ("somebody/Sa2VA-tiny", COMMIT)
+    made = plan(weights=[pinned])
+    made.build()
+    assert made.reports[0].revision == COMMIT
+    assert COMMIT[:12] in made.reports[0].table().title
+
+
+def test_a_revision_may_stand_in_the_name(hub):
+    source = open_source(f"somebody/Sa2VA-tiny@{COMMIT}")
+    assert source.path.name == COMMIT
+    assert source.kind.name == "Sa2VA folder"
+    assert any(COMMIT in path for path in hub)
+
+
+def test_a_revision_is_never_taken_from_a_folder_of_that_name(hub, tmp_path, monkeypatch):
+    (tmp_path / "somebody" / "Sa2VA-tiny").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert Weights("somebody/Sa2VA-tiny").fetch()[1] is None
+    assert Weights("somebody/Sa2VA-tiny", revision=COMMIT).fetch()[1] == COMMIT
+
+
+def test_a_file_of_a_repository_is_downloaded_alone(hub, plan):
+    index = "model.safetensors.index.json"
+    path, commit = Weights(f"somebody/Sa2VA-tiny/{index}@main").fetch()
+    assert (path.name, commit) == (index, COMMIT)
+    assert [file.name for file in path.parent.iterdir()] == [index]
+
+
+def test_a_repository_that_is_not_there_is_refused(hub):
+    with pytest.raises(
+        VesselError, match=r"somebody/else: no folder or file of that name, and the hub does not give it"
+    ):
+        open_source("somebody/else")
+
+
+def test_a_hub_that_cannot_be_reached_is_told(hub, monkeypatch):
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(VesselError, match="download it elsewhere"):
+        open_source("somebody/unreachable")
