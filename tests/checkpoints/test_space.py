@@ -7,10 +7,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from tests.conftest import _configuration
 from torch import nn
 
-from vessel.checkpoints.space import checkpoint_bytes, planned
+from vessel.checkpoints.space import checkpoint_bytes, planned, require_checkpoint_space
 from vessel.checkpoints.writing import WholeFiles
 from vessel.errors import VesselError
-from vessel.files import readable, require_space, size_on_disk
+from vessel.files import readable, size_on_disk
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -52,10 +52,10 @@ def test_a_run_plans_for_best_last_and_the_one_being_written():
 
 def test_guard_W9_a_run_without_room_is_refused(tmp_path):
     folder = tmp_path / "run/checkpoints"
-    require_space(folder, 1, "3 checkpoints")
+    require_checkpoint_space(folder, 1, 3)
     with pytest.raises(VesselError, match=r"3 checkpoints take 1000000000\.00 GB and [\d.]+ [GM]B are free") as raised:
-        require_space(folder, 10**18, "3 checkpoints")
-    for told in (str(folder), "hydra.run.dir", "callbacks.checkpoint=null", "lora="):
+        require_checkpoint_space(folder, 10**18, 3)
+    for told in (str(folder), "hydra.run.dir", "callbacks.checkpoint=null", "lora.r"):
         assert told in str(raised.value)
     assert not folder.exists()
 

@@ -9,7 +9,7 @@ from vessel.data.prompt import Prompt
 from vessel.inference.cleanup import Cleanup
 from vessel.inference.decision import DECISION_FILE, Decision, Stored
 from vessel.inference.loading import load_model
-from vessel.publishing.folder import exported_manifest, public_code_of, write_folder, write_tokenizer
+from vessel.publishing.folder import exported_manifest, public_code_of, write_export, write_tokenizer
 from vessel.runs.manifest import LOCAL, Manifest
 
 MANIFEST = Manifest(name="oct", config={}, data={"name": "set"}, phrases=("lumen",), prompt="qwen_chat", versions={})
@@ -66,12 +66,12 @@ def test_public_code_is_that_of_the_first_folder_that_has_it(tmp_path):
 def test_guard_I6_an_export_carries_what_was_searched_on_validation(tiny_run, tmp_path):
     shutil.copytree(tiny_run, tmp_path / "run")
     run = load_model(str(tmp_path / "run"))
-    write_folder(tmp_path, run, layout="native", dtype="fp32", code=[])
+    write_export(tmp_path, run, layout="native", dtype="fp32", code=[])
     assert load_model(str(tmp_path)).decision == run.decision == Decision(run.threshold)
     decision = Decision(0.4, 0.2, Cleanup(min_size=9), ("flip_lr",))
     data = run.manifest.data["fingerprint"], run.manifest.data["split_hash"]
     Stored(run.manifest.fingerprint, decision, *data).write(tmp_path / "run" / DECISION_FILE)
-    write_folder(tmp_path, run, layout="native", dtype="fp32", code=[])
+    write_export(tmp_path, run, layout="native", dtype="fp32", code=[])
     assert load_model(str(tmp_path)).decision == decision
     assert load_model(str(tmp_path)).decision_source == "searched on validation, stored with the weights"
     assert str(decision) in (tmp_path / "README.md").read_text()

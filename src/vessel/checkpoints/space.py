@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import nn
+
+from vessel.files import require_space
 
 _PER_TENSOR = 512  # names, shapes and the alignment of each stored tensor, about
 _PER_FILE = 100_000  # manifest, counters and whatever callbacks keep
@@ -37,3 +40,21 @@ def planned(callbacks: Iterable[Callback]) -> int:
     savers = [callback for callback in callbacks if isinstance(callback, ModelCheckpoint)]
     kept = sum(abs(saver.save_top_k) + bool(saver.save_last) for saver in savers)  # -1 keeps all: their number is open
     return kept + 1 if kept else 0
+
+
+def require_checkpoint_space(run: Path, nbytes: int, number: int) -> None:
+    """Refuse a run whose checkpoints the disk would not hold.
+
+    Args:
+        run: its folder, which need not exist yet.
+        nbytes: that all of them take, beside what is there already.
+        number: of checkpoints.
+
+    Raises:
+        VesselError: says how much is needed and free, and what helps.
+    """
+    remedy = (
+        "put the run on another disk with hydra.run.dir=FOLDER, or write less: callbacks.checkpoint=null keeps no best "
+        "one, and a smaller lora.r or trainable=decoder_only makes each smaller"
+    )
+    require_space(run, nbytes, f"{number} checkpoints", remedy)

@@ -15,7 +15,7 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from vessel.checkpoints.reading import aside_of, checkpoints_in, part_of, put_back, written
 from vessel.checkpoints.retention import discard
 from vessel.errors import DISK_FULL, VesselError
-from vessel.files import readable, size_on_disk
+from vessel.files import flush, put_in_place, readable, size_on_disk
 
 # What torch's zip writer says when the system refuses its bytes; it drops the reason.
 _TORCH_WRITER = ("PytorchStreamWriter", "unexpected pos", "iostream error")
@@ -50,10 +50,10 @@ def whole(path: Path, *, is_main: bool = True, agree: Callable[[bool], bool] | N
             part.mkdir()
     with _told(path, is_main, agree):
         yield part
-        _flush(part)
+        flush(part)
     with _told(path, is_main, agree):
         if is_main:
-            _put_in_place(part, path)
+            put_in_place(part, path, aside_of(path))
 
 
 class WholeFiles(TorchCheckpointIO):
@@ -169,32 +169,3 @@ def _remove_leftovers(path: Path) -> None:
     for place in (part_of, aside_of):
         for leftover in path.parent.glob(place(Path(f"*{path.suffix}")).name):
             discard(leftover)
-
-
-def _flush(part: Path) -> None:
-    """Make the disk hold every file of it, and the folders that name them."""
-    for place in sorted(part.rglob("*"), reverse=True) if part.is_dir() else ():
-        _flush_one(place)
-    _flush_one(part)
-
-
-def _flush_one(place: Path) -> None:
-    opened = os.open(place, os.O_RDONLY)
-    try:
-        os.fsync(opened)
-    finally:
-        os.close(opened)
-
-
-def _put_in_place(part: Path, path: Path) -> None:
-    """Rename over what is there; a folder, over which nothing can be renamed, is moved aside first."""
-    aside = aside_of(path)
-    if path.exists() and (path.is_dir() or part.is_dir()):
-        os.replace(path, aside)
-    try:
-        os.replace(part, path)
-    except OSError:
-        put_back(path.parent)
-        raise
-    _flush_one(path.parent)
-    discard(aside)

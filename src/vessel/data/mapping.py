@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any
 
 from vessel.data.identity import Pseudonyms
 from vessel.errors import VesselError
+from vessel.files import write_file
 
 MAPPING_FILE = "mapping.json"
 
@@ -71,12 +71,6 @@ class MappingFolder:
             "files": {**before["files"], **files},
             "names": sorted({*before["names"], *pseudonyms.names}),
         }
-        self._write("salt", salt.hex() + "\n")
-        self._write(MAPPING_FILE, json.dumps(content, indent=1, ensure_ascii=False, sort_keys=True) + "\n")
-
-    def _write(self, name: str, text: str) -> None:
-        temporary = self.path / f".{name}.{os.getpid()}"
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
-            stream.write(text)
-        temporary.replace(self.path / name)
+        text = json.dumps(content, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
+        write_file(self.path / "salt", salt.hex() + "\n", private=True)
+        write_file(self.path / MAPPING_FILE, text, private=True)

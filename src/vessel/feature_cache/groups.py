@@ -19,8 +19,7 @@ from typing import TextIO
 
 from vessel import files as disk
 from vessel.errors import VesselError
-from vessel.feature_cache.store import PART
-from vessel.files import size_on_disk
+from vessel.files import PART, size_on_disk
 
 readable = partial(disk.readable, below=".3g")  # an image may take far less than a megabyte
 _LOCK = ".lock"
@@ -46,7 +45,7 @@ class Hold:
             root.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._lock = _opened(root / f"{group}{_LOCK}")
             if _alone(self._lock):
-                for left in (root / group).glob(f"*{PART}"):
+                for left in (root / group).glob(f".*{PART}"):
                     left.unlink()
             fcntl.flock(self._lock, fcntl.LOCK_SH)
             os.utime(self._lock.fileno())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import tempfile
 import zlib
 from contextlib import suppress
 from pathlib import Path
@@ -16,9 +15,9 @@ from torch import Tensor
 
 from vessel.batch import Features, Pyramid
 from vessel.errors import DISK_FULL, VesselError
+from vessel.files import readable, write_file
 
 SUFFIX = ".safetensors"
-PART = ".part"  # of a file that is being written
 NAMES = ("seen", *Pyramid._fields)
 
 log = logging.getLogger(__name__)
@@ -97,11 +96,11 @@ class Store:
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         content = save(tensors, {name: self._checksum(key, name, tensor) for name, tensor in tensors.items()})
         try:
-            _write(file, content)
+            write_file(file, content, private=True)
         except OSError as error:
             reason = "the disk or the quota is full" if error.errno in DISK_FULL else error.strerror
             raise VesselError(
-                f"{self.folder}: features of {len(content) / 1e6:.1f} MB not written, {reason}; nothing half-written "
+                f"{self.folder}: features of {readable(len(content))} not written, {reason}; nothing half-written "
                 "stays. Make room and go on with resume=auto, name another disk with cache.root=FOLDER, or leave the "
                 "cache out with cache=none"
             ) from error
@@ -118,17 +117,3 @@ class Store:
         with suppress(FileNotFoundError):
             file.unlink()
             log.warning("%s was damaged and is removed (%s); its image is encoded again", file, reason)
-
-
-def _write(file: Path, content: bytes) -> None:
-    handle, part = tempfile.mkstemp(suffix=PART, dir=file.parent)
-    try:
-        with open(handle, "wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())  # else a power cut could leave a name without its content
-        os.replace(part, file)
-    except BaseException:
-        with suppress(FileNotFoundError):
-            os.unlink(part)
-        raise

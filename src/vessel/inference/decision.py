@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vessel.errors import VesselError
+from vessel.files import write_json
 from vessel.inference.cleanup import Cleanup
 from vessel.inference.tta import check_views
 from vessel.paths import expanded
@@ -145,10 +146,8 @@ class Stored:
         return {**asdict(self), "decision": self.decision.to_json(), "searched": [dict(one) for one in self.searched]}
 
     def write(self, file: Path) -> None:
-        """Write in one go: a reader finds the old content or the new."""
-        part = file.with_name(f".{file.name}.part")
-        part.write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
-        part.replace(file)
+        """Write it whole: a reader finds the old content or the new."""
+        write_json(file, self.to_json())
 
     @classmethod
     def read(cls, file: Path) -> Stored:

@@ -16,7 +16,7 @@ from vessel.batch import InputGeometry
 from vessel.checkpoints.reading import find_checkpoint, read_checkpoint
 from vessel.data.prompt import Prompt
 from vessel.errors import VesselError
-from vessel.files import read_json
+from vessel.files import read_json, readable
 from vessel.inference.decision import Decision, decision_for
 from vessel.inference.options import LoadSettings
 from vessel.model.lora import Lora
@@ -246,6 +246,6 @@ def _check_memory(plan: NetworkPlan) -> None:
             else "; dtype=bf16 needs half of it (network.dtype of predict and evaluate)"
         )
         raise VesselError(
-            f"the network needs {needed / 1e9:.1f} GB of memory as {str(plan.frozen_dtype).removeprefix('torch.')} and "
-            f"{free / 1e9:.1f} GB are free{smaller}"
+            f"the network needs {readable(needed)} of memory as {str(plan.frozen_dtype).removeprefix('torch.')} and "
+            f"{readable(free)} are free{smaller}"
         )

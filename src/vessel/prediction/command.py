@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -19,6 +18,7 @@ from vessel.data.catalog import slug
 from vessel.data.inputs import InputImage, asked_phrases, find_images
 from vessel.data.questions import check_question
 from vessel.errors import VesselError
+from vessel.files import write_json
 from vessel.inference.decision import AUTO, Decision, decided_by_user, given_decision
 from vessel.inference.loading import LoadedModel, load_model
 from vessel.inference.options import choose_device
@@ -53,10 +53,7 @@ def predict(options: PredictOptions) -> Mapping[str, Any]:
     shares = [partial(_predict_share, options, shown[index::count], index=index, of=count) for index in range(count)]
     results = _merged(in_processes(shares, partial(_make_place, options)), shown)
     # Last: a folder with results.json is a whole one.
-    text = json.dumps(results, indent=1, ensure_ascii=False)
-    part = options.target / FOLDERS[0] / f"{RESULTS_FILE}.part"
-    part.write_text(text + "\n", encoding="utf-8")
-    part.replace(options.target / RESULTS_FILE)
+    write_json(options.target / RESULTS_FILE, results)
     _tell(results, options.target, Console())
     if not results["n_ok"]:
         raise VesselError(f"none of {len(targets)} images gave a result; the first: {results['failures'][0]['reason']}")

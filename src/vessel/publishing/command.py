@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +18,7 @@ from vessel.data.images import read_rgb
 from vessel.data.inputs import find_images
 from vessel.data.mapping import MAPPING_FILE
 from vessel.errors import VesselError
+from vessel.files import PART, flush, put_in_place, readable, require_space, write_folder
 from vessel.inference.loading import LoadedModel, load_model
 from vessel.inference.options import LoadSettings, NetworkOptions
 from vessel.paths import expanded
@@ -27,7 +26,7 @@ from vessel.privacy.scanner import Scanner
 from vessel.privacy.texts import texts_of
 from vessel.publishing.base_check import differs_from_base
 from vessel.publishing.card import HOW_TO_GET_CODE
-from vessel.publishing.folder import public_code_of, write_folder
+from vessel.publishing.folder import public_code_of, write_export
 from vessel.publishing.upload import check_repository, push
 from vessel.publishing.verification import account_in_a_fresh_process, account_of, compare, drawn_image
 from vessel.weights.architecture import public_names
@@ -97,9 +96,7 @@ def export(options: ExportOptions) -> Path:
     _require_space(options, restored, console)
     images = _samples(options, restored)
     expected = account_of(restored, images)
-    with _made_in_secret(options) as making:
-        folder, pth = making / "new", making / "new.pth"
-        folder.mkdir()
+    with write_folder(options.target) as folder, _write_pth(options.pth) as pth:
         fingerprint, told = _write(folder, pth, restored, options, code)
         searched = _refuse_raw_identifiers(folder, restored, options)
         fresh = _reading_of_the_export(restored, options)
@@ -112,9 +109,6 @@ def export(options: ExportOptions) -> Path:
                 f"({fingerprint}); something else writes there, nothing was exported"
             )
         told.append(compare(expected, found, threshold=threshold, dtype=options.dtype))
-        if options.pth:
-            pth.rename(options.pth)
-        folder.rename(options.target)
     for sentence in told:
         console.print(f"proved: {sentence}", soft_wrap=True, markup=False)
     console.print(f"raw identifiers: {searched}", soft_wrap=True, markup=False)
@@ -150,34 +144,29 @@ def _check(options: ExportOptions) -> None:
 
 def _require_space(options: ExportOptions, restored: LoadedModel, console: Console) -> None:
     size = exported_size(restored.sa2va, options.layout, DTYPES[options.dtype])
-    console.print(f"weights: {size / 1e9:.3f} GB as {options.dtype}")
+    console.print(f"weights: {readable(size)} as {options.dtype}")
     needed = size + _SPARE_BYTES
     if options.pth:
         more = exported_size(restored.sa2va, "sa2va", DTYPES[options.dtype])
-        console.print(f"{options.pth.name}: {more / 1e9:.3f} GB")
+        console.print(f"{options.pth.name}: {readable(more)}")
         needed += more
-    there = next(place for place in options.target.parents if place.is_dir())
-    free = shutil.disk_usage(there).free
-    if free < needed:
-        raise VesselError(
-            f"out={options.out}: the export needs {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB are free; "
-            "make room, choose another disk" + (", or dtype=bf16" if options.dtype == "fp32" else "")
-        )
+    remedy = "choose another disk with out=DIR" + (", or dtype=bf16" if options.dtype == "fp32" else "")
+    require_space(options.target.parent, needed, "the files of the export", remedy)
 
 
 @contextmanager
-def _made_in_secret(options: ExportOptions) -> Iterator[Path]:
-    """A hidden folder beside the target, gone at the end; on failure new folders above it are gone as well."""
-    new = [place for place in options.target.parents if not place.exists()]
-    options.target.parent.mkdir(parents=True, exist_ok=True)
+def _write_pth(path: Path | None) -> Iterator[Path | None]:
+    """Yield a hidden file beside `path` to write to, which gets its name at the end; None where none is wanted."""
+    if path is None:
+        yield None
+        return
+    part = path.with_name(f".{path.name}{PART}")
     try:
-        with tempfile.TemporaryDirectory(prefix=f".{options.target.name}.", dir=options.target.parent) as temporary:
-            yield Path(temporary)
+        yield part
+        flush(part)
+        put_in_place(part, path, part.with_name(f"{part.name}.old"))
     except BaseException:
-        if options.pth and options.pth.exists():
-            options.pth.unlink()
-        for place in new:
-            place.rmdir()
+        part.unlink(missing_ok=True)
         raise
 
 
@@ -205,7 +194,7 @@ def _public_code(options: ExportOptions, restored: LoadedModel) -> list[Path]:
 
 
 def _write(
-    folder: Path, pth: Path, restored: LoadedModel, options: ExportOptions, code: Sequence[Path]
+    folder: Path, pth: Path | None, restored: LoadedModel, options: ExportOptions, code: Sequence[Path]
 ) -> tuple[str, list[str]]:
     """Write everything, and compare what lies on the disk with what is in memory and with the base.
 
@@ -213,11 +202,11 @@ def _write(
         fingerprint of the export, and what was found, in sentences.
     """
     dtype, names = DTYPES[options.dtype], public_names(restored.sa2va_sizes.language)
-    written = write_folder(folder, restored, layout=options.layout, dtype=options.dtype, code=code)
+    written = write_export(folder, restored, layout=options.layout, dtype=options.dtype, code=code)
     told = [f"{written.tensors} tensors read back equal the merged network", differs_from_base(restored, dtype)]
-    if options.pth:
+    if pth is not None:
         count = write_pth(pth, restored.sa2va, names, dtype)
-        told.append(f"{count} tensors of {options.pth.name} read back equal the merged network")
+        told.append(f"{count} tensors of {options.target.name}.pth read back equal the merged network")
     return written.fingerprint, told
 
 

@@ -41,7 +41,7 @@ class Written:
     fingerprint: str
 
 
-def write_folder(folder: Path, restored: LoadedModel, *, layout: str, dtype: str, code: Sequence[Path]) -> Written:
+def write_export(folder: Path, restored: LoadedModel, *, layout: str, dtype: str, code: Sequence[Path]) -> Written:
     """Write every file of an export, and read the tensors again.
 
     Args:

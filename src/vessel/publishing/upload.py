@@ -10,6 +10,7 @@ from huggingface_hub.utils import validate_repo_id
 from rich.console import Console
 
 from vessel.errors import VesselError
+from vessel.files import readable
 
 
 def _files(folder: Path) -> list[Path]:
@@ -42,10 +43,11 @@ def push(folder: Path, repo: str, *, private: bool, console: Console) -> str:
     files = _files(folder)
     visibility = "private" if private else "PUBLIC"
     total = sum(file.stat().st_size for file in files)
-    console.print(f"to the hub, {repo} ({visibility}), {len(files)} files, {total / 1e9:.3f} GB:", soft_wrap=True)
+    console.print(f"to the hub, {repo} ({visibility}), {len(files)} files, {readable(total)}:", soft_wrap=True)
     for file in files:
         name = file.relative_to(folder).as_posix()
-        console.print(f"  {name}  {file.stat().st_size / 1e6:.3f} MB", soft_wrap=True, markup=False)
+        size = readable(file.stat().st_size, below=".3f")
+        console.print(f"  {name}  {size}", soft_wrap=True, markup=False)
     hub = HfApi()
     try:
         address = hub.create_repo(repo, private=private, exist_ok=True)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from vessel.errors import VesselError
+from vessel.files import write_json
 from vessel.runs.old_names import present_config
 
 MANIFEST = "manifest.json"
@@ -89,7 +90,7 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         """Write `manifest.json`."""
-        (folder / MANIFEST).write_text(json.dumps(self.as_dict(), indent=1, ensure_ascii=False) + "\n")
+        write_json(folder / MANIFEST, self.as_dict())
 
 
 def read_result(run: Path) -> dict[str, Any] | None:
@@ -100,9 +101,7 @@ def read_result(run: Path) -> dict[str, Any] | None:
 
 def write_result(run: Path, result: Mapping[str, Any]) -> None:
     """Note that a run came to its end: `best`, its best monitored value, and `limits`, where that end was set."""
-    part = run / f".{RESULT}.part"
-    part.write_text(json.dumps(result) + "\n", encoding="utf-8")
-    part.replace(run / RESULT)
+    write_json(run / RESULT, result, indent=None)
 
 
 def without_places(value: Any) -> Any:

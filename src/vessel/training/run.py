@@ -25,11 +25,11 @@ from rich.console import Console
 
 from vessel.checkpoints.reading import find_checkpoint, newest_good, read_checkpoint
 from vessel.checkpoints.retention import discard_superseded
-from vessel.checkpoints.space import checkpoint_bytes, planned
+from vessel.checkpoints.space import checkpoint_bytes, planned, require_checkpoint_space
 from vessel.checkpoints.writing import WholeFiles
 from vessel.data.prompt import Prompt
 from vessel.errors import VesselError
-from vessel.files import require_space, size_on_disk
+from vessel.files import size_on_disk
 from vessel.loggers import JsonLines, PrivateWandb, wandb_environment
 from vessel.memory_plan.request import require_memory, show
 from vessel.model.network import Network, NetworkConfig
@@ -227,7 +227,7 @@ def _require_room(network: Network, trainer: Trainer, run: Path, *, keep_frozen:
     number = planned(trainer.callbacks)  # type: ignore[attr-defined]
     each = checkpoint_bytes(network.parameters(), keep_frozen=keep_frozen, stage=stage)
     there = size_on_disk(run / "checkpoints")  # of a run that goes on, and replaces them
-    require_space(run, max(number * each - there, each if number else 0), f"{number} checkpoints")
+    require_checkpoint_space(run, max(number * each - there, each if number else 0), number)
 
 
 def _trainer(config: DictConfig, run: Path) -> Trainer:

@@ -78,7 +78,7 @@ def test_same_arguments_same_bytes_other_seed_other_pixels(tmp_path: Path, kind:
     assert contents(tmp_path / "first") == contents(tmp_path / "second")
     for one, other in zip(images(tmp_path / "first"), images(tmp_path / "third"), strict=True):
         assert not np.array_equal(pixels(one), pixels(other))
-    assert not list(tmp_path.glob("*.unfinished"))
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
 def test_names_follow_the_home_grammar_in_every_spelling(oct_source: Path) -> None:
@@ -191,6 +191,6 @@ def test_arguments_out_of_range_are_refused(tmp_path: Path, bad: dict[str, objec
 
 def test_a_folder_that_holds_something_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(VesselError, match="not an empty folder"):
+    with pytest.raises(VesselError, match=re.escape(str(tmp_path))):
         write_source(tmp_path, patients=1, frames=1, size=64)
     assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]

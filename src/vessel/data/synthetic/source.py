@@ -6,7 +6,6 @@ X-ray angiography runs with the phrase "blood vessel". Names and ids are invente
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -17,6 +16,7 @@ from PIL import Image
 
 from vessel.data.synthetic import anatomy, angiography, oct
 from vessel.errors import VesselError
+from vessel.files import write_folder
 
 Frame = tuple[NDArray[np.uint8], dict[str, NDArray[np.bool_]]]
 
@@ -67,19 +67,15 @@ def write_source(
             f"synthetic data cannot have patients={patients}, frames={frames}, size={size}, seed={seed}; "
             f"use 1 to {most} patients, at least 1 frame, a size of 64 or more and a seed of 0 or more"
         )
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise VesselError(f"{folder} already exists and is not an empty folder; delete it or write elsewhere")
-    unfinished = folder.with_name(folder.name + ".unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    (unfinished / "images").mkdir(parents=True)
-    for patient in range(patients):
-        names = _video_names(patient, seed)[:frames]
-        second = max(1, frames // 3)
-        counts = (frames,) if len(names) == 1 else (frames - second, second)
-        for video, (name, count) in enumerate(zip(names, counts, strict=True)):
-            for number, (image, masks) in _video(kind, count, size, seed, (patient, video)):
-                _write_frame(unfinished, f"{name}_frame_{number:06d}", image, masks)
-    unfinished.replace(folder)
+    with write_folder(folder) as part:
+        (part / "images").mkdir()
+        for patient in range(patients):
+            names = _video_names(patient, seed)[:frames]
+            second = max(1, frames // 3)
+            counts = (frames,) if len(names) == 1 else (frames - second, second)
+            for video, (name, count) in enumerate(zip(names, counts, strict=True)):
+                for number, (image, masks) in _video(kind, count, size, seed, (patient, video)):
+                    _write_frame(part, f"{name}_frame_{number:06d}", image, masks)
 
 
 def _rng(seed: int, *key: int) -> np.random.Generator:
