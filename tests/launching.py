@@ -13,6 +13,7 @@ import psutil
 from tests.conftest import TINY_NETWORK
 
 ROOT = Path(__file__).parents[1]
+SEARCH_PATH = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))  # of processes that tests start
 TRAIN = ("-m", "vessel.train")
 TWO_RANKS = ("trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.precision=32-true")
 SHORT = (
@@ -30,7 +31,7 @@ def started(*command: str, cwd: Path, env: Mapping[str, str] | None = None):
     process = subprocess.Popen(
         [sys.executable, *command],
         cwd=cwd,
-        env={**ours, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **(env or {})},
+        env={**ours, "PYTHONPATH": SEARCH_PATH, "OMP_NUM_THREADS": "1", **(env or {})},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -19,15 +19,13 @@ from vessel.checkpoints.reading import find_checkpoint
 from vessel.cli.options import typed
 from vessel.data.catalog import Catalog
 from vessel.data.masks import write_mask
-from vessel.data.preparation import PrepareOptions as PrepareOptions
-from vessel.data.preparation import prepare
+from vessel.data.preparation import PrepareOptions, prepare
 from vessel.errors import BadItemsError, VesselError
 from vessel.evaluation.command import evaluate
-from vessel.evaluation.options import PrepareOptions as EvaluateOptions
+from vessel.evaluation.options import EvaluateOptions
 from vessel.inference.loading import load_model
 from vessel.model.sa2va import Sa2VA
-from vessel.publishing.command import PrepareOptions as ExportOptions
-from vessel.publishing.command import export
+from vessel.publishing.command import ExportOptions, export
 
 pytestmark = pytest.mark.slow
 COMMANDS = {

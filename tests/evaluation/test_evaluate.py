@@ -21,7 +21,7 @@ from vessel.inference.decision import CleanupOptions
 from vessel.inference.loading import load_model
 from vessel.inference.options import NetworkOptions
 from vessel.prediction.command import predict
-from vessel.prediction.options import EvaluateOptions as PredictOptions
+from vessel.prediction.options import PredictOptions
 from vessel.publishing.verification import account_of, drawn_image
 
 pytestmark = pytest.mark.slow
@@ -76,7 +76,7 @@ def damaged(oct_set, tmp_path):
 def test_figures_are_those_of_the_masks_that_predict_writes(score, run_folder, oct_set, tmp_path):
     report = score()
     options = {"phrases": None, "split": "test", "decode": "forced", "threshold": "auto", "hysteresis": "auto"}
-    options |= {"decision": None, "cleanup": CleanupOptions(), "views": "auto"}
+    options |= {"decision": None, "cleanup": CleanupOptions(), "tta": "auto"}
     rest = {"overwrite": False, "batch_size": 1, "workers": 0, "device": "cpu", "devices": 1}
     rest |= {"network": NETWORK, "question": None, "mask_prompts": None, "video": False, "max_new_tokens": 2048}
     predicted = predict(PredictOptions(str(run_folder), str(oct_set), str(tmp_path / "masks"), **options, **rest))

@@ -134,13 +134,13 @@ def test_each_option_is_tried_on_top_of_what_was_kept(tmp_path):
         return values
 
     search = searched(tmp_path, patients(draw))
-    assert search.decision.low is not None
-    assert search.decision.low < 0.45 < search.decision.threshold
+    assert search.decision.hysteresis is not None
+    assert search.decision.hysteresis < 0.45 < search.decision.threshold
     assert search.decision.cleanup.fill_holes
     assert np.array_equal(search.decision(draw(0, 0)), DISC)
     tried = {option: len(of(search, option)) for option in dict.fromkeys(trial.option for trial in search.trials)}
     assert tried == {
-        "start": 1, "threshold": 18, "views": 3, "hysteresis": 6, "opening": 3, "closing": 3, "fill holes": 1,
+        "start": 1, "threshold": 18, "tta": 3, "hysteresis": 6, "opening": 3, "closing": 3, "fill holes": 1,
         "min size": 4,
     }  # fmt: skip
     gains = sum(trial.gain for trial in search.trials if trial.adopted)
@@ -150,15 +150,15 @@ def test_each_option_is_tried_on_top_of_what_was_kept(tmp_path):
 def test_views_that_help_are_kept_and_two_sets_lie_on_the_disk_at_most(tmp_path):
     rng, on_disk = np.random.default_rng(0), []
 
-    def answers(geometry):
+    def answers(tta):
         on_disk.append(len(list(tmp_path.iterdir())))
-        noise = {0: 0.8, 2: 0.3}.get(len(geometry), 0.8)  # with the flips alone it is nearly right
+        noise = {0: 0.8, 2: 0.3}.get(len(tta), 0.8)  # with the flips alone it is nearly right
         return patients(lambda p, f: np.clip(np.where(DISC, 0.6, 0.4) + noise * (rng.random(SIZE) - 0.5), 0, 1))
 
     search = searched(tmp_path, answers)
-    assert search.decision.geometry == ("flip_lr", "flip_ud")
-    assert [trial.adopted for trial in of(search, "views")] == [True, False, False]
-    assert of(search, "views")[1].value.startswith("flip_lr, flip_ud, turn_90, turn_180, turn_270; threshold 0.")
+    assert search.decision.tta == ("flip_lr", "flip_ud")
+    assert [trial.adopted for trial in of(search, "tta")] == [True, False, False]
+    assert of(search, "tta")[1].value.startswith("flip_lr, flip_ud, turn_90, turn_180, turn_270; threshold 0.")
     assert max(on_disk) == 1  # and the one that is being made
     assert len(list(tmp_path.iterdir())) == 1
 
@@ -166,11 +166,11 @@ def test_views_that_help_are_kept_and_two_sets_lie_on_the_disk_at_most(tmp_path)
 def test_views_with_which_an_image_fails_are_told_and_left(tmp_path):
     good = patients(lambda p, f: np.where(DISC, 0.9, 0.1))
 
-    def answers(geometry):
-        failed = [Failure(good[0].sample.id, "p0_0.png", "out of memory")] if "turn_90" in geometry else good[:1]
+    def answers(tta):
+        failed = [Failure(good[0].sample.id, "p0_0.png", "out of memory")] if "turn_90" in tta else good[:1]
         return [*failed, *good[1:]]
 
-    trial = of(searched(tmp_path, answers), "views")[1]
+    trial = of(searched(tmp_path, answers), "tta")[1]
     assert (trial.gain, trial.adopted, trial.note) == (None, False, "1 images failed, 0 without these views")
 
 

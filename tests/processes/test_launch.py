@@ -16,12 +16,12 @@ from pathlib import Path
 import psutil
 import pytest
 from omegaconf import OmegaConf
-from tests.launching import PATIENCE, ROOT, SHORT, TRAIN, TWO_RANKS, of_folder, run, started, under_way, wait_for
+from tests.launching import PATIENCE, SEARCH_PATH, SHORT, TRAIN, TWO_RANKS, of_folder, run, started, under_way, wait_for
 from tests.trouble import trouble
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from vessel.errors import VesselError
-from vessel.processes import ranks
+from vessel.processes import signals
 from vessel.processes.launch import _alone_in, _requeue, _tell, _torchrun
 from vessel.processes.ranks import Rank, device_count, this_rank
 from vessel.processes.signals import STOP_CODES
@@ -180,12 +180,12 @@ def test_a_job_of_slurm_is_requeued_by_the_first_rank(tmp_path, monkeypatch, cap
 def test_submitits_own_handler_is_asked_first(monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "4711")
     with pytest.raises(SystemExit, match="77"):
-        _requeue([ranks._leave, lambda signum, frame: sys.exit(77)], Rank())
+        _requeue([signals._leave, lambda signum, frame: sys.exit(77)], Rank())
 
 
 def test_signals_before_training_leave_at_once(tmp_path):
     wait = "print(1, flush=True); time.sleep(60)"
-    code = f"import time; from vessel.processes.ranks import leave_on_signals; leave_on_signals(); {wait}"
+    code = f"import time; from vessel.processes.signals import leave_on_signals; leave_on_signals(); {wait}"
     for signum, status in STOP_CODES.items():
         with started("-c", code, cwd=tmp_path) as process:
             process.stdout.readline()
@@ -195,7 +195,9 @@ def test_signals_before_training_leave_at_once(tmp_path):
 
 
 def test_nohup_is_respected(tmp_path):
-    code = "import time; from vessel.processes.ranks import leave_on_signals; leave_on_signals(); print(1, flush=True)"
+    code = (
+        "import time; from vessel.processes.signals import leave_on_signals; leave_on_signals(); print(1, flush=True)"
+    )
     command = ["nohup", sys.executable, "-c", f"{code}; time.sleep(60)"]
     with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
         process.stdout.readline()
@@ -318,7 +320,9 @@ def test_a_terminal_that_is_closed_stops_the_run(oct_set, tmp_path, ranks):
         os.chdir(tmp_path)
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
         os.execve(
-            sys.executable, [sys.executable, *command], {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+            sys.executable,
+            [sys.executable, *command],
+            {**os.environ, "PYTHONPATH": SEARCH_PATH, "OMP_NUM_THREADS": "1"},
         )
     try:
         assert wait_for(lambda: os.read(terminal, 4096) and under_way("ssh", tmp_path, 1)())

@@ -6,17 +6,14 @@ import signal
 import subprocess
 import sys
 from functools import partial
-from pathlib import Path
 
 import psutil
 import pytest
-from tests.launching import wait_for
+from tests.launching import ROOT, SEARCH_PATH, wait_for
 from tests.processes.pool_works import begin, broken_begin, die, refuse, wait_long, work
 
 from vessel.errors import VesselError
 from vessel.processes.pool import in_processes
-
-ROOT = Path(__file__).parents[2]
 
 
 def alive(pid):
@@ -56,7 +53,7 @@ def test_one_that_fails_ends_the_others_at_once(tmp_path, bad, first, message):
 def test_none_outlives_the_command(tmp_path, signum):
     """The signal goes to the parent alone, as from a scheduler or `kill`."""
     code = f"from pathlib import Path; from tests.processes.pool_works import many; many(Path({str(tmp_path)!r}))"
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    env = {**os.environ, "PYTHONPATH": SEARCH_PATH}
     with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=env, stderr=subprocess.DEVNULL) as parent:
         assert wait_for(lambda: len(list(tmp_path.glob("*.pid"))) == 2, seconds=60)
         parent.send_signal(signum)
