@@ -16,13 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from vessel.errors import user_message
-from vessel.processes.signals import STOP_CODES
 
 PARENT = "VESSEL_PARENT"  # the vessel.train that started this rank and waits for it
 STAMP = "VESSEL_STAMP"  # last part of the run's folder, where several processes have to agree on it
 RANKS = "ranks"  # folder in a run: the configuration of the ranks, and what ranks other than 0 print
-if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup has it
-    STOP_CODES[signal.SIGHUP] = 129
 
 # What a rank says when another one has gone: no cause, only its echo.
 _ECHO = re.compile(r"gloo/|NCCL|connection (?:closed|reset) by (?:remote )?peer", re.IGNORECASE)

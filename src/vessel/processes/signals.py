@@ -8,6 +8,8 @@ from types import FrameType
 
 REQUEUE = 138
 STOP_CODES = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGUSR1: REQUEUE, signal.SIGUSR2: REQUEUE}
+if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup has it
+    STOP_CODES[signal.SIGHUP] = 129
 
 
 def leave_on_signals() -> None:
