@@ -14,7 +14,7 @@ FILES = sorted(SRC.rglob("*.py"))
 # From the ground up. A part imports from the rows above it and from itself, never from its own row.
 LAYERS = (
     ("errors", "batch", "plotting"),
-    ("paths", "losses", "metrics"),
+    ("paths", "losses", "metrics", "hub"),
     ("files", "model"),
     ("data", "weights", "runs"),
     ("privacy", "checkpoints", "processes"),

@@ -304,8 +304,8 @@ def test_places_that_would_mix_input_and_output(options, tmp_path):
 
 def test_hub_that_cannot_be_reached(options, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(VesselError, match="nobody/nothing: no such folder here, and the hub"):
-        prepare(replace(options, source="nobody/nothing"))
+    with pytest.raises(VesselError, match="hf://nobody/nothing: "):
+        prepare(replace(options, source="hf://nobody/nothing"))
 
 
 def test_synthetic_sources_are_a_function_of_their_seed(options, tmp_path):

@@ -14,7 +14,7 @@ from vessel.runs.manifest import Manifest
 
 MANIFEST = Manifest(
     name="oct",
-    config={"weights": [{"source": "owner/Sa2VA-8B"}]},
+    config={"weights": [{"source": "hf://owner/Sa2VA-8B"}]},
     data={
         "name": "oct1220", "fingerprint": "d" * 64, "split_hash": "e" * 64, "unit": "patient",
         "note": "Blocks are near.", "n_images": 20, "n_patients": 5, "n_videos": 7, "fold": None,

@@ -35,7 +35,7 @@ def test_guard_D11_places_of_this_machine_stay_here_and_hub_ids_go(tmp_path, mon
     """A folder is a place also by a bare name."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "Bare_Name").mkdir()
-    sources = ["Bare_Name", str(tmp_path), "~/weights", "owner/Sa2VA-8B"]
+    sources = ["Bare_Name", str(tmp_path), "~/weights", "hf://owner/Sa2VA-8B"]
     run = Manifest(
         **{**MANIFEST.as_dict(), "phrases": ("lumen",)}
         | {
@@ -45,8 +45,8 @@ def test_guard_D11_places_of_this_machine_stay_here_and_hub_ids_go(tmp_path, mon
         }
     )
     gone = exported_manifest(run, fingerprint="new")
-    assert [entry["source"] for entry in gone.config["weights"]] == [LOCAL, LOCAL, LOCAL, "owner/Sa2VA-8B"]
-    assert [report["source"] for report in gone.weights] == [LOCAL, LOCAL, LOCAL, "owner/Sa2VA-8B"]
+    assert [entry["source"] for entry in gone.config["weights"]] == [LOCAL, LOCAL, LOCAL, "hf://owner/Sa2VA-8B"]
+    assert [report["source"] for report in gone.weights] == [LOCAL, LOCAL, LOCAL, "hf://owner/Sa2VA-8B"]
     assert gone.config["data"] == {"fold": 1}
     assert "run" not in gone.config
     assert (gone.fingerprint, gone.parent) == ("new", {"name": "oct", "fingerprint": "old"})

@@ -180,9 +180,9 @@ def test_a_run_that_goes_on_keeps_the_commit_of_its_weights(monkeypatch):
 
     monkeypatch.setattr(Weights, "fetch", lambda self: (Path("somewhere"), self.revision or "of today"))
     config = OmegaConf.create(
-        {"weights": ["org/base"], "data": {"root": None}, "prompt": {"tokenizer": None, "template": "qwen_chat"}}
+        {"weights": ["hf://org/base"], "data": {"root": None}, "prompt": {"tokenizer": None, "template": "qwen_chat"}}
     )
-    parent = SimpleNamespace(config={"weights": [{"source": "org/base", "revision": "of the run"}]})
+    parent = SimpleNamespace(config={"weights": [{"source": "hf://org/base", "revision": "of the run"}]})
     assert settled(config, None).weights[0].revision == "of today"
     assert settled(config, parent).weights[0].revision == "of the run"
 

@@ -1,5 +1,8 @@
 """Hub ids: downloaded once, pinned to the commit they stood for."""
 
+import re
+from pathlib import Path
+
 import pytest
 from huggingface_hub import constants
 from tests.hub_server import COMMIT, serve
@@ -24,8 +27,8 @@ def hub(plan, tmp_path, monkeypatch):
 
 
 def test_a_hub_id_is_downloaded_and_pinned(hub, plan):
-    pinned = Weights("somebody/Sa2VA-tiny").pinned()
-    assert (pinned.source, pinned.revision) == ("somebody/Sa2VA-tiny", COMMIT)
+    pinned = Weights("hf://somebody/Sa2VA-tiny").pinned()
+    assert (pinned.source, pinned.revision) == ("hf://somebody/Sa2VA-tiny", COMMIT)
     made = plan(weights=[pinned])
     made.build()
     assert made.reports[0].revision == COMMIT
@@ -33,34 +36,43 @@ def test_a_hub_id_is_downloaded_and_pinned(hub, plan):
 
 
 def test_a_revision_may_stand_in_the_name(hub):
-    source = open_source(f"somebody/Sa2VA-tiny@{COMMIT}")
+    source = open_source(f"hf://somebody/Sa2VA-tiny@{COMMIT}")
     assert source.path.name == COMMIT
     assert source.kind.name == "Sa2VA folder"
     assert any(COMMIT in path for path in hub)
 
 
-def test_a_revision_is_never_taken_from_a_folder_of_that_name(hub, tmp_path, monkeypatch):
+def test_the_hub_is_meant_only_where_it_is_named(hub, tmp_path, monkeypatch):
     (tmp_path / "somebody" / "Sa2VA-tiny").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    assert Weights("somebody/Sa2VA-tiny").fetch()[1] is None
-    assert Weights("somebody/Sa2VA-tiny", revision=COMMIT).fetch()[1] == COMMIT
+    assert Weights("somebody/Sa2VA-tiny").fetch() == (Path("somebody/Sa2VA-tiny"), None)
+    assert hub == []
+    assert Weights("hf://somebody/Sa2VA-tiny", revision=COMMIT).fetch()[1] == COMMIT
+
+
+@pytest.mark.parametrize("revision", [None, COMMIT])
+def test_guard_D22_a_path_that_is_not_there_is_sent_nowhere(hub, revision):
+    with pytest.raises(VesselError, match="hf://patients/smith_john"):
+        Weights("patients/smith_john", revision=revision).fetch()
+    for missing in ("outputs/x", "x.pt", "a/b/c.pth", "../a/b"):
+        with pytest.raises(VesselError, match=re.escape(missing)):
+            open_source(missing)
+    assert hub == []
 
 
 def test_a_file_of_a_repository_is_downloaded_alone(hub, plan):
     index = "model.safetensors.index.json"
-    path, commit = Weights(f"somebody/Sa2VA-tiny/{index}@main").fetch()
+    path, commit = Weights(f"hf://somebody/Sa2VA-tiny/{index}@main").fetch()
     assert (path.name, commit) == (index, COMMIT)
     assert [file.name for file in path.parent.iterdir()] == [index]
 
 
 def test_a_repository_that_is_not_there_is_refused(hub):
-    with pytest.raises(
-        VesselError, match=r"somebody/else: no folder or file of that name, and the hub does not give it"
-    ):
-        open_source("somebody/else")
+    with pytest.raises(VesselError, match="hf://somebody/else"):
+        open_source("hf://somebody/else")
 
 
 def test_a_hub_that_cannot_be_reached_is_told(hub, monkeypatch):
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(VesselError, match="download it elsewhere"):
-        open_source("somebody/unreachable")
+    with pytest.raises(VesselError, match="hf://somebody/unreachable"):
+        open_source("hf://somebody/unreachable")

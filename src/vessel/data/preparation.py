@@ -29,6 +29,7 @@ from vessel.data.overview import tables
 from vessel.data.splits import NOTES, make_split
 from vessel.data.writing import Job, Origin, Written, make_folders, spacing_of, write_frame, write_summary
 from vessel.errors import BadItemsError, Problem, VesselError
+from vessel.hub import HubName, hub_hint, is_hub_name
 from vessel.paths import expanded
 
 SYNTHETIC = "synthetic"
@@ -149,25 +150,12 @@ def source_folder(options: PrepareOptions) -> Iterator[Path]:
             yield folder
     elif folder.is_dir():
         yield folder
-    elif re.fullmatch(r"[\w.-]+/[\w.-]+", options.source):
-        yield _download(options.source)
+    elif is_hub_name(options.source):
+        yield HubName.parse(options.source).download(repo_type="dataset")[0]
     elif folder.is_file():
         raise VesselError(f"source={options.source} is a file; give the folder that holds images and labels")
     else:
-        raise VesselError(f"source={options.source}: no such folder, and not the form of a hub id (NAME/DATASET)")
-
-
-def _download(hub_id: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(hub_id, repo_type="dataset"))
-    except (OSError, ValueError) as error:
-        reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-        raise VesselError(
-            f"source={hub_id}: no such folder here, and the hub gave no data set of this id ({reason}); "
-            "check the spelling, the connection and `hf auth login`, or give a folder"
-        ) from error
+        raise VesselError(f"source={options.source}: no such folder{hub_hint(options.source)}")
 
 
 def _source_fingerprint(source: SourceFolder, options: PrepareOptions, salt: bytes) -> str:

@@ -63,8 +63,8 @@ class Prompt:
     """Conversations about an image or the first frames of a video.
 
     Args:
-        tokenizer: folder or hub id with the tokenizer of the checkpoint; None makes the small tokenizer that a network
-            trained from scratch uses.
+        tokenizer: folder, or `hf://` name on the hub, with the tokenizer of the checkpoint; None makes the small
+            tokenizer that a network trained from scratch uses.
         template: name of the chat format, as the checkpoint's `config.json` states it.
 
     Attributes:

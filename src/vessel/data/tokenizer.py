@@ -16,6 +16,9 @@ from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
 from transformers.utils import cached_file
 
 from vessel.errors import VesselError
+from vessel.hub import HubName, hub_hint, is_hub_name
+
+_FILES = ("*.json", "*.txt", "*.model", "*.jinja")  # of a repository: those that a tokenizer may be made of
 
 
 class InternLM2Tokenizer(SentencePieceBackend):
@@ -71,11 +74,15 @@ def read_tokenizer(source: str) -> PreTrainedTokenizerBase:
     """Read the tokenizer of a checkpoint.
 
     Args:
-        source: folder or hub id.
+        source: a folder, or `hf://owner/name[@revision]`.
 
     Raises:
         VesselError: nothing there that can be read.
     """
+    if is_hub_name(source):
+        source = str(HubName.parse(source).download(patterns=_FILES)[0])
+    elif not Path(source).is_dir():
+        raise VesselError(f"prompt.tokenizer={source}: no such folder{hub_hint(source)}")
     # AutoTokenizer would run the checkpoint's own code; the class named in the folder is one of transformers', or
     # stands for one.
     try:

@@ -11,10 +11,10 @@ from typing import Any
 
 from vessel.data.prompt import Prompt
 from vessel.files import read_json
+from vessel.hub import is_hub_name
 from vessel.inference.decision import Decision
 from vessel.inference.loading import LoadedModel
 from vessel.model.lora import adapter_config
-from vessel.paths import expanded
 from vessel.publishing.card import Facts, model_card
 from vessel.runs.manifest import EXPORT_MANIFEST, LOCAL, Manifest, without_places
 from vessel.weights.architecture import public_names
@@ -57,10 +57,10 @@ def write_export(folder: Path, restored: LoadedModel, *, layout: str, dtype: str
     names, chosen = public_names(restored.sa2va_sizes.language), DTYPES[dtype]
     # Of merged weights the base need not be at hand.
     base = restored.base or Weights.listed(restored.manifest.config.get("weights"))
-    public = [entry for entry in base if not _is_local(entry.source)]
+    public = [name for entry in base if (name := entry.hub_name) is not None]
     if layout == "adapter":
         first = public[0] if public else None
-        base_id, revision = (first.source, first.revision) if first else (None, None)
+        base_id, revision = (first.repository, first.revision) if first else (None, None)
         adapter_config(restored.sa2va, base=base_id, revision=revision).save_pretrained(str(folder))
     else:
         config = public_config if layout == "sa2va" else native_config
@@ -77,7 +77,7 @@ def write_export(folder: Path, restored: LoadedModel, *, layout: str, dtype: str
     if restored.tuned:  # a public network's own files say everything
         _write_json(folder / EXPORT_MANIFEST, manifest.as_dict())
     remarks = limits_of_public_code(restored.sa2va_sizes) if code else []
-    bases = [entry.source for entry in public]
+    bases = [name.repository for name in public]
     card = model_card(Facts(manifest, layout, dtype, bases, bool(code), _evaluation(restored), remarks))
     (folder / "README.md").write_text(card, encoding="utf-8")
     return Written(len(in_memory), fingerprint)
@@ -120,12 +120,8 @@ def exported_manifest(manifest: Manifest, *, fingerprint: str) -> Manifest:
     )
 
 
-def _is_local(source: str) -> bool:
-    return without_places(source) == LOCAL or expanded(source).exists()
-
-
 def _without_place(source: Mapping[str, Any]) -> dict[str, Any]:
-    return {**source, "source": LOCAL if _is_local(source["source"]) else source["source"]}
+    return {**source, "source": source["source"] if is_hub_name(source["source"]) else LOCAL}
 
 
 def _evaluation(restored: LoadedModel) -> Mapping[str, Any] | None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from vessel.errors import VesselError
 from vessel.files import write_json
-from vessel.runs.old_names import present_config
+from vessel.runs.old_names import present_config, present_report
 
 MANIFEST = "manifest.json"
 RESULT = "result.json"
@@ -85,7 +85,7 @@ class Manifest:
                 f"vessel reads: {'; '.join(faults)}; copy it again, or use the version of vessel that wrote it"
             )
         config = present_config(stated["config"])
-        lists = {name: tuple(stated[name]) for name in ("phrases", "weights")}
+        lists = {"phrases": tuple(stated["phrases"]), "weights": tuple(map(present_report, stated["weights"]))}
         return cls(**{**stated, "config": config, **lists})
 
     def write(self, folder: Path) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from vessel.hub import PREFIX, is_hub_name
+
 # Classes, as `_target_` names them in manifests, in Hydra's records and in files of users.
 CLASSES = {
     **{
@@ -50,12 +52,27 @@ def present_config(config: Mapping[str, Any]) -> dict[str, Any]:
     Returns:
         a copy whose options and classes have the names of today.
     """
-    return {OPTIONS.get(key, key): _present_classes(child) for key, child in config.items()}
+    present = {OPTIONS.get(key, key): _present_classes(child) for key, child in config.items()}
+    if "weights" in present:
+        present["weights"] = [_present_source(entry) for entry in present["weights"] or ()]
+    return present
+
+
+def present_report(report: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a load report of a manifest with the present form of its source."""
+    return _present_source(report)
 
 
 def present_decision(decision: Mapping[str, Any]) -> dict[str, Any]:
     """Replace the old keys of a decision, as `Decision.to_json` gives it, in a copy."""
     return {DECISION.get(key, key): value for key, value in decision.items()}
+
+
+def _present_source(entry: Any) -> Any:
+    """Name the hub in an entry of `weights` that has a commit there; such entries once held the bare `owner/name`."""
+    if not isinstance(entry, Mapping) or not entry.get("revision") or is_hub_name(entry["source"]):
+        return entry
+    return {**entry, "source": f"{PREFIX}{entry['source']}"}
 
 
 def _present_classes(node: Any) -> Any:

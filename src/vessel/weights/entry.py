@@ -7,10 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import hf_hub_download, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
 from vessel.errors import VesselError
+from vessel.hub import HubName, hub_hint, is_hub_name
 from vessel.paths import expanded
 
 _FILES_OF_INTEREST = ("*.json", "*.safetensors", "*.model", "*.txt", "*.py", "*.jinja")
@@ -21,8 +19,8 @@ class Weights:
     """An entry of the configuration's list `weights`.
 
     Attributes:
-        source: folder, file, or hub id, which may name a file and a revision: `owner/name/file.pt@revision`.
-        revision: of a hub id: a commit, tag or branch; with one, a local folder of that name is not looked at.
+        source: folder, file, or a name on the hub, `hf://owner/name[/file][@revision]`.
+        revision: commit, tag or branch of a name on the hub, in place of the one in `source`.
         partial: modules to take and no others, such as `grounding.mask_decoder`; empty takes all.
         share: of the elements of those modules, how many must be there at least, 0 to 1.
         untie: take the embedding for the head as well, where a language model ties the two.
@@ -36,7 +34,14 @@ class Weights:
 
     def __post_init__(self) -> None:
         if not isinstance(self.source, str):
-            raise VesselError(f"weights: source={self.source!r}: a folder, a file or a hub id, in quotes if need be")
+            raise VesselError(
+                f"weights: source={self.source!r}: a folder, a file or hf://OWNER/NAME, in quotes if need be"
+            )
+        if self.revision is not None and not is_hub_name(self.source):
+            raise VesselError(
+                f"weights: revision={self.revision} of {self.source}: only what is on the hub has one"
+                f"{hub_hint(self.source)}"
+            )
         if isinstance(self.partial, str):
             raise VesselError(f"weights: partial={self.partial} of {self.source}: a list, partial: [{self.partial}]")
         if not 0 < self.share <= 1:
@@ -66,33 +71,33 @@ class Weights:
             fields = ", ".join(cls.__dataclass_fields__)
             raise VesselError(f"weights: {entry!r} is no source; give a name, or a mapping with {fields}") from error
 
+    @property
+    def hub_name(self) -> HubName | None:
+        """The repository or file on the hub, with the revision of this entry; None for a local path."""
+        if not is_hub_name(self.source):
+            return None
+        name = HubName.parse(self.source)
+        return replace(name, revision=self.revision or name.revision)
+
     def pinned(self) -> Weights:
-        """This entry with the commit that a hub id stands for today, or the whole path: a run can be repeated."""
+        """Return this entry with its commit on the hub, or its absolute path, so that a run can be repeated."""
         path, commit = self.fetch()
         if commit is None:
             return replace(self, source=str(path.absolute()))
-        return replace(self, source=self.source.partition("@")[0], revision=commit)
+        return replace(self, source=str(replace(HubName.parse(self.source), revision=None)), revision=commit)
 
     def fetch(self) -> tuple[Path, str | None]:
-        """The place on this machine, downloaded if need be, and the commit of a hub id.
+        """Find the weights on this machine, downloaded first where the source names the hub.
+
+        Returns:
+            folder or file, and the commit of what is on the hub.
 
         Raises:
-            VesselError: nothing of that name here, and the hub does not give it.
+            VesselError: nothing of that name here, or the hub does not give it.
         """
-        if self.revision is None and (place := expanded(self.source)).exists():
-            return place, None
-        named, _, at = self.source.partition("@")
-        owner, _, rest = named.partition("/")
-        name, _, file = rest.partition("/")
-        repository, revision = f"{owner}/{name}" if rest else owner, self.revision or at or None
-        try:
-            if file:
-                found = Path(hf_hub_download(repository, file, revision=revision))
-                return found, found.parents[file.count("/")].name
-            folder = snapshot_download(repository, revision=revision, allow_patterns=list(_FILES_OF_INTEREST))
-        except (OSError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-            raise VesselError(
-                f"{self.source}: no folder or file of that name, and the hub does not give it "
-                f"({type(error).__name__}); check the spelling, or download it elsewhere and name the folder"
-            ) from error
-        return Path(folder), Path(folder).name
+        if (name := self.hub_name) is not None:
+            return name.download(patterns=_FILES_OF_INTEREST)
+        path = expanded(self.source)
+        if not path.exists():
+            raise VesselError(f"{self.source}: no folder or file of that name{hub_hint(self.source)}")
+        return path, None
