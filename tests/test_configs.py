@@ -4,7 +4,6 @@ import inspect
 import re
 import shlex
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import InstantiationException
 from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
+from tests.launching import command
 
 ROOT = Path(__file__).parents[1]
 CONF = ROOT / "conf"
@@ -152,9 +152,7 @@ def test_a_typo_in_a_file_fails_with_its_full_key(key):
 
 
 def run(verb: str, *overrides: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", f"vessel.{verb}", *overrides], capture_output=True, text=True, timeout=60, check=False
-    )
+    return command(f"vessel.{verb}", *overrides)
 
 
 @pytest.mark.parametrize(

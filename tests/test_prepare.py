@@ -1,19 +1,16 @@
 """The command as a user runs it."""
 
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 from PIL import Image
+from tests.launching import command
 
 from vessel.data.catalog import Catalog
 from vessel.data.masks import write_mask
 
 
 def run(cwd, *arguments):
-    command = [sys.executable, "-m", "vessel.prepare", *arguments]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=60, check=False)
+    return command("vessel.prepare", *arguments, cwd=cwd)
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ import fcntl
 import json
 import os
 import shlex
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -13,6 +12,7 @@ import pytest
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
+from tests.launching import command
 
 from vessel.cli.argv import settle
 from vessel.errors import VesselError
@@ -190,8 +190,8 @@ def test_a_named_run_has_its_config_dir_with_it(settled, tmp_path):
     """As Hydra notes it; the line of a run that was stopped names the folder only."""
     (tmp_path / "mine/experiment").mkdir(parents=True)
     (tmp_path / "mine/experiment/again.yaml").write_text("# @package _global_\ndefaults:\n  - tiny\nseed: 5\n")
-    command = [sys.executable, "-m", "vessel.train", "--config-dir", "mine", "experiment=again", "trainer.num_nodes=2"]
-    assert "num_nodes=2: start it with" in subprocess.run(command, capture_output=True, text=True, check=False).stderr
+    done = command("vessel.train", "--config-dir", "mine", "experiment=again", "trainer.num_nodes=2")
+    assert "num_nodes=2: start it with" in done.stderr
     [run] = tmp_path.glob("outputs/*/*")
     added = settled(f"resume={run}")
     assert added[:4] == ["experiment=again", "trainer.num_nodes=2", f"hydra.run.dir={str(run)!r}", KEPT]
@@ -199,8 +199,7 @@ def test_a_named_run_has_its_config_dir_with_it(settled, tmp_path):
 
 
 def test_a_job_of_a_sweep_goes_on_when_it_is_named(settled, tmp_path):
-    command = [sys.executable, "-m", "vessel.train", "-m", *GIVEN, "lora=none,r8", "trainer.num_nodes=2"]
-    subprocess.run(command, capture_output=True, text=True, check=False)
+    command("vessel.train", "-m", *GIVEN, "lora=none,r8", "trainer.num_nodes=2")
     [run] = tmp_path.glob("outputs/night/sweep_*/1")
     added = settled(option("resume", run))
     assert set(added) == {*GIVEN, "lora=r8", "trainer.num_nodes=2", f"hydra.run.dir='{os.path.relpath(run)}'", KEPT}
@@ -212,8 +211,7 @@ def test_a_refused_command_leaves_the_record_as_it_was(begun):
     record = {file: file.read_text() for file in (run / ".hydra").iterdir()}
     with (run / ".lock").open("w") as lock:
         fcntl.lockf(lock, fcntl.LOCK_EX)
-        command = [sys.executable, "-m", "vessel.train", f"resume={run}", "optimizer.lr=0.7"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        done = command("vessel.train", f"resume={run}", "optimizer.lr=0.7")
     assert done.returncode == 1
     assert "another process is training there" in done.stderr
     assert {file: file.read_text() for file in (run / ".hydra").iterdir()} == record
@@ -274,7 +272,7 @@ def test_any_folder_can_be_given_to_hydra(name):
 
 def test_configuration_is_printed_and_nothing_else(tmp_path):
     """`resume=auto` would otherwise look for runs, and say so."""
-    command = [sys.executable, "-m", "vessel.train", *GIVEN, "resume=auto", "--cfg", "job", "--package", "optimizer"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    done = command("vessel.train", *GIVEN, "resume=auto", "--cfg", "job", "--package", "optimizer")
+    assert done.returncode == 0, done.stderr
     assert "resume" not in done.stdout
     assert json.loads(json.dumps(OmegaConf.to_container(OmegaConf.create(done.stdout))))

@@ -3,12 +3,11 @@
 import csv
 import json
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
+from tests.launching import command
 from tests.wandb_offline import media, read_history
 
 from vessel.checkpoints.reading import find_checkpoint
@@ -164,8 +163,8 @@ def test_guard_D9_other_data_must_be_asked_for_by_name(score, oct_set, tmp_path)
     shutil.copytree(oct_set, tmp_path / "moved")
     assert score(root=tmp_path / "moved")["data"]["same_as_run"]
     other = tmp_path / "other"
-    command = [sys.executable, "-m", "vessel.prepare", "source=synthetic", f"out={other}", "synthetic.patients=4"]
-    subprocess.run([*command, "synthetic.frames=2", "synthetic.size=64"], check=True, cwd=tmp_path, capture_output=True)
+    size = ("synthetic.patients=4", "synthetic.frames=2", "synthetic.size=64")
+    assert command("vessel.prepare", "source=synthetic", f"out={other}", *size, cwd=tmp_path).returncode == 0
     with pytest.raises(VesselError, match="other_data=true"):
         score(root=other)
     report = score(root=other, other_data=True)
@@ -250,8 +249,7 @@ def test_wandb_shows_the_numbers_and_the_report(score, run_folder, tmp_path, mon
 
 
 def test_as_a_user_runs_it(run_folder, tmp_path):
-    command = [sys.executable, "-m", "vessel.evaluate", "ckpt=run", "split=val"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    done = command("vessel.evaluate", "ckpt=run", "split=val", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert (run_folder / "evaluate/val/metrics.json").is_file()
     for told in ("lumen", "Recall", "intervals", "threshold", "note:", "evaluate/val"):

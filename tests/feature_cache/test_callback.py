@@ -143,7 +143,9 @@ def test_guard_T10_a_rank_that_misses_features_does_not_wait_for_the_others(with
         f"+callbacks.recorder.out={tmp_path}", "cache=features", f"cache.root={tmp_path}/cache", DAMAGE,
         f"+callbacks.damage.root={tmp_path}/cache", *TINY_NETWORK,
     ]  # fmt: skip
-    status, printed = on_ranks(2, str(ROOT / "tests/zero_ranks.py"), str(tmp_path), "train", *given, cwd=tmp_path)
+    status, printed = on_ranks(
+        2, str(ROOT / "tests/training/zero_ranks.py"), str(tmp_path), "train", *given, cwd=tmp_path
+    )
     assert status == 0, printed[-4000:]
     assert printed.count("was damaged and is removed") == IMAGES / 2
     expected = torch.load(without / "rank0.pt")["losses"]

@@ -21,7 +21,9 @@ def test_two_ranks_hold_what_is_planned(oct_set, tmp_path, trainer):
         "callbacks.checkpoint=null", "callbacks.last_checkpoint=null", "lora=r8", "trainable=lora",
         "+callbacks.holds._target_=tests.memory_plan.holds.Holds", f"+callbacks.holds.out={tmp_path}",
     ]  # fmt: skip
-    status, printed = on_ranks(2, str(ROOT / "tests/zero_ranks.py"), str(tmp_path), "train", *overrides, cwd=tmp_path)
+    status, printed = on_ranks(
+        2, str(ROOT / "tests/training/zero_ranks.py"), str(tmp_path), "train", *overrides, cwd=tmp_path
+    )
     assert status == 0, printed[-4000:]
     setup = setup_of(_configuration("train", [*overrides]))
     engine, network = setup.engine, memory_plan(setup).work.network

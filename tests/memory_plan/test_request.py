@@ -1,13 +1,12 @@
 """Plans of configurations: the verdict, the refusal and what it advises."""
 
 import re
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
 from rich.console import Console
 from tests.conftest import SIZES, TINY_NETWORK, _configuration
+from tests.launching import command
 
 from vessel.errors import VesselError
 from vessel.losses import NativeLoss
@@ -140,8 +139,7 @@ def test_a_plan_of_8b_needs_neither_data_nor_weights_nor_gpu(capsys):
 
 
 @pytest.mark.slow
-def test_the_command_shows_the_plan():
-    command = [sys.executable, "-m", "vessel.train", "experiment=tiny", *TINY_NETWORK, "plan=true", "data.root=nowhere"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+def test_the_command_shows_the_plan(tmp_path):
+    done = command("vessel.train", "experiment=tiny", *TINY_NETWORK, "plan=true", "data.root=nowhere", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "fits: " in done.stdout

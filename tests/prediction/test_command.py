@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +12,7 @@ import pytest
 from bench.stream import measure
 from PIL import Image
 from tests.conftest import scripted
+from tests.launching import command
 
 from vessel.data.images import read_rgb
 from vessel.data.inputs import InputImage, find_images
@@ -370,8 +370,7 @@ def test_what_is_no_trained_network_is_refused(options, scans):
 
 
 def run(cwd, *arguments):
-    command = [sys.executable, "-m", "vessel.predict", *arguments]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120, check=False)
+    return command("vessel.predict", *arguments, cwd=cwd)
 
 
 def test_as_a_user_runs_it(tiny_run, scans, tmp_path):

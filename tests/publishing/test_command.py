@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import subprocess
 import sys
 from collections import namedtuple
 from dataclasses import asdict
@@ -14,6 +13,7 @@ from huggingface_hub import HfApi
 from safetensors.torch import load_file, save_file
 from tests.conftest import _configuration
 from tests.golden import GROUNDING, NETWORKS
+from tests.launching import command
 
 from vessel.checkpoints.reading import find_checkpoint
 from vessel.errors import VesselError
@@ -390,14 +390,8 @@ def test_bad_choices_are_refused_before_anything_is_read(tmp_path, exported):
 
 
 def test_as_a_user_runs_it(tiny_run, oct_set, tmp_path):
-    def run(command, *arguments):
-        return subprocess.run(
-            [sys.executable, "-m", f"vessel.{command}", *arguments],
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            timeout=180,
-        )
+    def run(verb, *arguments):
+        return command(f"vessel.{verb}", *arguments, cwd=tmp_path)
 
     shutil.copytree(tiny_run, tmp_path / "run")
     scored = run("evaluate", "ckpt=run")

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from tests.launching import command
 from tests.wandb_offline import records
 
 from vessel.runs.sweep import Job, _print, best_job, best_threshold, read_jobs, write_summary
@@ -195,8 +196,7 @@ def test_slurm_is_asked_for_what_the_configuration_says():
 @pytest.mark.slow
 def test_training_sweep_has_a_wandb_run_per_job_in_one_group(tmp_path):
     def vessel(verb, *options):
-        command = [sys.executable, "-m", f"vessel.{verb}", *options]
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+        return command(f"vessel.{verb}", *options, cwd=tmp_path)
 
     size = ("synthetic.patients=3", "synthetic.frames=2", "synthetic.size=64")
     assert vessel("prepare", "source=synthetic", "out=data", *size).returncode == 0

@@ -2,15 +2,13 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from tests.conftest import TINY_NETWORK
-from tests.launching import ROOT, on_ranks
+from tests.launching import ROOT, command, on_ranks
 from tests.weights.layouts import write_sa2va
 
 from vessel.checkpoints.reading import find_checkpoint
@@ -50,7 +48,7 @@ def ranks_run(oct_set, tmp_path_factory):
     def run(ranks: int, *overrides: str, job: str = "train", fails: bool = False) -> Path:
         out = tmp_path_factory.mktemp(job)
         arguments = [str(out), job, *options(out, oct_set, ranks), *overrides]
-        status, printed = on_ranks(ranks, str(ROOT / "tests/zero_ranks.py"), *arguments, cwd=out)
+        status, printed = on_ranks(ranks, str(ROOT / "tests/training/zero_ranks.py"), *arguments, cwd=out)
         assert (status != 0) == fails, printed[-4000:]
         return out
 
@@ -263,20 +261,17 @@ def test_a_checkpoint_of_adapters_holds_what_trains_and_restores_the_rest_from_t
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", ["evaluate", "predict", "export"])
-def test_commands_take_the_folder_of_zero3(zero3, oct_set, tmp_path, command):
+@pytest.mark.parametrize("verb", ["evaluate", "predict", "export"])
+def test_commands_take_the_folder_of_zero3(zero3, oct_set, tmp_path, verb):
     more = {
         "evaluate": [f"out={tmp_path}/out"],
         "predict": [f"images={oct_set}", "phrases=[lumen]", f"out={tmp_path}/out"],
         "export": [f"out={tmp_path}/out"],
-    }[command]
+    }[verb]
     checkpoint = find_checkpoint(zero3 / "run", ("last",))
-    done = subprocess.run(
-        [sys.executable, "-m", f"vessel.{command}", f"ckpt={checkpoint}", *more],
-        cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
+    done = command(f"vessel.{verb}", f"ckpt={checkpoint}", *more, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
-    made = {"evaluate": "metrics.json", "predict": "results.json", "export": "model.safetensors"}[command]
+    made = {"evaluate": "metrics.json", "predict": "results.json", "export": "model.safetensors"}[verb]
     assert (tmp_path / "out" / made).is_file()
 
 

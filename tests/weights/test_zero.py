@@ -218,7 +218,7 @@ def test_the_newest_folder_or_file_is_found(tmp_path):
 
 def launch(ranks: int, out: Path, *arguments: str) -> None:
     """Run `tests/zero_ranks.py` on some ranks."""
-    status, printed = on_ranks(ranks, str(ROOT / "tests/zero_ranks.py"), str(out), *arguments, cwd=out)
+    status, printed = on_ranks(ranks, str(ROOT / "tests/training/zero_ranks.py"), str(out), *arguments, cwd=out)
     assert status == 0, printed[-4000:]
 
 
