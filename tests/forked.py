@@ -16,9 +16,10 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+# Not wandb, whose folder for media is made by the import and removed at the end of the first process.
 MODULES = (
     "torch", "torchvision", "transformers", "peft", "lightning.pytorch", "torchmetrics", "monai.metrics", "skimage",
-    "hydra", "wandb", "matplotlib.figure", "albumentations", "vessel.training.run", "vessel.training.task",
+    "hydra", "matplotlib.figure", "albumentations", "vessel.training.run", "vessel.training.task",
     "vessel.evaluation.command", "vessel.prediction.command", "vessel.publishing.command", "vessel.data.preparation",
     "vessel.model.sa2va", "vessel.feature_cache.callback", "vessel.processes.launch", "vessel.cli.argv",
 )  # fmt: skip

@@ -8,14 +8,17 @@ from __future__ import annotations
 import hydra
 from omegaconf import DictConfig
 
+from vessel.cli.composition import report_composition_errors
 from vessel.cli.conf import CONF
 from vessel.cli.exits import report_errors
+from vessel.cli.values import check_values
 
 
 @hydra.main(version_base="1.3", config_path=CONF, config_name="predict")
-def main(cfg: DictConfig) -> None:
+def app(cfg: DictConfig) -> None:
     """Read the options and predict."""
     with report_errors():
+        check_values(cfg, "predict")
         from vessel.cli.options import require_given, typed
         from vessel.prediction.request import check
 
@@ -26,6 +29,12 @@ def main(cfg: DictConfig) -> None:
         from vessel.prediction.options import PredictOptions
 
         predict(typed(cfg, PredictOptions, "vessel.predict"))
+
+
+def main() -> None:
+    """Compose the configuration and predict."""
+    with report_composition_errors("predict"):
+        app()
 
 
 if __name__ == "__main__":

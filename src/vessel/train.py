@@ -6,8 +6,10 @@ import hydra
 from omegaconf import DictConfig
 
 from vessel.cli.argv import settle
+from vessel.cli.composition import report_composition_errors
 from vessel.cli.conf import CONF
 from vessel.cli.exits import report_errors
+from vessel.cli.values import check_values
 from vessel.processes.launch import launch
 from vessel.processes.signals import leave_on_signals
 
@@ -16,6 +18,7 @@ from vessel.processes.signals import leave_on_signals
 def app(config: DictConfig) -> float | None:
     """Train as configured; the best validation Dice is the value that a sweep maximises."""
     with report_errors():
+        check_values(config, "train")
         return launch(config, _train)
 
 
@@ -28,9 +31,9 @@ def _train(config: DictConfig) -> float | None:
 def main() -> None:
     """Settle what Hydra has to find settled, then train."""
     leave_on_signals()
-    with report_errors():
+    with report_errors(), report_composition_errors("train"):
         settle()
-    app()
+        app()
 
 
 if __name__ == "__main__":

@@ -7,7 +7,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import CompactHydraException
+from hydra.types import RunMode
+
 from vessel.errors import user_message
+
+
+class JobFailedError(CompactHydraException):
+    """A job of a sweep that failed and whose message is printed; Hydra shows this kind without a traceback."""
 
 
 @contextmanager
@@ -24,11 +32,7 @@ def report_errors() -> Iterator[None]:
 
 
 def _end_the_job(message: str) -> NoReturn:
-    from hydra.core.hydra_config import HydraConfig
-    from hydra.errors import CompactHydraException
-    from hydra.types import RunMode
-
-    # In a sweep the other jobs go on: Hydra has to see an exception, and shows this kind without a traceback.
+    # In a sweep the other jobs go on, for which Hydra has to see an exception.
     if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
-        raise CompactHydraException(message) from None
+        raise JobFailedError(message) from None
     raise SystemExit(1) from None
