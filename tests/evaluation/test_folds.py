@@ -1,6 +1,7 @@
 """Cross-validation: which runs make one, who chooses a threshold, and one sweep from its runs to its report."""
 
 import json
+import re
 import shutil
 from dataclasses import asdict, replace
 
@@ -174,13 +175,17 @@ def trained(train_tiny, tmp_path_factory):
     return sweep
 
 
+def options_of(**changes):
+    """Options of the command that evaluates folds."""
+    given = {"data": DataOptions(None, None), "network": NetworkOptions("auto", None, None, None), "device": "cpu"}
+    given |= {"batch_size": 4, "workers": 0} | changes
+    return EvaluateOptions(**dict.fromkeys(EvaluateOptions.__dataclass_fields__) | given)
+
+
 @pytest.fixture(scope="module")
 def pooled(trained):
     """Their results."""
-    given = {"data": DataOptions(None, None), "network": NetworkOptions("auto", None, None, None), "device": "cpu"}
-    given |= {"batch_size": 4, "workers": 0}
-    options = EvaluateOptions(**dict.fromkeys(EvaluateOptions.__dataclass_fields__) | given)
-    report = evaluate_folds([trained], options)
+    report = evaluate_folds([trained], options_of())
     read = read_results(trained)
     assert read.folder == trained / "evaluate/pooled"
     assert read.report == json.loads(json.dumps(report))
@@ -230,6 +235,29 @@ def test_figures_are_those_of_each_run_on_its_fold(pooled, trained, catalog):
     scored = {row.id: row.scores.dice for row in pooled.rows if row.phrase == "lumen"}
     for name, (fold, probability, truth) in found.items():
         assert scored[name] == pytest.approx(dice_of(probability > thresholds[fold], truth))
+
+
+class PredictionStartedError(Exception):
+    """Raised in place of a prediction."""
+
+
+@pytest.mark.slow
+def test_a_folder_with_other_results_is_refused_before_anything_is_predicted(pooled, trained, tmp_path, monkeypatch):
+    def predict(*_, **__):
+        raise PredictionStartedError
+
+    monkeypatch.setattr(Predictor, "predict", predict)
+    out = tmp_path / "results"
+    shutil.copytree(pooled.folder, out)
+    with pytest.raises(PredictionStartedError):  # its own results may be replaced
+        evaluate_folds([trained], options_of(out=str(out)))
+    report = json.loads((out / "metrics.json").read_text())
+    (out / "metrics.json").write_text(json.dumps({**report, "fingerprint": "others"}))
+    with pytest.raises(VesselError, match=f"{re.escape(str(out))} .*others"):
+        evaluate_folds([trained], options_of(out=str(out)))
+    with pytest.raises(PredictionStartedError):
+        evaluate_folds([trained], options_of(out=str(out), overwrite=True))
+    assert json.loads((out / "metrics.json").read_text())["fingerprint"] == "others"
 
 
 def dice_of(mask, truth):

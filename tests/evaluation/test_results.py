@@ -150,3 +150,19 @@ def test_results_on_other_data_are_none_of_the_manifest(tmp_path):
 def test_results_of_which_nothing_could_be_scored_can_be_read(tmp_path):
     folder = results(tmp_path / "results", [], failed=("p1_0",))
     assert read_results(folder).rows == ()
+
+
+def test_results_with_the_old_names_of_a_decision_are_read(tmp_path):
+    new = {"threshold": 0.4, "hysteresis": 0.2, "cleanup": {}, "tta": ["flip"]}
+    old = {"threshold": 0.4, "low": 0.2, "cleanup": {}, "views": ["flip"]}
+    trial = {"option": "views", "value": "flip", "low": -0.1, "high": 0.1}
+    use = {"time": "t", "fingerprint": "f"}
+    folder = results(
+        tmp_path / "old", rows_of(falling), decision=old, searched=[trial], test_uses=[{**use, "decision": old}]
+    )
+    sealed = (folder / "metrics.json").read_bytes()
+    report = read_results(folder).report
+    assert report["decision"] == new
+    assert report["searched"] == [{**trial, "option": "tta"}]  # `low` of a trial is the end of an interval
+    assert report["test_uses"] == [{**use, "decision": new}]
+    assert (folder / "metrics.json").read_bytes() == sealed

@@ -19,7 +19,7 @@ from vessel.evaluation.dashboards import show
 from vessel.evaluation.fold_runs import FoldRun, find_fold_runs, require_one_experiment
 from vessel.evaluation.metrics_json import Part, asked_of, results_of, write_results
 from vessel.evaluation.options import EvaluateOptions
-from vessel.evaluation.results import POOLED
+from vessel.evaluation.results import METRICS_FILE, POOLED
 from vessel.evaluation.scoring import Ruler, Scored, maps_of, score_part, targets_of
 from vessel.evaluation.staging import require_own, staged
 from vessel.evaluation.terminal import tell
@@ -69,6 +69,8 @@ def evaluate_folds(places: Sequence[str | Path], options: EvaluateOptions) -> Ma
     require_one_experiment(runs, catalog)
     ruler = Ruler.of(catalog, options.tolerance)
     out = expanded(places[0]) / "evaluate" / POOLED if options.out is None else expanded(options.out)
+    if not options.overwrite:
+        _require_own(out, runs, catalog, options)
     thresholds = cross_fitted(curves := [_curve(run, catalog, options) for run in runs])
     pooled, folds = Scored(), []
     for run, threshold in zip(runs, thresholds, strict=True):
@@ -76,8 +78,6 @@ def evaluate_folds(places: Sequence[str | Path], options: EvaluateOptions) -> Ma
         _add(pooled, scored)
         folds.append(_entry(run, restored.manifest, threshold, scored))
     part, manifest = Part(catalog, "val", None, phrases, own=True), _pooled_manifest(restored.manifest, folds)
-    if not options.overwrite:
-        require_own(out, manifest, part)
     report = results_of(replace(restored, manifest=manifest), part, pooled, ruler)
     report |= {
         "source": named(expanded(places[0])),
@@ -127,10 +127,34 @@ def mean_curve(curves: Sequence[Curve]) -> dict[str, list[float]]:
     }
 
 
+def _require_own(out: Path, runs: Sequence[FoldRun], catalog: Catalog, options: EvaluateOptions) -> None:
+    """Refuse a results folder with other results before anything is predicted.
+
+    Only weights that are loaded have a fingerprint. So where there are results, each network is loaded once more.
+
+    Raises:
+        VesselError: `out` holds other results.
+    """
+    if not (out / METRICS_FILE).is_file():
+        return
+    fingerprints = []
+    for run in runs:
+        model = _load(run, options)
+        model.network.to("meta")  # room for the next fold
+        fingerprints.append(model.manifest.fingerprint)
+    manifest = replace(runs[0].manifest, fingerprint=digest(fingerprints))
+    require_own(out, manifest, Part(catalog, "val", None, (), own=True))
+
+
+def _load(run: FoldRun, options: EvaluateOptions) -> LoadedModel:
+    """Load the last checkpoint of a fold."""
+    return load_model(str(run.checkpoint), options.network.reading(choose_device(options.device)))
+
+
 def _opened(run: FoldRun, catalog: Catalog, options: EvaluateOptions) -> tuple[LoadedModel, Predictor, VesselDataset]:
-    """The network of a fold and the images that it has not seen."""
+    """Load the network of a fold and the images that it was not trained on."""
     device = choose_device(options.device)
-    restored = load_model(str(run.checkpoint), options.network.reading(device))
+    restored = _load(run, options)
     phrases = asked_of(restored, catalog, options.data.phrases)
     frames = catalog.part("val", run.fold)
     dataset = VesselDataset(catalog.root, frames, phrases=phrases, prompt=restored.prompt, geometry=restored.geometry)

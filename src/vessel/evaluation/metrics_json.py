@@ -13,8 +13,9 @@ from vessel.checkpoints.reading import read_checkpoint
 from vessel.data.catalog import Catalog
 from vessel.data.inputs import asked_phrases
 from vessel.errors import VesselError
-from vessel.evaluation.results import METRICS_FILE, ROWS_FILE, rows_hash, seal
+from vessel.evaluation.results import METRICS_FILE, ROWS_FILE, present_use, rows_hash, seal
 from vessel.evaluation.scoring import Ruler, Scored, missing_seg
+from vessel.files import write_json
 from vessel.inference.decision import DECISION_FILE, Stored
 from vessel.inference.loading import LoadedModel
 from vessel.metrics.scores import METRICS
@@ -111,11 +112,11 @@ def write_results(out: Path, report: dict[str, Any], scored: Scored) -> None:
     write_per_image_csv(out / ROWS_FILE, scored.rows)
     report["rows_hash"] = rows_hash(out / ROWS_FILE)
     report["hash"] = seal(report)
-    (out / METRICS_FILE).write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(out / METRICS_FILE, report)
 
 
 def note_use(restored: LoadedModel, part: Part) -> list[dict[str, Any]]:
-    """Note that a run's test part was looked at; every such use so far, each with its weights and decision."""
+    """Record a use of a run's test part, and return every use so far, each with its weights and decision."""
     if restored.run is None or part.name != "test" or not part.own:
         return []
     use = {
@@ -127,7 +128,7 @@ def note_use(restored: LoadedModel, part: Part) -> list[dict[str, Any]]:
     file.parent.mkdir(exist_ok=True)
     with file.open("a", encoding="utf-8") as stream:
         stream.write(json.dumps(use) + "\n")
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    return [present_use(json.loads(line)) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
 def _patients(scored: Scored, phrases: Sequence[str]) -> dict[str, dict[str, Mapping[str, float]]]:

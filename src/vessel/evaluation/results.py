@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from vessel.files import read_json
 from vessel.metrics.summary import ImageScore, read_per_image_csv, summarise
 from vessel.paths import expanded, option
 from vessel.runs.manifest import MANIFEST
+from vessel.runs.old_names import DECISION, present_decision
 
 METRICS_FILE = "metrics.json"
 ROWS_FILE = "per_image.csv"
@@ -84,7 +85,24 @@ def read_results(place: str | Path, part: str = "test") -> Results:
         raise VesselError(
             f"{folder / METRICS_FILE} was changed after it was written: its hash is not that of its content; {again}"
         )
-    return results
+    return replace(results, report=_present(report))
+
+
+def present_use(use: Mapping[str, Any]) -> dict[str, Any]:
+    """Replace the old keys in the decision of a recorded use of the test part."""
+    return {**use, "decision": present_decision(use["decision"])}
+
+
+def _present(report: Mapping[str, Any]) -> dict[str, Any]:
+    """Replace the old keys of decisions in metrics.json; it was sealed with them, so this comes after its check."""
+    present = {**report, "decision": present_decision(report["decision"])}
+    if report.get("test_uses"):
+        present["test_uses"] = [present_use(use) for use in report["test_uses"]]
+    if report.get("searched"):
+        present["searched"] = [
+            {**trial, "option": DECISION.get(trial["option"], trial["option"])} for trial in report["searched"]
+        ]
+    return present
 
 
 def plain(value: Any) -> Any:

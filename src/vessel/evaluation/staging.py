@@ -1,4 +1,4 @@
-"""A results folder: whose results it holds, and new ones put there whole or not at all."""
+"""Results folders: refuse one with other results, and write new results whole or not at all."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from pathlib import Path
 from vessel.errors import VesselError
 from vessel.evaluation.metrics_json import Part
 from vessel.evaluation.results import METRICS_FILE
+from vessel.files import flush, put_in_place
 from vessel.privacy.scanner import Scanner
 from vessel.privacy.texts import texts_of
 from vessel.runs.manifest import Manifest
 
 
 def require_own(out: Path, manifest: Manifest, part: Part) -> None:
-    """One folder holds the results of one checkpoint on one part of one data set.
+    """Refuse a folder that holds the results of another checkpoint, part or data set.
 
     Raises:
         VesselError: `out` holds other results.
@@ -41,9 +42,10 @@ def require_own(out: Path, manifest: Manifest, part: Part) -> None:
 
 @contextmanager
 def staged(out: Path, *data: Path) -> Iterator[Path]:
-    """An empty folder beside `out`, whose content takes the place of what has the same names there at the end.
+    """Write results into an empty folder beside `out`, and move them there at the end.
 
-    After an error nothing in `out` has changed. Content that holds a raw identifier is one.
+    What has the same names in `out` is replaced, and everything else there stays. After an error in the block, or where
+    the content holds a raw identifier, nothing in `out` has changed.
 
     Args:
         out: the results folder.
@@ -53,19 +55,19 @@ def staged(out: Path, *data: Path) -> Iterator[Path]:
         VesselError: naming the file that holds a name or an id of a patient.
     """
     stage = out.with_name(f".{out.name}.part")
-    shutil.rmtree(stage, ignore_errors=True)
+    aside = out.with_name(f".{out.name}.old")
+    for leftover in (stage, aside):
+        shutil.rmtree(leftover, ignore_errors=True)
     stage.mkdir(parents=True)
     try:
         yield stage
         for root in data or (None,):
             Scanner.beside(root).require_clean(texts_of(stage), doing="the report")
+        flush(stage)
         out.mkdir(exist_ok=True)
-        # Numbers go first and come last: a folder with metrics.json is a whole one.
+        # metrics.json is removed first and moved last: a folder with metrics.json is a whole one.
         (out / METRICS_FILE).unlink(missing_ok=True)
         for made in sorted(stage.iterdir(), key=lambda path: path.name == METRICS_FILE):
-            there = out / made.name
-            if there.is_dir():
-                shutil.rmtree(there)
-            made.replace(there)
+            put_in_place(made, out / made.name, aside)
     finally:
         shutil.rmtree(stage, ignore_errors=True)

@@ -36,7 +36,7 @@ def decision_blocks(report: Mapping[str, Any], mark: str) -> list[Block]:
         ("chosen", str(report["threshold_source"])),
         ("hysteresis", "none" if low is None else f"pixels above {low:.2f} that connect to one above the threshold"),
         ("clean-up", ", ".join(steps) or "none"),
-        ("views of an image", ", ".join(decision.get("tta") or ()) or "the image alone"),
+        ("test-time augmentation", ", ".join(decision.get("tta") or ()) or "the image alone"),
     ]
     blocks: list[Block] = [facts_table("What makes a mask of a probability map, chosen before this evaluation", facts)]
     if searched := report.get("searched"):
