@@ -1,4 +1,4 @@
-"""Whether the results of several runs can be compared: the same data, split, images, phrases and ruler."""
+"""Check that results can be compared: the same data, split, images, phrases and unit of length."""
 
 from __future__ import annotations
 

@@ -132,7 +132,7 @@ def _less(b: ImageScore, a: ImageScore) -> Scores:
 
 
 def _verdict(low: float | None, high: float | None, *, better: str) -> str:
-    """What the interval allows to say of `b`."""
+    """State what the interval shows about `b`."""
     if low is None or high is None:
         return UNKNOWN
     if low <= 0 <= high:
@@ -141,7 +141,7 @@ def _verdict(low: float | None, high: float | None, *, better: str) -> str:
 
 
 def _notes(found: Sequence[Results], labels: Sequence[str], report: Mapping[str, Any]) -> list[str]:
-    """What a reader has to know before believing a difference."""
+    """List the notes that qualify the differences."""
     own = [str(one.report.get("note") or "") for one in found]
     shared = len(set(own)) == 1
     notes = own[:1] if shared else [f"{label}: {note}" for label, note in zip(labels, own, strict=True) if note]

@@ -1,4 +1,4 @@
-"""An evaluation shown in W&B: its headline numbers and its report. The files of the results folder stay the truth."""
+"""Log the mean scores and the report of an evaluation to W&B."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What validation decides: threshold, views, hysteresis and clean-up, each kept only where it helps.
+"""Search on validation for threshold, augmentation, hysteresis and clean-up; each is kept only where it helps.
 
 The search is greedy: an option is tried on top of what was kept before, in the order in which a mask is made. A change
 is kept when the mean Dice rises by `MIN_GAIN` at least, in more than half of the patients. Everything that was tried is
@@ -36,7 +36,7 @@ Ask = Callable[[tuple[str, ...]], Iterable[Prediction | Failure]]
 
 @dataclass(frozen=True)
 class Trial:
-    """What a change did.
+    """The effect of a change of the decision.
 
     Attributes:
         option: that was changed.
@@ -67,7 +67,7 @@ class Trial:
 
     @property
     def helps(self) -> bool:
-        """Whether the gain is large enough, and not that of a few patients."""
+        """Return whether the gain is large enough, and not that of a few patients."""
         return self.gain is not None and self.gain >= MIN_GAIN and 2 * self.better > self.clusters
 
 
@@ -134,7 +134,7 @@ class Search:
         self.trials += trials
 
     def _add_views(self, tta: Sequence[str]) -> None:
-        """Try more views, at the threshold that is best with them."""
+        """Try more test-time augmentation, at the threshold that is best with it."""
         more, before = (*self.decision.tta, *tta), self.kept
         kept = ProbabilityStore(self.folder / "_".join(more), self.ask(more))
         if kept.ids != before.ids:

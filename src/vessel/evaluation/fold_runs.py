@@ -41,7 +41,7 @@ class FoldRun:
 
     @property
     def stopped_early(self) -> bool:
-        """Whether early stopping, which looks at the images that are to be scored, ended its training."""
+        """Return whether early stopping, which monitors the images that are to be scored, ended its training."""
         states = read_checkpoint(self.checkpoint).get("callbacks", {})
         of_stopping = [state for name, state in states.items() if name.startswith("EarlyStopping")]
         return any(state["wait_count"] >= state["patience"] for state in of_stopping)
@@ -124,7 +124,7 @@ def _folders(place: Path) -> list[Path]:
 
 
 def _settings(run: FoldRun) -> Mapping[str, Any]:
-    """What all folds must have in common, and `differing` looks at."""
+    """Return the settings that all folds must have in common."""
     config = run.manifest.config
     data = {key: value for key, value in config["data"].items() if key != "fold"}
     # A run may go on for longer than it was first told, so `differing` leaves that out.

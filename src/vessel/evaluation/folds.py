@@ -37,7 +37,7 @@ from vessel.runs.manifest import Manifest
 
 @dataclass(frozen=True)
 class Curve:
-    """How the images of one fold score at each of `THRESHOLDS`.
+    """The mean scores of the images of one fold at each of `THRESHOLDS`.
 
     Attributes:
         images: how many were predicted.
@@ -51,7 +51,7 @@ class Curve:
 def evaluate_folds(places: Sequence[str | Path], options: EvaluateOptions) -> Mapping[str, Any]:
     """Predict every image out of fold, score and print; the results lie in `evaluate/pooled` of the first place.
 
-    Each network is asked twice: at all thresholds first, then, at the threshold that the other folds chose, for all
+    Each network predicts twice: at all thresholds first, then, at the threshold that the other folds chose, for all
     scores. So neither memory nor disk has to hold the probabilities of the whole set.
 
     Args:
@@ -120,7 +120,7 @@ def cross_fitted(curves: Sequence[Curve]) -> list[float]:
 
 
 def mean_curve(curves: Sequence[Curve]) -> dict[str, list[float]]:
-    """Means over the images of several folds, each score [T]."""
+    """Average the scores over the images of several folds; T numbers each."""
     weights = [curve.images for curve in curves]
     return {
         name: np.average([c.scores[name] for c in curves], axis=0, weights=weights).tolist() for name in OVERLAP_METRICS
@@ -162,7 +162,7 @@ def _opened(run: FoldRun, catalog: Catalog, options: EvaluateOptions) -> tuple[L
 
 
 def _curve(run: FoldRun, catalog: Catalog, options: EvaluateOptions) -> Curve:
-    """The images of a fold at every threshold; what fails here is told when it is scored."""
+    """Score the images of a fold at every threshold; a failure is reported later, when it is scored."""
     _, predictor, dataset = _opened(run, catalog, options)
     sweep, images = OverlapSweep(THRESHOLDS), 0
     answers = predictor.predict(
@@ -187,7 +187,7 @@ def _curve(run: FoldRun, catalog: Catalog, options: EvaluateOptions) -> Curve:
 def _scored(
     run: FoldRun, catalog: Catalog, threshold: float, ruler: Ruler, options: EvaluateOptions
 ) -> tuple[LoadedModel, tuple[str, ...], Scored]:
-    """All scores of a fold, its phrases, and where they come from; the weights themselves are gone."""
+    """Score a fold; return its model without weights, its phrases and its scores."""
     restored, predictor, dataset = _opened(run, catalog, options)
     scored = score_part(
         predictor, dataset, Decision(threshold), ruler, batch_size=options.batch_size, workers=options.workers
@@ -197,7 +197,7 @@ def _scored(
 
 
 def _add(pooled: Scored, fold: Scored) -> None:
-    """Put the images of a fold to those of the others."""
+    """Add the scores of a fold to the pooled ones."""
     pooled.rows += fold.rows
     pooled.failures += fold.failures
     pooled.emitted += fold.emitted
@@ -206,7 +206,7 @@ def _add(pooled: Scored, fold: Scored) -> None:
 
 
 def _entry(run: FoldRun, manifest: Manifest, threshold: float, scored: Scored) -> dict[str, Any]:
-    """What metrics.json says of one fold."""
+    """Build the entry of one fold in metrics.json."""
     return {
         "fold": run.fold,
         "source": named(run.checkpoint),
@@ -221,7 +221,7 @@ def _entry(run: FoldRun, manifest: Manifest, threshold: float, scored: Scored) -
 
 
 def _pooled_manifest(manifest: Manifest, folds: Sequence[Mapping[str, Any]]) -> Manifest:
-    """Of all runs together, from that of one of them."""
+    """Build the manifest of all runs together from that of one of them."""
     thresholds = {fold["threshold"] for fold in folds}
     config = {**manifest.config, "data": {**manifest.config["data"], "fold": POOLED}}
     return replace(
@@ -235,7 +235,7 @@ def _pooled_manifest(manifest: Manifest, folds: Sequence[Mapping[str, Any]]) -> 
 
 
 def _notes(split: Split, folds: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What a reader has to know of pooled results."""
+    """List the notes that belong to pooled results."""
     chosen = ", ".join(f"{fold['threshold']:.2f}" for fold in folds)
     notes = [split.note] if split.note else []
     notes += [

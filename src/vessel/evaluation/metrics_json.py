@@ -29,7 +29,7 @@ _USES_FILE = "test_uses.jsonl"  # beside the results of each part: how often the
 
 @dataclass(frozen=True)
 class Part:
-    """What was scored.
+    """The part of a data set that is scored.
 
     Attributes:
         catalog: the data set.
@@ -47,7 +47,7 @@ class Part:
 
 
 def asked_of(restored: LoadedModel, catalog: Catalog, phrases: Any) -> tuple[str, ...]:
-    """The phrases to score: those that the user names, else those of the run, else all of the data set.
+    """Choose the phrases to score: those that the user names, else those of the run, else all of the data set.
 
     Raises:
         VesselError: the data set has no masks of one, or the network does not know it.
@@ -64,7 +64,7 @@ def asked_of(restored: LoadedModel, catalog: Catalog, phrases: Any) -> tuple[str
 def results_of(
     restored: LoadedModel, part: Part, scored: Scored, ruler: Ruler, *, uses: Sequence[Mapping[str, Any]] = ()
 ) -> dict[str, Any]:
-    """Everything that is known of an evaluation before its files are written; `uses` is what `note_use` gave."""
+    """Collect the numbers of an evaluation before its files are written; `uses` comes from `note_use`."""
     manifest, catalog, rows = restored.manifest, part.catalog, scored.rows
     phrases = ("all", *part.phrases)
     decision = restored.decision
@@ -137,7 +137,7 @@ def _patients(scored: Scored, phrases: Sequence[str]) -> dict[str, dict[str, Map
 
 
 def _searched(restored: LoadedModel) -> list[Mapping[str, Any]]:
-    """What `search=true` tried for these weights."""
+    """Read the trials of `search=true` for these weights."""
     if restored.run is None or not (file := restored.run / DECISION_FILE).is_file():
         return []
     stored = Stored.read(file)
@@ -145,7 +145,7 @@ def _searched(restored: LoadedModel) -> list[Mapping[str, Any]]:
 
 
 def _curve(restored: LoadedModel) -> dict[str, list[float]] | None:
-    """Scores of the last validation against the threshold, as the checkpoint of a run keeps them."""
+    """Read the scores of the last validation against the threshold from the checkpoint of a run."""
     if restored.run is None:
         return None
     sweep = read_checkpoint(restored.source).get("callbacks", {}).get("ThresholdSweep", {})

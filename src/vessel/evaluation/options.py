@@ -1,4 +1,4 @@
-"""What the user says to `vessel.evaluate`."""
+"""Options of `vessel.evaluate`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from vessel.inference.options import NetworkOptions
 
 @dataclass
 class DataOptions:
-    """Which data set, and which of its phrases."""
+    """The data set and its phrases."""
 
     root: str | None
     phrases: Any

@@ -68,7 +68,7 @@ class ProbabilityStore:
 
     @property
     def rows(self) -> int:
-        """How many phrases all images have together."""
+        """Count the phrases of all images together."""
         return sum(len(image.phrases) for image in self._images)
 
     def dice(self, decisions: Sequence[Decision]) -> Iterator[list[ImageScore]]:

@@ -1,4 +1,4 @@
-"""A results folder: its numbers sealed when it is written, and checked against its rows when it is read."""
+"""Results folders: hash their numbers when they are written, and check them when they are read."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _KEYS = {
 
 @dataclass(frozen=True)
 class Results:
-    """What an evaluation left, checked.
+    """The checked results of an evaluation.
 
     Attributes:
         folder: where it lies.
@@ -45,17 +45,17 @@ class Results:
 
 
 def rows_hash(path: Path) -> str:
-    """SHA-256 of the bytes of per_image.csv."""
+    """Compute the SHA-256 of the bytes of per_image.csv."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def seal(report: Mapping[str, Any]) -> str:
-    """SHA-256 of everything that metrics.json says, `hash` itself left out."""
+    """Compute the SHA-256 of the content of metrics.json without `hash` itself."""
     return digest({key: value for key, value in plain(report).items() if key != "hash"})
 
 
 def read_results(place: str | Path, part: str = "test") -> Results:
-    """Read what `vessel.evaluate` wrote, and make sure that it says what was measured.
+    """Read a results folder, and check its numbers against its rows and hashes.
 
     Args:
         place: folder of a run, whose results on `part` are meant, of a cross-validation, whose pooled ones, a results
@@ -106,7 +106,7 @@ def _present(report: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def plain(value: Any) -> Any:
-    """As it comes back from JSON."""
+    """Return a value as it comes back from JSON."""
     return json.loads(json.dumps(value))
 
 
@@ -136,7 +136,7 @@ def _command(report: Mapping[str, Any], part: str) -> str:
 
 
 def _differences_from_rows(results: Results) -> Iterator[str]:
-    """Every figure of the report that its rows do not give."""
+    """Yield every number of the report that its rows do not give."""
     report, rows = results.report, results.rows
     images = {row.id for row in rows}
     yield from _unequal(report["n_ok"], len(images), "n_ok", ROWS_FILE)
@@ -152,7 +152,7 @@ def _differences_from_rows(results: Results) -> Iterator[str]:
 
 
 def _differences_from_manifest(results: Results) -> Iterator[str]:
-    """What the report says of run and data, against the manifest in it and the one in the folder of the run."""
+    """Compare run and data of the report with the manifest in it and the one in the folder of the run."""
     report, run = results.report, results.folder.parent.parent / MANIFEST
     if not report["data"].get("same_as_run"):
         return
@@ -168,7 +168,7 @@ def _differences_from_manifest(results: Results) -> Iterator[str]:
 
 
 def _unequal(stated: Any, found: Any, key: str, where: str) -> Iterator[str]:
-    """Leaves that differ, by their full key."""
+    """Yield the leaves that differ, by their full key."""
     if isinstance(stated, Mapping) and isinstance(found, Mapping):
         for name in {**stated, **found}:
             yield from _unequal(stated.get(name), found.get(name), f"{key}.{name}", where)

@@ -1,4 +1,4 @@
-"""Every image of a part predicted, decided and scored."""
+"""Predict and score every image of a part."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _PIXELS = 2.0  # the tolerance of the normalised surface distance unless the use
 
 @dataclass(frozen=True)
 class Ruler:
-    """How lengths are measured.
+    """The pixel spacing, unit and tolerance of distances.
 
     Attributes:
         spacing: row and column distance of pixels, in `unit`.
@@ -41,7 +41,7 @@ class Ruler:
 
     @classmethod
     def of(cls, catalog: Catalog, tolerance: float | None) -> Ruler:
-        """The ruler of a data set; without a tolerance, two pixels.
+        """Build the ruler of a data set; without a tolerance, two pixels.
 
         Raises:
             VesselError: a tolerance that is no positive length.
@@ -56,13 +56,13 @@ class Ruler:
 
 @dataclass
 class Scored:
-    """What became of the images.
+    """The scores and failures of a set of images.
 
     Attributes:
         rows: one a phrase of each image that was predicted.
         failures: the images without a result; they have no rows.
         emitted: for each phrase of each image, whether the network itself chose `[SEG]`; empty of one without words.
-        reliability: probabilities against truth, by phrase and for `all`.
+        reliability: probabilities against the ground truth, by phrase and for `all`.
     """
 
     rows: list[ImageScore] = field(default_factory=list)
@@ -87,14 +87,14 @@ class Scored:
 
 
 def maps_of(prediction: Prediction) -> NDArray:
-    """Probabilities float32 [K, H, W] of an image whose answer was taught, so that every phrase has its own."""
+    """Stack the probabilities float32 [K, H, W] of an image with a forced answer, where every phrase has its own."""
     maps = [one for one in prediction.probabilities if one is not None]
     assert len(maps) == len(prediction.probabilities), "a taught answer has every [SEG]"
     return torch.stack(maps).numpy()
 
 
 def targets_of(dataset: VesselDataset) -> list[InputImage]:
-    """The images of a part, named as reports name them."""
+    """List the images of a part under the names that reports use."""
     return [InputImage(frame.id, Path(dataset.root) / frame.image, frame.image) for frame in dataset.frames]
 
 
@@ -110,7 +110,7 @@ def score_part(
     """Predict and score every image of a part; an image that fails is counted and never scored.
 
     Args:
-        predictor: whose views are those of the decision.
+        predictor: with the test-time augmentation of the decision.
         dataset: the part.
         decision: from probabilities to masks.
         ruler: for distances.
@@ -128,5 +128,5 @@ def score_part(
 
 
 def missing_seg(emitted: Sequence[bool]) -> float | None:
-    """Share of answers in which the network itself would not have said `[SEG]`; None of a network without words."""
+    """Return the fraction of answers without a `[SEG]` of the network's own; None for a network without words."""
     return None if not emitted else 1 - sum(emitted) / len(emitted)

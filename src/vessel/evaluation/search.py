@@ -1,4 +1,4 @@
-"""`search=true`: what validation decides for a network, written where later commands find it."""
+"""Search a decision on validation (`search=true`), and write it where later commands find it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the terminal shows of an evaluation."""
+"""Print an evaluation on the terminal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether probabilities mean what they say: of the pixels given 0.8, are eight in ten vessel?"""
+"""Calibration: of the pixels with probability 0.8, are eight in ten vessel?"""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class Metric:
-    """How a report writes and orders a score.
+    """The title, direction and format of a score in reports.
 
     Attributes:
         title: as tables and axes show it.

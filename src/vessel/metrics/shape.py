@@ -67,7 +67,7 @@ def surface_scores(
 
 
 def component_error(predicted: Mask, true: Mask) -> float:
-    """How many components too many or too few: the zeroth Betti error.
+    """Count the components too many or too few: the zeroth Betti error.
 
     Args:
         predicted: bool [H, W]; pixels that touch at a corner belong together.

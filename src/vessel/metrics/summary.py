@@ -1,4 +1,4 @@
-"""What a report says about a set of scored images: means with intervals, and one CSV line for each phrase of an image.
+"""Summarise a set of scored images: means with intervals, and one CSV line for each phrase of an image.
 
 Frames of a video look alike, and so do the videos of a patient. A mean therefore climbs: over the images of a video,
 the videos of a patient, the patients. Otherwise the longest video would have the greatest say.
@@ -28,7 +28,7 @@ _Tree = Mapping[str, Mapping[str, Mapping[str, float]]]  # patient -> video -> i
 
 @dataclass(frozen=True)
 class ImageScore:
-    """How well one phrase of one image was predicted.
+    """The scores of one phrase of one image.
 
     Attributes:
         id: of the image, unique in the data set; those of one video are in the order of its frames.
@@ -89,7 +89,7 @@ def per_patient(rows: Iterable[ImageScore], metric: str) -> dict[str, dict[str, 
 
 
 def cluster_means(rows: Iterable[ImageScore], metric: str) -> tuple[str, dict[str, float]]:
-    """What an interval draws: the means of the largest units of which there are several.
+    """Return what an interval resamples: the means of the largest units of which there are several.
 
     These are patients; of one patient its videos; of one video its blocks of consecutive frames. Single frames are
     never drawn: neighbours are nearly equal, and n of them would count as n observations. A video of n frames gives

@@ -22,7 +22,7 @@ PANEL_INCHES = 2.5
 
 
 def sweep_figure(curve: Mapping[str, Sequence[float]], best: float) -> Figure:
-    """Dice, IoU, precision and recall against the threshold.
+    """Plot Dice, IoU, precision and recall against the threshold.
 
     Args:
         curve: `threshold`, `dice`, `iou`, `precision`, `recall`, each T numbers in [0, 1].
@@ -55,7 +55,7 @@ def panel_figure(
     title: str,
     predicted: np.ndarray | None = None,
 ) -> Figure:
-    """One row a phrase: image, truth, probability, and where prediction and truth differ.
+    """Draw a row for each phrase: image, ground truth, probability, and where prediction and ground truth differ.
 
     Args:
         image: uint8 [H, W, 3].
@@ -78,7 +78,7 @@ def panel_figure(
     for axes in grid.flat:
         axes.set(xticks=[], yticks=[])
         axes.spines[:].set_visible(False)
-    for axes, caption in zip(grid[0], ("Image", "Truth", "Probability", "Prediction against truth"), strict=True):
+    for axes, caption in zip(grid[0], ("Image", "Ground truth", "Probability", "Prediction against ground truth"), strict=True):
         axes.set_title(caption, fontsize=10)
     drawn = probability > threshold if predicted is None else predicted
     for row, label, true, probable, mask in zip(grid, labels, truth, probability, drawn, strict=True):
@@ -93,7 +93,7 @@ def panel_figure(
 
 
 def _agreement(image: np.ndarray, true: np.ndarray, predicted: np.ndarray) -> np.ndarray:
-    """Errors strong, agreement faint, the image in grey so that it has no colour of its own."""
+    """Overlay errors strongly and agreement faintly on the image in grey, which has no colour of its own."""
     grey = np.repeat(image.mean(axis=2, keepdims=True), 3, axis=2).astype(np.uint8)
     hit, extra, missed = AGREEMENT.values()
     faint = overlay(grey, (true & predicted)[None], colours=(hit,), alpha=0.4)

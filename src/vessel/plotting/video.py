@@ -1,4 +1,4 @@
-"""A film of pictures, written one by one."""
+"""Write an H.264 video frame by frame."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ if TYPE_CHECKING:
     from av.video import VideoStream
 
 FRAMES_PER_SECOND = 15
-_QUALITY = {"crf": "18"}  # x264's scale; no loss that an eye sees
+_QUALITY = {"crf": "18"}  # the scale of x264; visually lossless
 
 
 class VideoWriter:
-    """An H.264 film; a context manager, at whose end the file is whole. Without a picture there is no file.
+    """A writer of an H.264 video; a context manager, at whose end the file is whole. Without a frame there is no file.
 
     Args:
         file: `*.mp4`.
@@ -31,7 +31,7 @@ class VideoWriter:
         return self
 
     def add(self, picture: NDArray[np.uint8]) -> None:
-        """Write the next picture, uint8 [H, W, 3], RGB, all of one size."""
+        """Write the next frame, uint8 [H, W, 3], RGB, all of one size."""
         import av
 
         height, width = picture.shape[:2]

@@ -1,4 +1,4 @@
-"""What a page is made of. HTML and Markdown are two writings of the same blocks, so their numbers cannot differ."""
+"""The blocks of a page. HTML and Markdown are two writings of the same blocks, so their numbers cannot differ."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Fold:
-    """What a reader opens."""
+    """A part of a page that is folded until a reader opens it."""
 
     kind: ClassVar[str] = "fold"
     title: str

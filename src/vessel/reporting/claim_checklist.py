@@ -125,7 +125,7 @@ def _of_network(report: Mapping[str, Any]) -> dict[int, str]:
         24: f"From {sources}." if sources else ("Random." if config else ""),
         25: _training(config),
         26: f"Weights: {report['fingerprint']}. Threshold: {report['threshold_source']}.",
-        27: f"One network; probabilities averaged over views of the image: {', '.join(tta)}."
+        27: f"One network; probabilities averaged by test-time augmentation: {', '.join(tta)}."
         if tta
         else "None: one network, one pass.",
     }

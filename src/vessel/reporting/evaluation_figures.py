@@ -1,4 +1,4 @@
-"""What the report of an evaluation draws: patients, curves, images."""
+"""Figures of the report of an evaluation: patients, curves, images."""
 
 from __future__ import annotations
 

@@ -70,7 +70,7 @@ def kicker(what: str, content: Mapping[str, Any]) -> str:
 
 
 def split_mark(report: Mapping[str, Any]) -> str:
-    """What a table has to carry when the parts of the data set share patients; empty when they do not."""
+    """Return the mark that tables carry when the parts of the data set share patients; empty when they do not."""
     return _MARKS.get(str(report.get("unit")), "")
 
 
@@ -122,7 +122,7 @@ def _facts(report: Mapping[str, Any], units: Units) -> list[tuple[str, Prose]]:
 
 
 def _warnings(report: Mapping[str, Any]) -> list[str]:
-    """What a reader has to know first; `note` is what the evaluation itself said."""
+    """List the notes above all numbers; `note` is that of the evaluation itself."""
     said = [str(report["note"])] if report.get("note") else []
     if mark := split_mark(report):
         said.append(mark_warning(mark))

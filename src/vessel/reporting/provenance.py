@@ -1,4 +1,4 @@
-"""Where the numbers of a report come from: failures, decision, data, weights, run."""
+"""Report blocks on the origin of the numbers: failures, decision, data, weights, run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vessel.reporting.tables import POOLED, part_name, spacing_text
 
 
 def failure_blocks(report: Mapping[str, Any]) -> list[Block]:
-    """What could not be processed, and why."""
+    """List the images that could not be processed, with the reason."""
     failures = report.get("failures") or ()
     if not failures:
         return [Text((f"None: all {report['n_ok']} images were processed.",))]
@@ -25,7 +25,7 @@ def failure_blocks(report: Mapping[str, Any]) -> list[Block]:
 
 
 def decision_blocks(report: Mapping[str, Any], mark: str) -> list[Block]:
-    """How masks are made of probabilities, and what was tried."""
+    """Describe threshold and post-processing, and what the search tried."""
     decision = report.get("decision") or {}
     cleanup = decision.get("cleanup") or {}
     steps = [f"{name.replace('_', ' ')} {value}" for name, value in cleanup.items() if value and value is not True]

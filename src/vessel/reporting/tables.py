@@ -14,7 +14,7 @@ _COLUMNS = 5  # a page of A4 holds no more beside the names
 
 
 class Units:
-    """How the scores of a file are written: decimals, units, titles."""
+    """The decimals, units and titles of the scores of a file."""
 
     def __init__(self, metrics: Mapping[str, Mapping[str, str]], length: str) -> None:
         self.metrics = metrics
@@ -125,7 +125,7 @@ def _score(entry: Mapping[str, Any] | None, usual: Mapping[str, Any], metric: st
 
 
 def _lost(entry: Mapping[str, Any] | None) -> bool:
-    """Whether the mean counts images that do not show the phrase, and there is one that does not."""
+    """Return whether the mean counts images that do not show the phrase, and there is one that does not."""
     return entry is not None and "mean_present" in entry and entry["n_present"] < entry["n_images"]
 
 
@@ -168,7 +168,7 @@ def patient_tables(patients: Mapping[str, Any], units: Units, *, metric: str, ma
 
 
 def part_name(content: Mapping[str, Any]) -> str:
-    """Which images of the data set were scored."""
+    """Describe the images of the data set that were scored."""
     return "all folds" if content.get("fold") == POOLED else f"the {content['split']} part"
 
 
