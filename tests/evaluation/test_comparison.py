@@ -15,7 +15,7 @@ MEANS = {"p1": 0.1, "p2": 0.03, "p3": 0.04}  # by hand
 
 
 @pytest.fixture
-def place(tmp_path):
+def make_results(tmp_path):
     """A results folder of a run by its name: every image scores 0.7, and what is added to it."""
 
     def make(run, gain=lambda image, phrase: 0.0, **changes):
@@ -40,8 +40,8 @@ def rows_of_gain(sign):
     return [row(name, phrase, 0.5 + sign * GAINS[name]) for name in names for phrase in PHRASES]
 
 
-def test_difference_by_hand(place, out):
-    report = compare([place("a", rows=rows_of_gain(0)), place("b", rows=rows_of_gain(1))], out)
+def test_difference_by_hand(make_results, out):
+    report = compare([make_results("a", rows=rows_of_gain(0)), make_results("b", rows=rows_of_gain(1))], out)
     dice = of(report, "lumen", "dice")
     assert dice["per_patient"] == pytest.approx(MEANS)
     assert dice["mean"] == pytest.approx((0.1 + 0.03 + 0.04) / 3)
@@ -52,8 +52,8 @@ def test_difference_by_hand(place, out):
     assert (report["n_images"], report["n_patients"]) == (6, 3)
 
 
-def test_every_phrase_and_every_defined_metric_has_its_difference(place, out):
-    report = compare([place("a"), place("b", lambda *_: 0.1)], out)
+def test_every_phrase_and_every_defined_metric_has_its_difference(make_results, out):
+    report = compare([make_results("a"), make_results("b", lambda *_: 0.1)], out)
     expected = {(phrase, metric) for phrase in ("all", *PHRASES) for metric in METRICS if metric != "ece"}
     assert {(one["phrase"], one["metric"]) for one in report["differences"]} == expected
     lines = list(csv.DictReader((out / "comparison.csv").open(newline="")))
@@ -61,49 +61,52 @@ def test_every_phrase_and_every_defined_metric_has_its_difference(place, out):
     assert float(lines[0]["mean"]) == report["differences"][0]["mean"]
 
 
-def test_a_score_that_one_run_does_not_have_is_left_out_of_both(place, out):
+def test_a_score_that_one_run_does_not_have_is_left_out_of_both(make_results, out):
     def rows(value):
         return [row(f"p{p}_0", phrase, 0.7, ece=value if p == 1 else 0.1) for p in (1, 2, 3) for phrase in PHRASES]
 
-    report = compare([place("a", rows=rows(None)), place("b", rows=rows(0.3))], out)
+    report = compare([make_results("a", rows=rows(None)), make_results("b", rows=rows(0.3))], out)
     assert of(report, "lumen", "ece")["per_patient"] == {"p2": 0.0, "p3": 0.0}
 
 
-def test_guard_I9_a_difference_inside_the_noise_is_called_so(place, out, capsys):
+def test_guard_I9_a_difference_inside_the_noise_is_called_so(make_results, out, capsys):
     noisy = {"p1": 0.1, "p2": -0.08, "p3": 0.05, "p4": -0.03}
-    noise = place("noise", lambda image, phrase: noisy[image[:2]])
-    report = compare([place("base"), noise], out)
+    noise = make_results("noise", lambda image, phrase: noisy[image[:2]])
+    report = compare([make_results("base"), noise], out)
     assert of(report, "all", "dice")["verdict"] == of(report, "all", "hd95")["verdict"] == "inside the noise"
     assert of(report, "all", "dice")["mean"] > 0
     assert capsys.readouterr().out.count("inside the noise") == 3 * 3
-    better = place("better", lambda image, phrase: 0.1 + 0.001 * int(image[1]))
-    report = compare([place("base"), better], out)
+    better = make_results("better", lambda image, phrase: 0.1 + 0.001 * int(image[1]))
+    report = compare([make_results("base"), better], out)
     assert of(report, "all", "dice")["verdict"] == of(report, "all", "hd95")["verdict"] == "better"
-    report = compare([better, place("base")], out)
+    report = compare([better, make_results("base")], out)
     assert of(report, "all", "dice")["verdict"] == of(report, "all", "hd95")["verdict"] == "worse"
     assert of(report, "all", "component_error")["verdict"] == "inside the noise"  # equal in both
 
 
-def test_pairs(place, out):
-    runs = [place(f"run{i}", lambda *_, i=i: 0.01 * i) for i in range(5)]
+def test_pairs(make_results, out):
+    runs = [make_results(f"run{i}", lambda *_, i=i: 0.01 * i) for i in range(5)]
     pairs = {(one["a"], one["b"]) for one in compare(runs[:4], out)["differences"]}
     assert len(pairs) == 6
     pairs = {(one["a"], one["b"]) for one in compare(runs, out)["differences"]}
     assert pairs == {("run0", f"run{i}") for i in range(1, 5)}
 
 
-def test_runs_of_one_name_are_told_apart(place, out):
-    report = compare([place("tiny", fingerprint="1" * 64), place("tiny", fingerprint="2" * 64), place("unet")], out)
+def test_runs_of_one_name_are_told_apart(make_results, out):
+    report = compare(
+        [make_results("tiny", fingerprint="1" * 64), make_results("tiny", fingerprint="2" * 64), make_results("unet")],
+        out,
+    )
     assert [run["run"] for run in report["runs"]] == ["tiny 11111111", "tiny 22222222", "unet"]
     assert [run["fingerprint"][0] for run in report["runs"]] == ["1", "2", "u"]
-    decisions = [place("tiny", decision={"threshold": threshold}) for threshold in (0.3, 0.4)]
+    decisions = [make_results("tiny", decision={"threshold": threshold}) for threshold in (0.3, 0.4)]
     report = compare(decisions, out)
     assert [run["run"] for run in report["runs"]] == ["tiny tiny-wei #1", "tiny tiny-wei #2"]
 
 
-def test_guard_I7_only_images_that_all_runs_scored_count(place, out, capsys):
+def test_guard_I7_only_images_that_all_runs_scored_count(make_results, out, capsys):
     rows = [one for one in rows_of(lambda image, phrase: 0.8) if one.id != "p1_0"]
-    report = compare([place("a"), place("b", rows=rows, failed=("p1_0",))], out)
+    report = compare([make_results("a"), make_results("b", rows=rows, failed=("p1_0",))], out)
     assert report["n_images"] == 11
     assert of(report, "all", "dice")["mean"] == pytest.approx(0.1)
     assert report["runs"][0]["summary"]["all"]["dice"]["n_images"] == 11
@@ -113,19 +116,19 @@ def test_guard_I7_only_images_that_all_runs_scored_count(place, out, capsys):
     assert "0 of a, 1 of b" in capsys.readouterr().out
 
 
-def test_of_one_patient_videos_or_blocks_are_drawn_and_it_says_so(place, out):
+def test_of_one_patient_videos_or_blocks_are_drawn_and_it_says_so(make_results, out):
     one, other = (
         [row(f"p1_{i}", phrase, 0.5 + gain * i / 10) for i in range(9) for phrase in PHRASES] for gain in (0, 0.1)
     )
-    report = compare([place("a", rows=one), place("b", rows=other)], out)
+    report = compare([make_results("a", rows=one), make_results("b", rows=other)], out)
     assert (of(report, "all", "dice")["unit"], of(report, "all", "dice")["n_clusters"]) == ("block", 3)
     assert "over its blocks and say nothing about other patients" in report["note"]
 
 
-def test_notes_of_runs_are_kept(place, out):
+def test_notes_of_runs_are_kept(make_results, out):
     split = "Split by single frames."
-    assert compare([place("a", note=split), place("b", note=split)], out)["note"].count(split) == 1
-    report = compare([place("a", note=split), place("b", note=f"{split} Untuned.")], out)
+    assert compare([make_results("a", note=split), make_results("b", note=split)], out)["note"].count(split) == 1
+    report = compare([make_results("a", note=split), make_results("b", note=f"{split} Untuned.")], out)
     assert "a: Split by single frames. b: Split by single frames. Untuned." in report["note"]
 
 
@@ -143,70 +146,72 @@ def test_notes_of_runs_are_kept(place, out):
         ({"metrics__dice": {"title": "F1"}}, ["metrics", "{'title': 'F1'}"]),
     ],
 )  # fmt: skip
-def test_guard_D9_what_was_not_measured_alike_is_not_compared(place, out, changes, told):
+def test_guard_D9_what_was_not_measured_alike_is_not_compared(make_results, out, changes, told):
     with pytest.raises(VesselError, match="one and two cannot be compared, they differ in") as refused:
-        compare([place("one"), place("two", **changes)], out)
+        compare([make_results("one"), make_results("two", **changes)], out)
     assert all(word in str(refused.value) for word in told)
     assert not list(out.iterdir())
 
 
-def test_other_phrases_are_not_compared(place, out):
+def test_other_phrases_are_not_compared(make_results, out):
     lumen = [one for one in rows_of(lambda image, phrase: 0.7) if one.phrase == "lumen"]
     with pytest.raises(VesselError, match=r"phrases: \['lumen', 'side branch'\] and \['lumen'\]"):
-        compare([place("one"), place("two", rows=lumen, phrases=["lumen"])], out)
+        compare([make_results("one"), make_results("two", rows=lumen, phrases=["lumen"])], out)
 
 
-def test_results_on_other_data_are_not_compared(place, out):
+def test_results_on_other_data_are_not_compared(make_results, out):
     elsewhere = {"name": "two", "fingerprint": "two-weights", "data": {"fingerprint": "own", "split_hash": "own"}}
     with pytest.raises(VesselError, match=r"two was trained on the data set own .*other_data=true"):
-        compare([place("one"), place("two", manifest=elsewhere, data__same_as_run=False)], out)
+        compare([make_results("one"), make_results("two", manifest=elsewhere, data__same_as_run=False)], out)
 
 
-def test_an_untuned_network_is_compared(place, out):
+def test_an_untuned_network_is_compared(make_results, out):
     public = {"name": "sa2va", "fingerprint": "sa2va-weights", "data": {}}
-    report = compare([place("one"), place("sa2va", manifest=public, data__same_as_run=False)], out)
+    report = compare([make_results("one"), make_results("sa2va", manifest=public, data__same_as_run=False)], out)
     assert [run["run"] for run in report["runs"]] == ["one", "sa2va"]
 
 
-def test_images_and_patients_must_be_the_same(place, out):
+def test_images_and_patients_must_be_the_same(make_results, out):
     fewer = [one for one in rows_of(lambda image, phrase: 0.7) if one.id != "p2_1"]
     with pytest.raises(VesselError, match=r"only one was asked for image p2_1 \(12 and 11 images\)"):
-        compare([place("one"), place("two", rows=fewer)], out)
+        compare([make_results("one"), make_results("two", rows=fewer)], out)
     moved = [row(one.id, one.phrase, 0.7) for one in rows_of(lambda image, phrase: 0.7)]
     moved = [
         one if one.id != "p2_1" else type(one)(one.id, "p1", "p1_v1", one.phrase, True, one.scores) for one in moved
     ]
     with pytest.raises(VesselError, match="patient of image p2_1, phrase 'lumen', is p2 and p1"):
-        compare([place("one"), place("two", rows=moved)], out)
+        compare([make_results("one"), make_results("two", rows=moved)], out)
 
 
-def test_one_run_is_nothing_to_compare(place, out):
-    one = place("one")
+def test_one_run_is_nothing_to_compare(make_results, out):
+    one = make_results("one")
     with pytest.raises(VesselError, match="two runs or more"):
         compare([one], out)
     with pytest.raises(VesselError, match="the same weights"):
         compare([one, one], out)
     names = {one.id for one in rows_of(lambda image, phrase: 0.7)}
     nothing = [
-        place(run, rows=[row(name, phrase, 0.7) for name in keep for phrase in PHRASES], failed=names - keep)
+        make_results(run, rows=[row(name, phrase, 0.7) for name in keep for phrase in PHRASES], failed=names - keep)
         for run, keep in (("a", {"p1_0"}), ("b", {"p2_0"}))
     ]
     with pytest.raises(VesselError, match="no image was scored by all of a, b"):
         compare(nothing, out)
 
 
-def test_a_tampered_run_is_not_compared(place, out):
-    one, two = place("one"), place("two")
+def test_a_tampered_run_is_not_compared(make_results, out):
+    one, two = make_results("one"), make_results("two")
     file = two / "per_image.csv"
     file.write_text(file.read_text().replace("0.7", "0.8"))
     with pytest.raises(VesselError, match=r"two_1/per_image.csv was changed"):
         compare([one, two], out)
 
 
-def test_the_tables_fit_100_columns(place, out, capsys, monkeypatch):
+def test_the_tables_fit_100_columns(make_results, out, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
-    long = place("sam2_prompt_with_a_long_name", lambda image, phrase: 0.01 * int(image[1]), network="sam2_prompt")
-    compare([place("internvl3_8b_lora_r128"), long], out)
+    long = make_results(
+        "sam2_prompt_with_a_long_name", lambda image, phrase: 0.01 * int(image[1]), network="sam2_prompt"
+    )
+    compare([make_results("internvl3_8b_lora_r128"), long], out)
     told = capsys.readouterr().out
     tables = told[: told.index("note:")]
     assert max(map(len, tables.splitlines())) <= 100

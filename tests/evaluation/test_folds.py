@@ -17,7 +17,7 @@ from vessel.evaluation.fold_runs import FoldRun, find_fold_runs, require_one_exp
 from vessel.evaluation.folds import Curve, cross_fitted, evaluate_folds, mean_curve
 from vessel.evaluation.options import DataOptions, EvaluateOptions
 from vessel.evaluation.results import read_results
-from vessel.evaluation.scoring import maps_of, targets_of
+from vessel.evaluation.scoring import input_images, probability_maps
 from vessel.inference.loading import load_model
 from vessel.inference.options import NetworkOptions
 from vessel.inference.predictor import Predictor
@@ -215,18 +215,18 @@ def test_figures_are_those_of_each_run_on_its_fold(pooled, trained, catalog):
     curves, found = [], {}
     for fold in range(3):
         [last] = (trained / str(fold) / "checkpoints").glob("last-*.ckpt")
-        restored = load_model(str(last))
+        model = load_model(str(last))
         dataset = VesselDataset(
             catalog.root,
             catalog.part("val", fold),
             phrases=pooled.report["phrases"],
-            prompt=restored.prompt,
-            geometry=restored.geometry,
+            prompt=model.prompt,
+            geometry=model.geometry,
         )
-        answers = list(Predictor(restored, device="cpu").predict(targets_of(dataset), dataset.__getitem__))
+        answers = list(Predictor(model, device="cpu").predict(input_images(dataset), dataset.__getitem__))
         dice = []
         for answer in answers:
-            maps, masks = maps_of(answer), answer.sample.masks.numpy()
+            maps, masks = probability_maps(answer), answer.sample.masks.numpy()
             found[answer.sample.id] = fold, maps[0], masks[0]
             dice.append(np.mean([[dice_of(p > t, m) for t in THRESHOLDS] for p, m in zip(maps, masks, strict=True)], 0))
         curves.append(Curve(len(answers), dict.fromkeys(OVERLAP_METRICS, np.mean(dice, 0))))
@@ -238,7 +238,7 @@ def test_figures_are_those_of_each_run_on_its_fold(pooled, trained, catalog):
 
 
 class PredictionStartedError(Exception):
-    """Raised in place of a prediction."""
+    """Raised instead of a prediction."""
 
 
 @pytest.mark.slow

@@ -75,10 +75,12 @@ def test_guard_I5_the_threshold_of_known_probabilities_is_found(tmp_path):
 
 def specks(mask, number, seed):
     """Holes and islands of two pixels, none of which touches another."""
-    places = [(y, x) for y in range(1, 47, 4) for x in range(1, 38, 4) if not mask[y - 1 : y + 2, x - 1 : x + 3].any()]
+    positions = [
+        (y, x) for y in range(1, 47, 4) for x in range(1, 38, 4) if not mask[y - 1 : y + 2, x - 1 : x + 3].any()
+    ]
     drawn = mask.copy()
-    for i in np.random.default_rng(seed).choice(len(places), number, replace=False):
-        y, x = places[i]
+    for i in np.random.default_rng(seed).choice(len(positions), number, replace=False):
+        y, x = positions[i]
         drawn[y, x : x + 2] = True
     return drawn
 
@@ -215,14 +217,14 @@ def search_of(oct_set):
         others = {"data": DataOptions(None, phrases), "network": NetworkOptions("auto", None, None, None)}
         options = EvaluateOptions(**dict.fromkeys(EvaluateOptions.__dataclass_fields__) | asked | others | changes)
         check_search(options)
-        restored, catalog = load_model(str(ckpt)), Catalog.open(oct_set)
+        model, catalog = load_model(str(ckpt)), Catalog.open(oct_set)
         phrases = tuple(phrases or ("lumen", "side branch"))
         part = Part(catalog, options.split, None, phrases, own=True)
         frames = catalog.part(options.split)
         dataset = VesselDataset(
-            catalog.root, frames, phrases=phrases, prompt=restored.prompt, geometry=restored.geometry
+            catalog.root, frames, phrases=phrases, prompt=model.prompt, geometry=model.geometry
         )  # fmt: skip
-        return run_search(restored, part, dataset, options)
+        return run_search(model, part, dataset, options)
 
     return call
 

@@ -13,15 +13,15 @@ from vessel.data.catalog import PARTS, Catalog
 from vessel.data.dataset import VesselDataset
 from vessel.errors import VesselError
 from vessel.evaluation.comparison import compare
-from vessel.evaluation.dashboards import show
+from vessel.evaluation.dashboards import log_evaluation
 from vessel.evaluation.folds import evaluate_folds
-from vessel.evaluation.metrics_json import Part, asked_of, note_use, results_of, write_results
+from vessel.evaluation.metrics_json import Part, collect_report, phrases_to_score, record_test_use, write_results
 from vessel.evaluation.options import EvaluateOptions
 from vessel.evaluation.panels import draw_panels
 from vessel.evaluation.scoring import Ruler, score_part
 from vessel.evaluation.search import check_search, run_search
 from vessel.evaluation.staging import require_own, staged
-from vessel.evaluation.terminal import tell
+from vessel.evaluation.terminal import print_evaluation
 from vessel.inference.decision import given_decision
 from vessel.inference.loading import LoadedModel, load_model
 from vessel.inference.options import choose_device
@@ -45,10 +45,10 @@ def evaluate(options: EvaluateOptions, default_out: Path) -> Mapping[str, Any]:
     """
     if options.split not in PARTS:
         raise VesselError(f"split={options.split}: choose one of {', '.join(PARTS)}")
-    asked = {"ckpt": options.ckpt, "compare": options.compare, "folds": options.folds}
-    if len(given := [name for name, value in asked.items() if value is not None]) != 1:
-        told = " and ".join(f"{name}=" for name in given) or "nothing"
-        raise VesselError(f"{told} given: name one of ckpt=RUN, compare=[RUN,RUN,...], folds=SWEEP")
+    inputs = {"ckpt": options.ckpt, "compare": options.compare, "folds": options.folds}
+    if len(given := [name for name, value in inputs.items() if value is not None]) != 1:
+        names = " and ".join(f"{name}=" for name in given) or "nothing"
+        raise VesselError(f"{names} given: name one of ckpt=RUN, compare=[RUN,RUN,...], folds=SWEEP")
     if options.search and options.ckpt is None:
         raise VesselError(f"search=true searches for one run: ckpt=RUN, without {given[0]}=")
     if options.search:
@@ -61,8 +61,8 @@ def evaluate(options: EvaluateOptions, default_out: Path) -> Mapping[str, Any]:
     return _score(options, default_out)
 
 
-def _listed(places: Any) -> list[str]:
-    return [places] if isinstance(places, str) else list(places)
+def _listed(paths: Any) -> list[str]:
+    return [paths] if isinstance(paths, str) else list(paths)
 
 
 def _expanded(out: str | None) -> Path | None:
@@ -72,51 +72,52 @@ def _expanded(out: str | None) -> Path | None:
 def _score(options: EvaluateOptions, default_out: Path) -> Mapping[str, Any]:
     assert options.ckpt is not None
     device = choose_device(options.device)
-    restored = load_model(options.ckpt, options.network.reading(device))
-    for told in restored.reports:
-        Console().print(told.table())
-    part, dataset = _data(options, restored)
+    model = load_model(options.ckpt, options.network.reading(device))
+    for load_report in model.reports:
+        Console().print(load_report.table())
+    part, dataset = _data(options, model)
     if options.search:
-        return run_search(restored, part, dataset, options)
+        return run_search(model, part, dataset, options)
     if options.decision is not None:
-        restored = _decided(options.decision, restored, part)
+        model = _decided(options.decision, model, part)
     ruler = Ruler.of(part.catalog, options.tolerance)
-    out = _expanded(options.out) or _usual(options, restored, default_out)
+    out = _expanded(options.out) or _usual(options, model, default_out)
     if not options.overwrite:
-        require_own(out, restored.manifest, part)
-    decision = restored.decision
-    predictor = Predictor(restored, device=device, device_map=options.network.device_map, tta=decision.tta)
+        require_own(out, model.manifest, part)
+    decision = model.decision
+    predictor = Predictor(model, device=device, device_map=options.network.device_map, tta=decision.tta)
     scored = score_part(predictor, dataset, decision, ruler, batch_size=options.batch_size, workers=options.workers)
-    report = results_of(restored, part, scored, ruler, uses=note_use(restored, part))
+    report = collect_report(model, part, scored, ruler, uses=record_test_use(model, part))
     with staged(out, part.catalog.root) as stage:
         report["panels"] = draw_panels(predictor, dataset, decision, scored.rows, out=stage)
         write_results(stage, report, scored)
         write_report(stage)
-    tell(report, out)
-    show(options.logger, report, out, part.catalog.root)  # last: no dashboard's failure takes the results with it
+    print_evaluation(report, out)
+    # Last: no dashboard's failure takes the results with it.
+    log_evaluation(options.logger, report, out, part.catalog.root)
     if not scored.rows:
         raise VesselError(f"none of {len(dataset)} images could be scored; the first: {scored.failures[0].reason}")
     return report
 
 
-def _decided(place: str, restored: LoadedModel, part: Part) -> LoadedModel:
+def _decided(path: str, model: LoadedModel, part: Part) -> LoadedModel:
     """Weights without a run folder, to be used as a decision that was searched for them says."""
-    if restored.run is not None:
-        raise VesselError(f"decision={place}: a run keeps its own, see search=true; this is for what lies in none")
+    if model.run is not None:
+        raise VesselError(f"decision={path}: a run keeps its own, see search=true; this is for what lies in none")
     data = {"fingerprint": part.catalog.fingerprint, "split_hash": part.catalog.split.hash}
-    decision, _ = given_decision(place, restored.manifest, data)
-    return replace(restored, manifest=replace(restored.manifest, decision=decision.to_json()))
+    decision, _ = given_decision(path, model.manifest, data)
+    return replace(model, manifest=replace(model.manifest, decision=decision.to_json()))
 
 
-def _usual(options: EvaluateOptions, restored: LoadedModel, default: Path) -> Path:
+def _usual(options: EvaluateOptions, model: LoadedModel, default: Path) -> Path:
     """Folder of the results unless the user names one."""
     part = f"{options.split}_other_data" if options.other_data else options.split
-    return default if restored.run is None else restored.run / "evaluate" / part
+    return default if model.run is None else model.run / "evaluate" / part
 
 
-def _data(options: EvaluateOptions, restored: LoadedModel) -> tuple[Part, VesselDataset]:
+def _data(options: EvaluateOptions, model: LoadedModel) -> tuple[Part, VesselDataset]:
     """The images to score, of the run's own data set unless the user says otherwise."""
-    manifest = restored.manifest
+    manifest = model.manifest
     configured = manifest.config.get("data") or {}
     root = options.data.root or configured.get("root")
     if root is None:
@@ -124,19 +125,19 @@ def _data(options: EvaluateOptions, restored: LoadedModel) -> tuple[Part, Vessel
     catalog = Catalog.open(Path(root))
     found = {"fingerprint": catalog.fingerprint, "split_hash": catalog.split.hash}
     differing = [name for name, value in found.items() if manifest.data.get(name) != value]
-    if differing and restored.tuned and not options.other_data:
+    if differing and model.tuned and not options.other_data:
         raise VesselError(
             f"{root}: {' and '.join(differing)} of this data set differ from those of run {manifest.name}, so images "
             "it was trained on may be among them; give the run's own data set, or say other_data=true"
         )
-    phrases = asked_of(restored, catalog, options.data.phrases)
+    phrases = phrases_to_score(model, catalog, options.data.phrases)
     fold = None if options.other_data else configured.get("fold")
-    part = Part(catalog, options.split, fold, phrases, own=restored.tuned and not options.other_data)
+    part = Part(catalog, options.split, fold, phrases, own=model.tuned and not options.other_data)
     dataset = VesselDataset(
         catalog.root,
         catalog.part(options.split, fold),
         phrases=phrases,
-        prompt=restored.prompt,
-        geometry=restored.geometry,
+        prompt=model.prompt,
+        geometry=model.geometry,
     )
     return part, dataset

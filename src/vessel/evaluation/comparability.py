@@ -30,18 +30,18 @@ _SAME = (
 )
 
 
-def require_comparable(found: Sequence[Results], labels: Sequence[str], places: Sequence[str | Path]) -> None:
+def require_comparable(found: Sequence[Results], labels: Sequence[str], paths: Sequence[str | Path]) -> None:
     """Refuse results that do not measure the same thing.
 
     Args:
         found: results, the reference first.
         labels: a name for each.
-        places: where the user said that each is.
+        paths: the paths that the user gave.
 
     Raises:
         VesselError: names two runs, what differs and both values; or the run that was evaluated on other data.
     """
-    _refuse_the_same_twice(found, places)
+    _refuse_the_same_twice(found, paths)
     for other, label in zip(found[1:], labels[1:], strict=True):
         _require_same(found[0], other, (labels[0], label))
     _refuse_other_data(found, labels)
@@ -51,18 +51,20 @@ def scored_by_all(found: Sequence[Results], labels: Sequence[str]) -> list[list[
     """Rows of the images that every run has scored, of each run in the same order.
 
     Raises:
-        VesselError: runs were asked for different images, disagree on what an image is, or share none.
+        VesselError: the runs have different images, disagree on what an image is, or share none.
     """
     scored = [{(row.id, row.phrase): row for row in one.rows} for one in found]
     images = [{key[0] for key in rows} for rows in scored]
-    asked = [n | {failure["id"] for failure in one.report["failures"]} for n, one in zip(images, found, strict=True)]
+    requested = [
+        n | {failure["id"] for failure in one.report["failures"]} for n, one in zip(images, found, strict=True)
+    ]
     common = set.intersection(*images)
-    for label, rows, ids in zip(labels[1:], scored[1:], asked[1:], strict=True):
-        if odd := sorted(ids ^ asked[0]):
-            who = labels[0] if odd[0] in asked[0] else label
+    for label, rows, ids in zip(labels[1:], scored[1:], requested[1:], strict=True):
+        if odd := sorted(ids ^ requested[0]):
+            who = labels[0] if odd[0] in requested[0] else label
             raise VesselError(
                 f"{labels[0]} and {label} cannot be compared: only {who} was asked for image {odd[0]} "
-                f"({len(asked[0])} and {len(ids)} images); evaluate both again"
+                f"({len(requested[0])} and {len(ids)} images); evaluate both again"
             )
         for key in (key for key in scored[0] if key[0] in common):
             for what in ("patient", "video", "present"):
@@ -77,11 +79,11 @@ def scored_by_all(found: Sequence[Results], labels: Sequence[str]) -> list[list[
     return [[rows[key] for key in order] for rows in scored]
 
 
-def _refuse_the_same_twice(found: Sequence[Results], places: Sequence[str | Path]) -> None:
-    for (a, place_a), (b, place_b) in combinations(zip(found, places, strict=True), 2):
+def _refuse_the_same_twice(found: Sequence[Results], paths: Sequence[str | Path]) -> None:
+    for (a, path_a), (b, path_b) in combinations(zip(found, paths, strict=True), 2):
         if all(a.report[key] == b.report[key] for key in ("fingerprint", "decision")):
             raise VesselError(
-                f"{place_a} and {place_b} are the same weights ({a.report['fingerprint']}) with the same decision: "
+                f"{path_a} and {path_b} are the same weights ({a.report['fingerprint']}) with the same decision: "
                 "there is nothing to compare; name each run once"
             )
 
@@ -90,10 +92,10 @@ def _require_same(a: Results, b: Results, names: tuple[str, str]) -> None:
     for what, keys, remedy in _SAME:
         values = [_at(one.report, keys) for one in (a, b)]
         if values[0] != values[1]:
-            told = _first_unequal(*values)
+            unequal = _first_unequal(*values)
             raise VesselError(
-                f"{names[0]} and {names[1]} cannot be compared, they differ in {what}: {told[0]} and {told[1]}; "
-                f"{remedy}"
+                f"{names[0]} and {names[1]} cannot be compared, they differ in {what}: "
+                f"{unequal[0]} and {unequal[1]}; {remedy}"
             )
 
 

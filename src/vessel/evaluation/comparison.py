@@ -39,16 +39,16 @@ _COLUMNS = (
 )
 
 
-def compare(places: Sequence[str | Path], out: Path, *, part: str = "test") -> dict[str, Any]:
+def compare(paths: Sequence[str | Path], out: Path, *, part: str = "test") -> dict[str, Any]:
     """Compare runs; write comparison.json, comparison.csv and their pages, and print.
 
     A difference is the score of `b` less that of `a` on the same image and phrase, averaged from images to videos,
     patients and the set as every score is. Images count that every run has scored.
 
     Args:
-        places: two or more runs or results folders; the first is what the others are compared with.
+        paths: two or more runs or results folders; the first is what the others are compared with.
         out: folder for the two files.
-        part: `val` or `test`, of places that are runs.
+        part: `val` or `test`, of paths that are runs.
 
     Returns:
         the content of comparison.json.
@@ -56,11 +56,11 @@ def compare(places: Sequence[str | Path], out: Path, *, part: str = "test") -> d
     Raises:
         VesselError: fewer than two, results that cannot be trusted, or that do not measure the same thing.
     """
-    if len(places) < 2:
-        raise VesselError(f"compare={[str(place) for place in places]}: give two runs or more, the reference first")
-    found = [read_results(place, part) for place in places]
+    if len(paths) < 2:
+        raise VesselError(f"compare={[str(path) for path in paths]}: give two runs or more, the reference first")
+    found = [read_results(path, part) for path in paths]
     labels = _labels(found)
-    require_comparable(found, labels, places)
+    require_comparable(found, labels, paths)
     scored = scored_by_all(found, labels)
     pairs = combinations(range(len(found)), 2) if len(found) <= _EVERY_PAIR else ((0, i) for i in range(1, len(found)))
     report: dict[str, Any] = {
@@ -75,7 +75,7 @@ def compare(places: Sequence[str | Path], out: Path, *, part: str = "test") -> d
     with staged(out) as stage:
         _write(report, stage)
         write_comparison(stage)
-    _tell(report, out)
+    _print_comparison(report, out)
     return report
 
 
@@ -99,8 +99,8 @@ def _differences(
     """One for each phrase and for `all`, by every metric that both runs have."""
     rows = [replace(theirs, scores=_less(ours, theirs)) for theirs, ours in zip(a, b, strict=True)]
     for phrase, metric in product(("all", *dict.fromkeys(row.phrase for row in rows)), METRICS):
-        asked = [row for row in rows if phrase in ("all", row.phrase)]
-        if defined := [row for row in asked if getattr(row.scores, metric) is not None]:
+        chosen = [row for row in rows if phrase in ("all", row.phrase)]
+        if defined := [row for row in chosen if getattr(row.scores, metric) is not None]:
             named = {"a": name_a, "b": name_b, "phrase": phrase, "metric": metric}
             yield named | _difference(defined, metric)
 
@@ -170,7 +170,7 @@ def _write(report: Mapping[str, Any], out: Path) -> None:
     (out / COMPARISON_FILE).write_text(text, encoding="utf-8")
 
 
-def _tell(report: Mapping[str, Any], out: Path) -> None:
+def _print_comparison(report: Mapping[str, Any], out: Path) -> None:
     console = Console()
     console.print(_runs_table(report))
     for a, b in dict.fromkeys((entry["a"], entry["b"]) for entry in report["differences"]):

@@ -13,11 +13,11 @@ from vessel.loggers import PrivateWandb, log_page
 from vessel.privacy.scanner import Scanner
 
 
-def show(settings: Mapping[str, Any] | None, report: Mapping[str, Any], folder: Path, data: Path) -> None:
+def log_evaluation(settings: Mapping[str, Any] | None, report: Mapping[str, Any], folder: Path, data: Path) -> None:
     """Send the means of every score and `report.html`, after both were searched for raw identifiers.
 
     Args:
-        settings: loggers as `conf/logger` has them; None shows nothing.
+        settings: loggers as `conf/logger` has them; None logs nothing.
         report: content of metrics.json.
         folder: holds report.html.
         data: the data set whose names must not be sent.

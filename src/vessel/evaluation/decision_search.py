@@ -2,7 +2,7 @@
 
 The search is greedy: an option is tried on top of what was kept before, in the order in which a mask is made. A change
 is kept when the mean Dice rises by `MIN_GAIN` at least, in more than half of the patients. Everything that was tried is
-told, with an interval of the paired difference.
+recorded, with an interval of the paired difference.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ LOW_RATIOS = (0.5, 0.7, 0.85)  # of the threshold
 RADII = (1.0, 2.0, 3.0)  # of opening and closing, in pixels
 MIN_SIZES = (16, 64, 256, 1024)  # of a component, in pixels
 
-Ask = Callable[[tuple[str, ...]], Iterable[Prediction | Failure]]
+Predict = Callable[[tuple[str, ...]], Iterable[Prediction | Failure]]
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Search:
     """A greedy search; `run` does it.
 
     Args:
-        ask: predicts every image of the validation part with these views.
+        predict: predicts every image of the validation part with this test-time augmentation.
         folder: for probabilities, those of two sets of views at most.
 
     Attributes:
@@ -84,10 +84,10 @@ class Search:
         kept: probabilities with the views that were kept.
     """
 
-    def __init__(self, ask: Ask, folder: Path) -> None:
-        self.ask, self.folder = ask, folder
+    def __init__(self, predict: Predict, folder: Path) -> None:
+        self.predict, self.folder = predict, folder
         self.decision, self.trials = Decision(), list[Trial]()
-        self.kept = ProbabilityStore(folder / "alone", ask(()))
+        self.kept = ProbabilityStore(folder / "alone", predict(()))
         self._rows: Sequence[ImageScore] = ()
 
     def run(self, start: Decision) -> Decision:
@@ -136,7 +136,7 @@ class Search:
     def _add_views(self, tta: Sequence[str]) -> None:
         """Try more test-time augmentation, at the threshold that is best with it."""
         more, before = (*self.decision.tta, *tta), self.kept
-        kept = ProbabilityStore(self.folder / "_".join(more), self.ask(more))
+        kept = ProbabilityStore(self.folder / "_".join(more), self.predict(more))
         if kept.ids != before.ids:
             note = f"{len(kept.failures)} images failed, {len(before.failures)} without these views"
             self.trials.append(Trial("tta", ", ".join(more), note=note))

@@ -47,17 +47,17 @@ class FoldRun:
         return any(state["wait_count"] >= state["patience"] for state in of_stopping)
 
 
-def find_fold_runs(places: Sequence[str | Path]) -> list[FoldRun]:
+def find_fold_runs(paths: Sequence[str | Path]) -> list[FoldRun]:
     """Runs of a sweep, in the order of their folds.
 
     Args:
-        places: folder of the sweep; or several, of sweeps or single runs, where a fold was trained again by itself.
+        paths: folder of the sweep; or several, of sweeps or single runs, where a fold was trained again by itself.
 
     Raises:
         VesselError: no run there, one that has not come to its end or has no fold, or two of one fold.
     """
     runs: dict[int, FoldRun] = {}
-    for folder in chain.from_iterable(_folders(expanded(place)) for place in places):
+    for folder in chain.from_iterable(_folders(expanded(path)) for path in paths):
         if read_result(folder) is None:
             raise VesselError(f"{folder}: this run has not come to its end (no {RESULT}); train it on with resume=auto")
         manifest = Manifest.from_dict(read_json(folder / MANIFEST))
@@ -88,8 +88,8 @@ def require_one_experiment(runs: Sequence[FoldRun], catalog: Catalog) -> None:
                     f"{value}: it may have trained on what would be scored; give the data set that it was trained on"
                 )
         if run.manifest.phrases != first.manifest.phrases:
-            told = f"{list(first.manifest.phrases)} and {list(run.manifest.phrases)}"
-            raise VesselError(f"{first.folder} and {run.folder} were trained on other phrases: {told}")
+            phrases = f"{list(first.manifest.phrases)} and {list(run.manifest.phrases)}"
+            raise VesselError(f"{first.folder} and {run.folder} were trained on other phrases: {phrases}")
         if others := differing(_settings(first), _settings(run)):
             raise VesselError(
                 f"{first.folder} and {run.folder} differ in more than fold and seed, so they are no one "
@@ -101,25 +101,25 @@ def require_one_experiment(runs: Sequence[FoldRun], catalog: Catalog) -> None:
         missing = ", ".join(map(str, sorted(expected ^ found)))
         raise VesselError(
             f"folds are 0 to {len(expected) - 1}, and fold {missing} has no run here: its images would not be "
-            f"predicted; train it (data.fold={missing}) and name both places: folds=[SWEEP,RUN]"
+            f"predicted; train it (data.fold={missing}) and name both folders: folds=[SWEEP,RUN]"
         )
     held_out = [frame_id for fold in catalog.split.folds for frame_id in fold["val"]]
     if len(held_out) > len(set(held_out)):
         raise VesselError(f"{catalog.root}: an image is held out by two folds; prepare the data set again")
 
 
-def _folders(place: Path) -> list[Path]:
-    """Folders of runs: the place itself, or those of the jobs of a sweep."""
-    if (place / MANIFEST).is_file():
-        return [place]
-    folders = [file.parent for file in place.rglob(JOB)]
+def _folders(path: Path) -> list[Path]:
+    """Folders of runs: the folder itself, or those of the jobs of a sweep."""
+    if (path / MANIFEST).is_file():
+        return [path]
+    folders = [file.parent for file in path.rglob(JOB)]
     if not folders:
         raise VesselError(
-            f"{place}: neither a sweep nor a run; a cross-validation is python -m vessel.train -m experiment=NAME "
+            f"{path}: neither a sweep nor a run; a cross-validation is python -m vessel.train -m experiment=NAME "
             "data.root=DIR data.fold=0,1,2,3,4, whose folder is outputs/NAME/sweep_<time>"
         )
-    # A job that failed may have been trained again elsewhere; a fold that is missing in the end is told.
-    failed = {job.job for job in read_jobs(place) if job.error}
+    # A job that failed may have been trained again elsewhere; a fold that is missing in the end is an error.
+    failed = {job.job for job in read_jobs(path) if job.error}
     return [folder for folder in folders if read_json(folder / JOB)["job"] not in failed]
 
 
@@ -127,7 +127,7 @@ def _settings(run: FoldRun) -> Mapping[str, Any]:
     """Return the settings that all folds must have in common."""
     config = run.manifest.config
     data = {key: value for key, value in config["data"].items() if key != "fold"}
-    # A run may go on for longer than it was first told, so `differing` leaves that out.
+    # A run may be trained for longer than its first settings say, so `differing` leaves that out.
     length = {key: str(config["trainer"].get(key)) for key in _LENGTH}
     stopping = (config.get("callbacks") or {}).get("early_stopping")
     kept = {key: value for key, value in config.items() if key != "seed"}

@@ -15,14 +15,14 @@ from rich.progress import track
 from vessel.data.catalog import Catalog, Split, digest
 from vessel.data.dataset import VesselDataset
 from vessel.errors import VesselError
-from vessel.evaluation.dashboards import show
+from vessel.evaluation.dashboards import log_evaluation
 from vessel.evaluation.fold_runs import FoldRun, find_fold_runs, require_one_experiment
-from vessel.evaluation.metrics_json import Part, asked_of, results_of, write_results
+from vessel.evaluation.metrics_json import Part, collect_report, phrases_to_score, write_results
 from vessel.evaluation.options import EvaluateOptions
 from vessel.evaluation.results import METRICS_FILE, POOLED
-from vessel.evaluation.scoring import Ruler, Scored, maps_of, score_part, targets_of
+from vessel.evaluation.scoring import Ruler, Scored, input_images, probability_maps, score_part
 from vessel.evaluation.staging import require_own, staged
-from vessel.evaluation.terminal import tell
+from vessel.evaluation.terminal import print_evaluation
 from vessel.inference.decision import Decision
 from vessel.inference.loading import LoadedModel, load_model
 from vessel.inference.options import choose_device
@@ -48,14 +48,14 @@ class Curve:
     scores: Mapping[str, NDArray[np.float64]]
 
 
-def evaluate_folds(places: Sequence[str | Path], options: EvaluateOptions) -> Mapping[str, Any]:
-    """Predict every image out of fold, score and print; the results lie in `evaluate/pooled` of the first place.
+def evaluate_folds(paths: Sequence[str | Path], options: EvaluateOptions) -> Mapping[str, Any]:
+    """Predict every image out of fold, score and print; the results lie in `evaluate/pooled` of the first path.
 
     Each network predicts twice: at all thresholds first, then, at the threshold that the other folds chose, for all
     scores. So neither memory nor disk has to hold the probabilities of the whole set.
 
     Args:
-        places: as `find_fold_runs` takes them.
+        paths: as `find_fold_runs` takes them.
         options: of the command; `ckpt`, `split` and `other_data` have no meaning here.
 
     Returns:
@@ -64,23 +64,23 @@ def evaluate_folds(places: Sequence[str | Path], options: EvaluateOptions) -> Ma
     Raises:
         VesselError: runs, data set or results folder will not do, or nothing could be scored.
     """
-    runs = find_fold_runs(places)
+    runs = find_fold_runs(paths)
     catalog = Catalog.open(Path(options.data.root or runs[0].manifest.config["data"]["root"]))
     require_one_experiment(runs, catalog)
     ruler = Ruler.of(catalog, options.tolerance)
-    out = expanded(places[0]) / "evaluate" / POOLED if options.out is None else expanded(options.out)
+    out = expanded(paths[0]) / "evaluate" / POOLED if options.out is None else expanded(options.out)
     if not options.overwrite:
         _require_own(out, runs, catalog, options)
     thresholds = cross_fitted(curves := [_curve(run, catalog, options) for run in runs])
     pooled, folds = Scored(), []
     for run, threshold in zip(runs, thresholds, strict=True):
-        restored, phrases, scored = _scored(run, catalog, threshold, ruler, options)
+        model, phrases, scored = _scored(run, catalog, threshold, ruler, options)
         _add(pooled, scored)
-        folds.append(_entry(run, restored.manifest, threshold, scored))
-    part, manifest = Part(catalog, "val", None, phrases, own=True), _pooled_manifest(restored.manifest, folds)
-    report = results_of(replace(restored, manifest=manifest), part, pooled, ruler)
+        folds.append(_entry(run, model.manifest, threshold, scored))
+    part, manifest = Part(catalog, "val", None, phrases, own=True), _pooled_manifest(model.manifest, folds)
+    report = collect_report(replace(model, manifest=manifest), part, pooled, ruler)
     report |= {
-        "source": named(expanded(places[0])),
+        "source": named(expanded(paths[0])),
         "fold": POOLED,
         "note": " ".join(_notes(catalog.split, folds)),
         "decision": Decision().to_json() | {"threshold": manifest.threshold},
@@ -93,8 +93,8 @@ def evaluate_folds(places: Sequence[str | Path], options: EvaluateOptions) -> Ma
     with staged(out, catalog.root) as stage:
         write_results(stage, report, pooled)
         write_report(stage)
-    tell(report, out)
-    show(options.logger, report, out, catalog.root)
+    print_evaluation(report, out)
+    log_evaluation(options.logger, report, out, catalog.root)
     if not pooled.rows:
         raise VesselError(f"no image of any fold could be scored; the first: {pooled.failures[0].reason}")
     return report
@@ -154,11 +154,11 @@ def _load(run: FoldRun, options: EvaluateOptions) -> LoadedModel:
 def _opened(run: FoldRun, catalog: Catalog, options: EvaluateOptions) -> tuple[LoadedModel, Predictor, VesselDataset]:
     """Load the network of a fold and the images that it was not trained on."""
     device = choose_device(options.device)
-    restored = _load(run, options)
-    phrases = asked_of(restored, catalog, options.data.phrases)
+    model = _load(run, options)
+    phrases = phrases_to_score(model, catalog, options.data.phrases)
     frames = catalog.part("val", run.fold)
-    dataset = VesselDataset(catalog.root, frames, phrases=phrases, prompt=restored.prompt, geometry=restored.geometry)
-    return restored, Predictor(restored, device=device, device_map=options.network.device_map), dataset
+    dataset = VesselDataset(catalog.root, frames, phrases=phrases, prompt=model.prompt, geometry=model.geometry)
+    return model, Predictor(model, device=device, device_map=options.network.device_map), dataset
 
 
 def _curve(run: FoldRun, catalog: Catalog, options: EvaluateOptions) -> Curve:
@@ -166,14 +166,14 @@ def _curve(run: FoldRun, catalog: Catalog, options: EvaluateOptions) -> Curve:
     _, predictor, dataset = _opened(run, catalog, options)
     sweep, images = OverlapSweep(THRESHOLDS), 0
     answers = predictor.predict(
-        targets_of(dataset), dataset.__getitem__, batch_size=options.batch_size, workers=options.workers
+        input_images(dataset), dataset.__getitem__, batch_size=options.batch_size, workers=options.workers
     )
     for answer in track(answers, f"thresholds, fold {run.fold}", len(dataset), transient=True):
         if isinstance(answer, Prediction):
             sample, images = answer.sample, images + 1
             assert sample.masks is not None, "frames of a data set have masks"
             sweep.update(
-                [torch.from_numpy(maps_of(answer))],
+                [torch.from_numpy(probability_maps(answer))],
                 [sample.masks],
                 ids=[sample.id],
                 patients=[sample.patient],
@@ -188,12 +188,12 @@ def _scored(
     run: FoldRun, catalog: Catalog, threshold: float, ruler: Ruler, options: EvaluateOptions
 ) -> tuple[LoadedModel, tuple[str, ...], Scored]:
     """Score a fold; return its model without weights, its phrases and its scores."""
-    restored, predictor, dataset = _opened(run, catalog, options)
+    model, predictor, dataset = _opened(run, catalog, options)
     scored = score_part(
         predictor, dataset, Decision(threshold), ruler, batch_size=options.batch_size, workers=options.workers
     )
-    restored.network.to("meta")  # room for those of the next fold
-    return restored, dataset.phrases, scored
+    model.network.to("meta")  # room for those of the next fold
+    return model, dataset.phrases, scored
 
 
 def _add(pooled: Scored, fold: Scored) -> None:

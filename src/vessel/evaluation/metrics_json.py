@@ -24,7 +24,7 @@ from vessel.model.baselines import require_known
 from vessel.paths import named
 from vessel.runs.manifest import without_places
 
-_USES_FILE = "test_uses.jsonl"  # beside the results of each part: how often the test part was asked
+_USES_FILE = "test_uses.jsonl"  # beside the results of each part: every use of the test part
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Part:
         catalog: the data set.
         name: `train`, `val` or `test`.
         fold: of a cross-validation; None keeps the fixed split.
-        phrases: that were asked for.
+        phrases: that are scored.
         own: it is the data set of the run.
     """
 
@@ -46,31 +46,31 @@ class Part:
     own: bool
 
 
-def asked_of(restored: LoadedModel, catalog: Catalog, phrases: Any) -> tuple[str, ...]:
+def phrases_to_score(model: LoadedModel, catalog: Catalog, phrases: Any) -> tuple[str, ...]:
     """Choose the phrases to score: those that the user names, else those of the run, else all of the data set.
 
     Raises:
         VesselError: the data set has no masks of one, or the network does not know it.
     """
-    asked = asked_phrases(phrases, restored.manifest.phrases or catalog.phrases, restored.prompt)
-    if unknown := [phrase for phrase in asked if phrase not in catalog.phrases]:
+    chosen = asked_phrases(phrases, model.manifest.phrases or catalog.phrases, model.prompt)
+    if unknown := [phrase for phrase in chosen if phrase not in catalog.phrases]:
         raise VesselError(
             f"{catalog.root}: no masks of {unknown}, which are asked for; it holds {list(catalog.phrases)}"
         )
-    require_known(restored.network, asked)
-    return asked
+    require_known(model.network, chosen)
+    return chosen
 
 
-def results_of(
-    restored: LoadedModel, part: Part, scored: Scored, ruler: Ruler, *, uses: Sequence[Mapping[str, Any]] = ()
+def collect_report(
+    model: LoadedModel, part: Part, scored: Scored, ruler: Ruler, *, uses: Sequence[Mapping[str, Any]] = ()
 ) -> dict[str, Any]:
-    """Collect the numbers of an evaluation before its files are written; `uses` comes from `note_use`."""
-    manifest, catalog, rows = restored.manifest, part.catalog, scored.rows
+    """Collect the numbers of an evaluation before its files are written; `uses` comes from `record_test_use`."""
+    manifest, catalog, rows = model.manifest, part.catalog, scored.rows
     phrases = ("all", *part.phrases)
-    decision = restored.decision
+    decision = model.decision
     return {
         "run": manifest.name,
-        "source": named(restored.source),
+        "source": named(model.source),
         "fingerprint": manifest.fingerprint,
         "network": manifest.network,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -85,11 +85,11 @@ def results_of(
         "unit": catalog.split.unit,
         "fold": part.fold,
         "phrases": list(part.phrases),
-        "note": " ".join(_notes(restored, part, scored, uses)),
+        "note": " ".join(_notes(model, part, scored, uses)),
         "decision": decision.to_json(),
         "threshold": decision.threshold,
-        "threshold_source": restored.decision_source,
-        "searched": _searched(restored),
+        "threshold_source": model.decision_source,
+        "searched": _searched(model),
         "pixel_spacing": list(ruler.spacing) if ruler.unit == "mm" else None,
         "length_unit": ruler.unit,
         "tolerance": ruler.tolerance,
@@ -101,7 +101,7 @@ def results_of(
         "summary": summarise(rows) if rows else {},
         "patients": _patients(scored, phrases),
         "reliability": {phrase: scored.reliability[phrase].bins() for phrase in phrases if rows},
-        "curve": _curve(restored),
+        "curve": _curve(model),
         "test_uses": list(uses),
         "manifest": without_places(manifest.as_dict()),
     }
@@ -115,16 +115,16 @@ def write_results(out: Path, report: dict[str, Any], scored: Scored) -> None:
     write_json(out / METRICS_FILE, report)
 
 
-def note_use(restored: LoadedModel, part: Part) -> list[dict[str, Any]]:
+def record_test_use(model: LoadedModel, part: Part) -> list[dict[str, Any]]:
     """Record a use of a run's test part, and return every use so far, each with its weights and decision."""
-    if restored.run is None or part.name != "test" or not part.own:
+    if model.run is None or part.name != "test" or not part.own:
         return []
     use = {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "fingerprint": restored.manifest.fingerprint,
-        "decision": restored.decision.to_json(),
+        "fingerprint": model.manifest.fingerprint,
+        "decision": model.decision.to_json(),
     }
-    file = restored.run / "evaluate" / _USES_FILE
+    file = model.run / "evaluate" / _USES_FILE
     file.parent.mkdir(exist_ok=True)
     with file.open("a", encoding="utf-8") as stream:
         stream.write(json.dumps(use) + "\n")
@@ -136,26 +136,26 @@ def _patients(scored: Scored, phrases: Sequence[str]) -> dict[str, dict[str, Map
     return {phrase: {name: found[phrase] for name, found in by_metric.items() if phrase in found} for phrase in phrases}
 
 
-def _searched(restored: LoadedModel) -> list[Mapping[str, Any]]:
+def _searched(model: LoadedModel) -> list[Mapping[str, Any]]:
     """Read the trials of `search=true` for these weights."""
-    if restored.run is None or not (file := restored.run / DECISION_FILE).is_file():
+    if model.run is None or not (file := model.run / DECISION_FILE).is_file():
         return []
     stored = Stored.read(file)
-    return list(stored.searched) if stored.misfit(restored.manifest) is None else []
+    return list(stored.searched) if stored.misfit(model.manifest) is None else []
 
 
-def _curve(restored: LoadedModel) -> dict[str, list[float]] | None:
+def _curve(model: LoadedModel) -> dict[str, list[float]] | None:
     """Read the scores of the last validation against the threshold from the checkpoint of a run."""
-    if restored.run is None:
+    if model.run is None:
         return None
-    sweep = read_checkpoint(restored.source).get("callbacks", {}).get("ThresholdSweep", {})
+    sweep = read_checkpoint(model.source).get("callbacks", {}).get("ThresholdSweep", {})
     return sweep.get("curve") or None
 
 
-def _notes(restored: LoadedModel, part: Part, scored: Scored, uses: Sequence[Mapping[str, Any]]) -> list[str]:
+def _notes(model: LoadedModel, part: Part, scored: Scored, uses: Sequence[Mapping[str, Any]]) -> list[str]:
     split = part.catalog.split
     notes = [split.note] if split.note else []
-    if not restored.tuned:
+    if not model.tuned:
         notes.append("vessel did not train this network; whether it has seen these images is not known.")
         if (missing := missing_seg(scored.emitted)) is not None:
             notes.append(
@@ -168,7 +168,7 @@ def _notes(restored: LoadedModel, part: Part, scored: Scored, uses: Sequence[Map
         notes.append("These are training images: the figures say nothing about new ones.")
     elif part.name == "val":
         notes.append("Threshold and checkpoint were chosen on these images; figures to report come from split=test.")
-    if restored.manifest.threshold is None:
+    if model.manifest.threshold is None:
         notes.append("No threshold was chosen on validation.")
     settings = {json.dumps([use["fingerprint"], use["decision"]], sort_keys=True) for use in uses}
     if len(settings) > 1:

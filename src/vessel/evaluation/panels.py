@@ -11,7 +11,7 @@ import numpy as np
 
 from vessel.data.dataset import VesselDataset
 from vessel.data.images import read_rgb
-from vessel.evaluation.scoring import maps_of, targets_of
+from vessel.evaluation.scoring import input_images, probability_maps
 from vessel.inference.decision import Decision
 from vessel.inference.predictor import Predictor
 from vessel.inference.results import Prediction
@@ -38,10 +38,10 @@ def draw_panels(
         dice.setdefault(row.id, {})[row.phrase] = row.scores.dice
     means = {name: float(np.mean(list(of_image.values()))) for name, of_image in dice.items()}
     chosen = _chosen(means)
-    targets = targets_of(dataset)
-    index = {target.id: i for i, target in enumerate(targets)}
-    places = [index[name] for _, name in chosen]
-    shown = predictor.predict([targets[i] for i in places], lambda at: dataset[places[at]])
+    images = input_images(dataset)
+    index = {image.id: i for i, image in enumerate(images)}
+    indices = [index[name] for _, name in chosen]
+    shown = predictor.predict([images[i] for i in indices], lambda at: dataset[indices[at]])
     panels = []
     for (kind, name), answer in zip(chosen, shown, strict=True):
         if isinstance(answer, Prediction):
@@ -61,7 +61,7 @@ def _chosen(means: Mapping[str, float]) -> list[tuple[str, str]]:
 
 
 def _draw(prediction: Prediction, decision: Decision, dice: Mapping[str, float], file: Path) -> None:
-    sample, maps = prediction.sample, maps_of(prediction)
+    sample, maps = prediction.sample, probability_maps(prediction)
     assert sample.masks is not None, "frames of a data set have masks"
     panel_figure(
         read_rgb(prediction.target.file),

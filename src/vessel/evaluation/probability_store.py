@@ -1,4 +1,4 @@
-"""Probabilities and truth of a part, kept on the disk while decisions are tried on them."""
+"""Probabilities and ground truth of a part, kept on the disk while decisions are tried on them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from vessel.batch import Sample
 from vessel.data.dataset import VesselDataset
 from vessel.errors import VesselError
-from vessel.evaluation.scoring import maps_of
+from vessel.evaluation.scoring import probability_maps
 from vessel.inference.decision import Decision
 from vessel.inference.predictor import Failure
 from vessel.inference.results import Prediction
@@ -22,7 +22,7 @@ from vessel.metrics.overlap import Counts, dice
 from vessel.metrics.scores import Scores
 from vessel.metrics.summary import ImageScore
 
-_BYTES = 2.125  # a pixel of a phrase: float16 and a bit of truth
+_BYTES = 2.125  # a pixel of a phrase: float16 and a bit of ground truth
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class ProbabilityStore:
             if isinstance(answer, Failure):
                 self.failures.append(answer)
             else:
-                self._keep(answer.sample, maps_of(answer))
+                self._keep(answer.sample, probability_maps(answer))
 
     def __len__(self) -> int:
         return len(self._images)
@@ -74,10 +74,10 @@ class ProbabilityStore:
     def dice(self, decisions: Sequence[Decision]) -> Iterator[list[ImageScore]]:
         """For each image and phrase its Dice under each decision: one row a decision, with no other score."""
         for image in self._images:
-            probabilities, truths = self._read(image)
-            for phrase, probability, truth in zip(image.phrases, probabilities, truths, strict=True):
-                counts = np.array([_count(decision(probability), truth) for decision in decisions])
-                owner, present = (image.id, image.patient, image.video, phrase), bool(truth.any())
+            probabilities, ground_truths = self._read(image)
+            for phrase, probability, ground_truth in zip(image.phrases, probabilities, ground_truths, strict=True):
+                counts = np.array([_count(decision(probability), ground_truth) for decision in decisions])
+                owner, present = (image.id, image.patient, image.video, phrase), bool(ground_truth.any())
                 yield [
                     ImageScore(*owner, present, Scores(dice=value))
                     for value in dice(Counts(*torch.from_numpy(counts).unbind(-1))).tolist()
@@ -103,7 +103,7 @@ class ProbabilityStore:
 
 
 def require_room(folder: Path, dataset: VesselDataset) -> None:
-    """Refuse to begin where the probabilities of two sets of views have no room.
+    """Refuse to begin where the probabilities of two kinds of test-time augmentation have no room.
 
     Raises:
         VesselError: says how much is needed and free.
@@ -118,6 +118,6 @@ def require_room(folder: Path, dataset: VesselDataset) -> None:
 
 
 def _count(predicted: NDArray[np.bool_], true: NDArray[np.bool_]) -> tuple[int, int, int]:
-    """Pixels in both, in the prediction alone, in the truth alone."""
+    """Pixels in both, in the prediction alone, in the ground truth alone."""
     both = int((predicted & true).sum())
     return both, int(predicted.sum()) - both, int(true.sum()) - both

@@ -20,8 +20,8 @@ from vessel.runs.old_names import DECISION, present_decision
 
 METRICS_FILE = "metrics.json"
 ROWS_FILE = "per_image.csv"
-_ANEW = "evaluate again, with overwrite=true"
-POOLED = "pooled"  # in place of the number of a fold: every image by the run that did not train on it
+_REMEDY = "evaluate again, with overwrite=true"
+POOLED = "pooled"  # instead of the number of a fold: every image by the run that did not train on it
 # What everything that reads results relies on.
 _KEYS = {
     *("run", "source", "fingerprint", "data", "split", "unit", "fold", "decision", "length_unit", "tolerance"),
@@ -54,20 +54,20 @@ def seal(report: Mapping[str, Any]) -> str:
     return digest({key: value for key, value in plain(report).items() if key != "hash"})
 
 
-def read_results(place: str | Path, part: str = "test") -> Results:
+def read_results(path: str | Path, part: str = "test") -> Results:
     """Read a results folder, and check its numbers against its rows and hashes.
 
     Args:
-        place: folder of a run, whose results on `part` are meant, of a cross-validation, whose pooled ones, a results
+        path: folder of a run, whose results on `part` are meant, of a cross-validation, whose pooled ones, a results
             folder, or its metrics.json.
         part: `val` or `test`.
 
     Raises:
         VesselError: nothing there, of another version, or changed after it was written.
     """
-    folder = _folder(expanded(place), part)
-    report = read_json(folder / METRICS_FILE, _ANEW)
-    again = f"{_ANEW}: {_command(report, part)}"
+    folder = _folder(expanded(path), part)
+    report = read_json(folder / METRICS_FILE, _REMEDY)
+    again = f"{_REMEDY}: {_command(report, part)}"
     if lacking := sorted(_KEYS - report.keys()):
         raise VesselError(f"{folder / METRICS_FILE} lacks {', '.join(lacking)}; another vessel wrote it: {again}")
     if not (folder / ROWS_FILE).is_file():
@@ -110,29 +110,29 @@ def plain(value: Any) -> Any:
     return json.loads(json.dumps(value))
 
 
-def _folder(place: Path, part: str) -> Path:
-    if place.name == METRICS_FILE and place.is_file():
-        return place.parent
-    if (place / METRICS_FILE).is_file():
-        return place
-    if not place.is_dir():
-        raise VesselError(f"{place}: no such folder; give a run (outputs/<name>/<time>) or a results folder")
+def _folder(path: Path, part: str) -> Path:
+    if path.name == METRICS_FILE and path.is_file():
+        return path.parent
+    if (path / METRICS_FILE).is_file():
+        return path
+    if not path.is_dir():
+        raise VesselError(f"{path}: no such folder; give a run (outputs/<name>/<time>) or a results folder")
     for name in (part, POOLED):
-        if (place / "evaluate" / name / METRICS_FILE).is_file():
-            return place / "evaluate" / name
-    if (place / MANIFEST).is_file():
-        command = f"python -m vessel.evaluate {option('ckpt', place)} split={part}"
-        raise VesselError(f"{place}: this run has no results on {part} yet; make them: {command}")
+        if (path / "evaluate" / name / METRICS_FILE).is_file():
+            return path / "evaluate" / name
+    if (path / MANIFEST).is_file():
+        command = f"python -m vessel.evaluate {option('ckpt', path)} split={part}"
+        raise VesselError(f"{path}: this run has no results on {part} yet; make them: {command}")
     raise VesselError(
-        f"{place}: neither a run nor a results folder; what is no run is evaluated with out=FOLDER, and that folder "
+        f"{path}: neither a run nor a results folder; what is no run is evaluated with out=FOLDER, and that folder "
         "is compared"
     )
 
 
 def _command(report: Mapping[str, Any], part: str) -> str:
     source = report.get("source", "…")
-    told = f"folds={source}" if report.get("fold") == POOLED else f"ckpt={source} split={report.get('split', part)}"
-    return f"python -m vessel.evaluate {told}"
+    options = f"folds={source}" if report.get("fold") == POOLED else f"ckpt={source} split={report.get('split', part)}"
+    return f"python -m vessel.evaluate {options}"
 
 
 def _differences_from_rows(results: Results) -> Iterator[str]:
@@ -143,10 +143,10 @@ def _differences_from_rows(results: Results) -> Iterator[str]:
     yield from _unequal(report["n_failed"], len(report["failures"]), "n_failed", "its own list of failures")
     if both := images & {failure["id"] for failure in report["failures"]}:
         yield f"{min(both)} is among the failures and has scores in {ROWS_FILE}"
-    asked = {(image, phrase) for image in images for phrase in report["phrases"]}
-    if odd := sorted(asked ^ {(row.id, row.phrase) for row in rows}):
+    expected = {(image, phrase) for image in images for phrase in report["phrases"]}
+    if odd := sorted(expected ^ {(row.id, row.phrase) for row in rows}):
         image, phrase = odd[0]
-        has = "no" if odd[0] in asked else "a"
+        has = "no" if odd[0] in expected else "a"
         yield f"its phrases are {report['phrases']}, and {ROWS_FILE} has {has} row of {image}, {phrase!r}"
     yield from _unequal(report["summary"], plain(summarise(rows)) if rows else {}, "summary", ROWS_FILE)
 
@@ -158,7 +158,7 @@ def _differences_from_manifest(results: Results) -> Iterator[str]:
         return
     manifests = {"its manifest": report["manifest"]}
     if results.folder.parent.name == "evaluate" and run.is_file():
-        manifests[str(run)] = read_json(run, _ANEW)
+        manifests[str(run)] = read_json(run, _REMEDY)
     for where, manifest in manifests.items():
         yield from _unequal(report["run"], manifest.get("name"), "run", where)
         if manifest.get("fingerprint"):  # the manifest of a run does not know it

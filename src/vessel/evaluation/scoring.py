@@ -74,7 +74,9 @@ class Scored:
         """Score one image."""
         sample = prediction.sample
         assert sample.masks is not None, "frames of a data set have masks"
-        for phrase, probability, mask in zip(sample.phrases, maps_of(prediction), sample.masks.numpy(), strict=True):
+        for phrase, probability, mask in zip(
+            sample.phrases, probability_maps(prediction), sample.masks.numpy(), strict=True
+        ):
             scores = score(
                 probability, decision(probability), mask, spacing=ruler.spacing, tolerance=ruler.tolerance
             )  # fmt: skip
@@ -86,14 +88,14 @@ class Scored:
         self.emitted += prediction.emitted
 
 
-def maps_of(prediction: Prediction) -> NDArray:
+def probability_maps(prediction: Prediction) -> NDArray:
     """Stack the probabilities float32 [K, H, W] of an image with a forced answer, where every phrase has its own."""
     maps = [one for one in prediction.probabilities if one is not None]
     assert len(maps) == len(prediction.probabilities), "a taught answer has every [SEG]"
     return torch.stack(maps).numpy()
 
 
-def targets_of(dataset: VesselDataset) -> list[InputImage]:
+def input_images(dataset: VesselDataset) -> list[InputImage]:
     """List the images of a part under the names that reports use."""
     return [InputImage(frame.id, Path(dataset.root) / frame.image, frame.image) for frame in dataset.frames]
 
@@ -117,9 +119,9 @@ def score_part(
         batch_size: images a pass.
         workers: loader processes.
     """
-    scored, targets = Scored(), targets_of(dataset)
-    answers = predictor.predict(targets, dataset.__getitem__, batch_size=batch_size, workers=workers)
-    for answer in track(answers, "evaluating", len(targets), transient=True):
+    scored, images = Scored(), input_images(dataset)
+    answers = predictor.predict(images, dataset.__getitem__, batch_size=batch_size, workers=workers)
+    for answer in track(answers, "evaluating", len(images), transient=True):
         if isinstance(answer, Failure):
             scored.failures.append(answer)
         else:

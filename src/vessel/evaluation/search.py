@@ -19,7 +19,7 @@ from vessel.evaluation.decision_search import MIN_GAIN, Search
 from vessel.evaluation.metrics_json import Part
 from vessel.evaluation.options import EvaluateOptions
 from vessel.evaluation.probability_store import require_room
-from vessel.evaluation.scoring import targets_of
+from vessel.evaluation.scoring import input_images
 from vessel.inference.decision import DECISION_FILE, Decision, Stored
 from vessel.inference.loading import LoadedModel
 from vessel.inference.options import choose_device
@@ -43,13 +43,11 @@ def check_search(options: EvaluateOptions) -> None:
         )
 
 
-def run_search(
-    restored: LoadedModel, part: Part, dataset: VesselDataset, options: EvaluateOptions
-) -> Mapping[str, Any]:
+def run_search(model: LoadedModel, part: Part, dataset: VesselDataset, options: EvaluateOptions) -> Mapping[str, Any]:
     """Search on validation, print what was tried, and write `decision.json`, which later commands find by the run.
 
     Args:
-        restored: the network.
+        model: the network.
         part: the validation part of the run's data set.
         dataset: its images.
         options: of the command; `out` is needed where there is no run folder.
@@ -58,26 +56,26 @@ def run_search(
         the content of decision.json.
 
     Raises:
-        VesselError: `check_search`, no place for the decision, phrases left out, or no image gave a result.
+        VesselError: `check_search`, no folder for the decision, phrases left out, or no image gave a result.
     """
     check_search(options)
-    folder = _folder(restored, dataset, options)
+    folder = _folder(model, dataset, options)
     require_room(folder, dataset)
-    targets = targets_of(dataset)
-    predictor = Predictor(restored, device=choose_device(options.device), device_map=options.network.device_map)
+    images = input_images(dataset)
+    predictor = Predictor(model, device=choose_device(options.device), device_map=options.network.device_map)
 
-    def ask(tta: tuple[str, ...]) -> Iterable[Prediction | Failure]:
-        told = f"predicting {len(targets)} images" + (f" with {len(tta)} views" if tta else "")
+    def predict(tta: tuple[str, ...]) -> Iterable[Prediction | Failure]:
+        title = f"predicting {len(images)} images" + (f" with {len(tta)} augmentations" if tta else "")
         answers = predictor.with_tta(tta).predict(
-            targets, dataset.__getitem__, batch_size=options.batch_size, workers=options.workers
+            images, dataset.__getitem__, batch_size=options.batch_size, workers=options.workers
         )
-        return track(answers, told, len(targets), transient=True)
+        return track(answers, title, len(images), transient=True)
 
     with tempfile.TemporaryDirectory(prefix=".search.", dir=folder) as temporary:
-        search = Search(ask, Path(temporary))
-        decision = search.run(Decision(restored.threshold))
+        search = Search(predict, Path(temporary))
+        decision = search.run(Decision(model.threshold))
     stored = Stored(
-        restored.manifest.fingerprint,
+        model.manifest.fingerprint,
         decision,
         part.catalog.fingerprint,
         part.catalog.split.hash,
@@ -85,29 +83,29 @@ def run_search(
         tuple(asdict(trial) for trial in search.trials),
     )
     stored.write(folder / DECISION_FILE)
-    _tell(search, folder / DECISION_FILE)
+    _print_search(search, folder / DECISION_FILE)
     return stored.to_json()
 
 
-def _folder(restored: LoadedModel, dataset: VesselDataset, options: EvaluateOptions) -> Path:
-    trained = restored.manifest.phrases
+def _folder(model: LoadedModel, dataset: VesselDataset, options: EvaluateOptions) -> Path:
+    trained = model.manifest.phrases
     if trained and set(trained) != set(dataset.phrases):
         raise VesselError(
             f"search=true with data.phrases={list(dataset.phrases)}: one decision serves all phrases of the run, "
             f"{list(trained)}; leave data.phrases= away"
         )
-    if options.out is None and restored.run is None:
+    if options.out is None and model.run is None:
         raise VesselError(
             f"search=true: {options.ckpt} lies in no run folder, where its decision would be found again; name a "
             "folder for decision.json with out=DIR"
         )
-    folder = expanded(options.out) if options.out is not None else restored.run
+    folder = expanded(options.out) if options.out is not None else model.run
     assert folder is not None
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
-def _tell(search: Search, file: Path) -> None:
+def _print_search(search: Search, file: Path) -> None:
     console, unit = Console(), search.trials[0].unit
     title = f"mean Dice on validation, {len(search.kept)} images, {search.trials[0].clusters} {unit}s"
     table = Table("option", "value", title=title, box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)

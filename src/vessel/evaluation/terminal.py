@@ -13,11 +13,11 @@ from rich.table import Table
 
 from vessel.evaluation.results import POOLED
 
-_FAILURES_TOLD = 10
-_ALWAYS_TOLD = ("dice", "iou", "precision", "recall", "cldice", "hd95")
+_MAX_FAILURES = 10
+_ALWAYS_PRINTED = ("dice", "iou", "precision", "recall", "cldice", "hd95")
 
 
-def tell(report: Mapping[str, Any], out: Path) -> None:
+def print_evaluation(report: Mapping[str, Any], out: Path) -> None:
     """Print the table, what has to be known to read it, and where the rest is."""
     console = Console()
 
@@ -33,7 +33,7 @@ def tell(report: Mapping[str, Any], out: Path) -> None:
             line(f"{phrase} is in none of these images: its scores only say that nothing was drawn", "yellow")
     threshold = "differs" if report["threshold"] is None else f"{report['threshold']:.2f}"  # by fold
     line(f"threshold {threshold} ({report['threshold_source']})")
-    for failure in report["failures"][:_FAILURES_TOLD]:
+    for failure in report["failures"][:_MAX_FAILURES]:
         line(f"failed: {failure['file']}: {failure['reason']}", "red")
     if report["n_failed"]:
         line(f"{report['n_failed']} of {report['n_failed'] + report['n_ok']} images failed", "red")
@@ -50,7 +50,7 @@ def _table(report: Mapping[str, Any]) -> Table:
     for column in ("mean", "95 % interval", "where\npresent", "present in", "patients"):
         table.add_column(column, justify="right")
     for phrase, scores in report["summary"].items():
-        for name in _ALWAYS_TOLD:
+        for name in _ALWAYS_PRINTED:
             score, metric = scores[name], report["metrics"][name]
             if score["mean"] is None:
                 continue

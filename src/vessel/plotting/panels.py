@@ -47,7 +47,7 @@ def sweep_figure(curve: Mapping[str, Sequence[float]], best: float) -> Figure:
 
 def panel_figure(
     image: np.ndarray,
-    truth: np.ndarray,
+    ground_truth: np.ndarray,
     probability: np.ndarray,
     *,
     threshold: float,
@@ -59,7 +59,7 @@ def panel_figure(
 
     Args:
         image: uint8 [H, W, 3].
-        truth: bool [K, H, W].
+        ground_truth: bool [K, H, W].
         probability: float [K, H, W] in [0, 1].
         threshold: marked beside the probabilities.
         labels: K short texts, such as a phrase and its Dice.
@@ -78,10 +78,11 @@ def panel_figure(
     for axes in grid.flat:
         axes.set(xticks=[], yticks=[])
         axes.spines[:].set_visible(False)
-    for axes, caption in zip(grid[0], ("Image", "Ground truth", "Probability", "Prediction against ground truth"), strict=True):
+    captions = ("Image", "Ground truth", "Probability", "Prediction against ground truth")
+    for axes, caption in zip(grid[0], captions, strict=True):
         axes.set_title(caption, fontsize=10)
     drawn = probability > threshold if predicted is None else predicted
-    for row, label, true, probable, mask in zip(grid, labels, truth, probability, drawn, strict=True):
+    for row, label, true, probable, mask in zip(grid, labels, ground_truth, probability, drawn, strict=True):
         row[0].set_ylabel(label, fontsize=10)
         row[0].imshow(image)
         row[1].imshow(true, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
