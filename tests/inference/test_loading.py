@@ -1,6 +1,7 @@
 """A network found again from whatever the user calls `ckpt`, also one that vessel never trained."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from tests.conftest import SIZES
 from tests.weights.layouts import internvl_state, write_folder, write_sa2va, write_sam2
 
 from vessel.errors import VesselError
+from vessel.inference.decision import DECISION_FILE, Decision, Stored
 from vessel.inference.loading import load_model
 from vessel.inference.options import LoadSettings, NetworkOptions
 from vessel.runs.manifest import Manifest
@@ -150,3 +152,17 @@ def test_an_untuned_network_is_evaluated_as_a_baseline(public, oct_set, tmp_path
     assert f"[SEG] is its own choice in {100 * (1 - report['seg_missing']):.0f} %" in report["note"]
     assert "[SEG] is its own choice" in " ".join(capsys.readouterr().out.split())
     assert report["n_ok"] > 0
+
+
+@pytest.mark.slow
+def test_a_search_that_ends_meanwhile_does_not_part_a_decision_from_its_source(tiny_run, tmp_path):
+    shutil.copytree(tiny_run, tmp_path / "run")
+    model = load_model(str(tmp_path / "run"))
+    first = model.decision
+    data = model.manifest.data["fingerprint"], model.manifest.data["split_hash"]
+    Stored(model.manifest.fingerprint, Decision(0.3, 0.2), *data).write(tmp_path / "run" / DECISION_FILE)
+    assert model.decision == first
+    assert "searched" not in model.decision_source
+    again = load_model(str(tmp_path / "run"))
+    assert again.decision == Decision(0.3, 0.2)
+    assert "searched" in again.decision_source

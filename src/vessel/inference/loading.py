@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -101,15 +102,20 @@ class LoadedModel:
         """Threshold chosen on validation, 0.5 where none was."""
         return 0.5 if self.manifest.threshold is None else self.manifest.threshold
 
+    @cached_property
+    def _chosen(self) -> tuple[Decision, str]:
+        """Read decision.json once: a search that ends meanwhile must not part the decision from its source."""
+        return decision_for(self.manifest, self.run)
+
     @property
     def decision(self) -> Decision:
         """From probabilities to masks, as validation chose it for these weights."""
-        return decision_for(self.manifest, self.run)[0]
+        return self._chosen[0]
 
     @property
     def decision_source(self) -> str:
         """Where the decision comes from, in words; says so when the run keeps one that is not for these weights."""
-        return decision_for(self.manifest, self.run)[1]
+        return self._chosen[1]
 
 
 def load_model(ckpt: str, reading: LoadSettings | None = None) -> LoadedModel:
