@@ -9,7 +9,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
-from lightning.pytorch.utilities.memory import is_oom_error
+
+from vessel.errors import is_out_of_memory
 
 
 @dataclass
@@ -64,7 +65,7 @@ def fits(run: Callable[[], object], device: torch.device) -> bool:
         run()
         _wait(device)
     except (RuntimeError, MemoryError) as error:
-        if not (isinstance(error, MemoryError | torch.OutOfMemoryError) or is_oom_error(error)):
+        if not is_out_of_memory(error):
             raise
     else:
         return True

@@ -181,13 +181,10 @@ class StepOutput(NamedTuple):
     Attributes:
         loss: scalar.
         probabilities: one float32 [K, H, W] an image at native size, values in [0, 1].
-        seg_emitted: bool [N], the language model itself would have chosen `[SEG]` where the answer holds it;
-            [0] without a language model.
     """
 
     loss: Tensor
     probabilities: tuple[Tensor, ...]
-    seg_emitted: Tensor
 
 
 def collate(samples: list[Sample], pad_id: int) -> Batch:

@@ -40,6 +40,14 @@ class BadItemsError(VesselError):
         super().__init__(f"{what}: {len(self.problems)} bad item(s), nothing was written\n{lines}")
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that the memory of the host or of a GPU is too small."""
+    import torch
+    from lightning.pytorch.utilities.memory import is_oom_error  # seconds, which only a failure costs
+
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or is_oom_error(error)
+
+
 def user_message(error: BaseException) -> str | None:
     """What a `VesselError` says, also one that other libraries wrapped, or that a disk is full; None for others."""
     cause: BaseException | None = error

@@ -29,7 +29,7 @@ from vessel.inference.options import choose_device
 from vessel.inference.predictor import Predictor
 from vessel.inference.results import Prediction
 from vessel.metrics.overlap import OVERLAP_METRICS, OverlapSweep
-from vessel.metrics.thresholds import THRESHOLDS
+from vessel.metrics.thresholds import THRESHOLDS, best_index
 from vessel.paths import expanded, named
 from vessel.reporting.page import write_report
 from vessel.runs.manifest import Manifest
@@ -114,8 +114,7 @@ def cross_fitted(curves: Sequence[Curve]) -> list[float]:
         if not any(curve.images for curve in others):
             raise VesselError(f"no image outside fold {fold} could be predicted, so nothing chooses its threshold")
         dice = mean_curve(others)["dice"]
-        best = max(range(len(THRESHOLDS)), key=lambda i: (dice[i], -abs(THRESHOLDS[i] - 0.5)))
-        chosen.append(THRESHOLDS[best])
+        chosen.append(THRESHOLDS[best_index(THRESHOLDS, dice)])
     return chosen
 
 

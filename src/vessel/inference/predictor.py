@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from vessel.batch import Batch, Output, Sample, collate
 from vessel.data.inputs import InputImage
 from vessel.data.prompt import ANSWERS, IGNORED
-from vessel.errors import VesselError
+from vessel.errors import VesselError, is_out_of_memory
 from vessel.inference.decoders import DECODERS
 from vessel.inference.generation import MAX_NEW_TOKENS, Spoken, converse
 from vessel.inference.loading import LoadedModel
@@ -107,9 +107,7 @@ class Predictor:
         try:
             return self._pass(asked)
         except (RuntimeError, MemoryError) as error:
-            from lightning.pytorch.utilities.memory import is_oom_error  # seconds, which only a failure costs
-
-            if not (isinstance(error, MemoryError | torch.OutOfMemoryError) or is_oom_error(error)):
+            if not is_out_of_memory(error):
                 raise
         if self.device.type == "cuda":
             torch.cuda.empty_cache()

@@ -23,7 +23,7 @@ from vessel.data.images import common_depth, read_rgb
 from vessel.data.inputs import InputImage
 from vessel.data.prompt import ANSWERS, QUESTIONS
 from vessel.data.transforms import cut_tiles, whole_frame
-from vessel.errors import VesselError
+from vessel.errors import VesselError, is_out_of_memory
 from vessel.inference.generation import Spoken
 from vessel.inference.predictor import Failure, Predictor
 from vessel.inference.results import Prediction
@@ -97,9 +97,7 @@ def follow(
         folder = str(first.file).removesuffix(first.name)
         yield _failure(pullback, str(error).replace(folder, "") if folder else str(error))
     except (RuntimeError, MemoryError) as error:
-        from lightning.pytorch.utilities.memory import is_oom_error  # seconds, which only a failure costs
-
-        if not (isinstance(error, MemoryError | torch.OutOfMemoryError) or is_oom_error(error)):
+        if not is_out_of_memory(error):
             raise
         yield _failure(pullback, f"out of memory on {predictor.device.type}")
 

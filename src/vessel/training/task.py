@@ -165,7 +165,7 @@ class VesselTask(LightningModule):
         if len(emitted):
             rate = emitted.float().mean()
             self.log(f"{stage}/seg_emission", rate, batch_size=len(emitted), on_epoch=True, sync_dist=True)
-        return StepOutput(loss.detach(), probabilities, emitted)
+        return StepOutput(loss.detach(), probabilities)
 
     def _overlap(self, stage: str) -> OverlapSweep:
         return self.val_overlap if stage == "val" else self.test_overlap

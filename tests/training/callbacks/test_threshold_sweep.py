@@ -84,10 +84,13 @@ def test_logs_and_writes_table_and_figure(tmp_path, trainer, toy_task, batches):
     assert (tmp_path / "threshold_sweep" / "step_000003.png").stat().st_size > 1000
 
 
-def test_of_equal_thresholds_the_one_nearest_a_half_wins():
-    sweep = ThresholdSweep([0.2, 0.4, 0.55, 0.9])
-    sweep.curve = {"threshold": [0.2, 0.4, 0.55, 0.9], "dice": [0.8, 0.8, 0.8, 0.1]}
-    assert max(range(4), key=sweep._preference) == 2
+def test_of_equal_thresholds_the_one_nearest_a_half_wins(trainer, toy_task, batches):
+    """A network whose probabilities lie all on one side of the thresholds scores the same at each of them."""
+    sweep, task = ThresholdSweep([0.1, 0.15, 0.2]), toy_task(lr=0.0)
+    task.network.mask_decoder.bias.data.fill_(20.0)
+    trainer(sweep, max_epochs=1).fit(task, batches(), batches())
+    assert len(set(sweep.curve["dice"])) == 1
+    assert sweep.threshold == 0.2
 
 
 def test_state_survives_a_round_trip():

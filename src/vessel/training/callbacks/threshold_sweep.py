@@ -13,7 +13,7 @@ from typing_extensions import override
 from vessel.batch import Batch, StepOutput
 from vessel.loggers import log_figure, log_table
 from vessel.metrics.overlap import OVERLAP_METRICS, OverlapSweep
-from vessel.metrics.thresholds import THRESHOLDS
+from vessel.metrics.thresholds import THRESHOLDS, best_index
 from vessel.plotting.panels import sweep_figure
 
 
@@ -74,15 +74,12 @@ class ThresholdSweep(Callback):
             name: scores[name].tolist() for name in OVERLAP_METRICS
         }
         self.step = trainer.global_step
-        best = max(range(len(self.sweep.thresholds)), key=self._preference)
+        best = best_index(self.curve["threshold"], self.curve["dice"])
         self.threshold = self.curve["threshold"][best]
         found = {"val/dice_best": self.curve["dice"][best], "val/threshold": self.threshold}
         pl_module.log_dict(found, sync_dist=True)  # equal on all ranks already; it says so to Lightning
         if trainer.is_global_zero:
             self._write(trainer, Path(trainer.default_root_dir) / "threshold_sweep")
-
-    def _preference(self, index: int) -> tuple[float, float]:
-        return self.curve["dice"][index], -abs(self.curve["threshold"][index] - 0.5)
 
     def _write(self, trainer: Trainer, folder: Path) -> None:
         assert self.threshold is not None
