@@ -5,12 +5,15 @@ Options: `--help`.
 
 from __future__ import annotations
 
+import sys
+
 import hydra
 from omegaconf import DictConfig
 
 from vessel.cli.composition import report_composition_errors
 from vessel.cli.conf import CONF
 from vessel.cli.exits import report_errors
+from vessel.cli.option_names import answer_old_names
 from vessel.cli.values import check_values
 
 
@@ -32,8 +35,9 @@ def app(cfg: DictConfig) -> None:
 
 
 def main() -> None:
-    """Compose the configuration and predict."""
-    with report_composition_errors("predict"):
+    """Refuse options of old names, then compose the configuration and predict."""
+    with report_errors(), report_composition_errors("predict"):
+        answer_old_names(sys.argv[1:], "predict")
         app()
 
 

@@ -117,5 +117,5 @@ def test_the_networks_of_the_bench_are_those_it_names():
     own = SMALL.sizes.language
     assert (own.width, own.layers, own.vocabulary) == (512, 8, 151_679)
     assert SMALL.sizes.vision.tokens_per_tile == 256
-    assert (SMALL.lora.r, SMALL.lora.tokens) == (128, "full")  # as conf/lora/r128.yaml
+    assert (SMALL.lora.r, SMALL.lora.tokens) == (128, "full")  # as experiment=lora_r128
     assert tiny().sizes.language.width == 96  # as conf/model/tiny.yaml

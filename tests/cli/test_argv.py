@@ -113,7 +113,7 @@ def test_how_a_run_runs_may_change(settled, begun, option):
 
 @pytest.mark.parametrize(
     ("option", "told"),
-    [("data.batch_size=7", "data.batch_size=7"), ("seed=5", "seed=5 (there 0)"), ("lora=r8", "lora.r=8"),
+    [("data.batch_size=7", "data.batch_size=7"), ("seed=5", "seed=5 (there 0)"), ("lora.r=8", "lora.r=8"),
      ("weights=[base]", "weights=['base'] (there [])"), ("ckpt=some", "ckpt=some (there None)"),
      ("trainer.accumulate_grad_batches=2", "trainer.accumulate_grad_batches=2 (there 1)"),
      ("trainer=gpu", "trainer.precision=bf16-mixed"), ("trainer.gradient_clip_val=null", "clip_val=None (there 1.0)")],
@@ -151,7 +151,7 @@ def test_a_named_run_goes_on_with_its_own_options(settled, begun, capsys):
 
 @pytest.mark.parametrize(
     "options",
-    [("--help",), ("--cfg", "job"), ("-m", "lora=none,r8", "hydra.sweep.dir=here"), ("hydra.run.dir=here",)],
+    [("--help",), ("--cfg", "job"), ("-m", "lora.r=0,8", "hydra.sweep.dir=here"), ("hydra.run.dir=here",)],
     ids=lambda options: options[0],
 )
 def test_nothing_is_settled_where_there_is_nothing_to(settled, begun, capsys, options):
@@ -163,10 +163,10 @@ def test_nothing_is_settled_where_there_is_nothing_to(settled, begun, capsys, op
 
 def test_a_sweep_goes_on_in_its_own_folder_only(settled, begun, capsys):
     run = begun("a", ago=300)
-    for options in ((), ("lora=none,r8", "optimizer.lr=interval(1e-5,1e-3)"), ("sweep=slurm",)):
+    for options in ((), ("lora.r=0,8", "optimizer.lr=interval(1e-5,1e-3)"), ("launcher=slurm",)):
         assert settled("-m", *GIVEN, *options, "resume=auto") == []
         assert "hydra.sweep.dir=outputs/<name>/sweep_<time>" in capsys.readouterr().out
-    for options in (("-m", "lora=none,r8"), ("hydra.run.dir=there",)):
+    for options in (("-m", "lora.r=0,8"), ("hydra.run.dir=there",)):
         with pytest.raises(VesselError, match=rf"resume=outputs/night/a names .* leave out {options[0][:9]}"):
             settled(*options, *GIVEN, f"resume={run}")
 
@@ -183,7 +183,7 @@ def test_an_experiment_may_say_where_it_goes_on(settled, begun, tmp_path):
         assert settled(*given)[-2:] == [f"hydra.run.dir='{run}'", KEPT]
         assert settled(*given, "resume=null") == []
     with pytest.raises(VesselError, match="leave out -m"):
-        settled("-m", *given, "lora=none,r8")
+        settled("-m", *given, "lora.r=0,8")
 
 
 def test_a_named_run_has_its_config_dir_with_it(settled, tmp_path):
@@ -199,10 +199,10 @@ def test_a_named_run_has_its_config_dir_with_it(settled, tmp_path):
 
 
 def test_a_job_of_a_sweep_goes_on_when_it_is_named(settled, tmp_path):
-    command("vessel.train", "-m", *GIVEN, "lora=none,r8", "trainer.num_nodes=2")
+    command("vessel.train", "-m", *GIVEN, "lora.r=0,8", "trainer.num_nodes=2")
     [run] = tmp_path.glob("outputs/night/sweep_*/1")
     added = settled(option("resume", run))
-    assert set(added) == {*GIVEN, "lora=r8", "trainer.num_nodes=2", f"hydra.run.dir='{os.path.relpath(run)}'", KEPT}
+    assert set(added) == {*GIVEN, "lora.r=8", "trainer.num_nodes=2", f"hydra.run.dir='{os.path.relpath(run)}'", KEPT}
 
 
 def test_a_refused_command_leaves_the_record_as_it_was(begun):

@@ -18,7 +18,7 @@ from vessel.memory_plan.step import GRADIENTS
 def test_two_ranks_hold_what_is_planned(oct_set, tmp_path, trainer):
     overrides = [
         *options(tmp_path, oct_set, 2), "~callbacks.recorder", f"trainer={trainer}", "trainer.max_steps=2",
-        "callbacks.checkpoint=null", "callbacks.last_checkpoint=null", "lora=r8", "trainable=lora",
+        "callbacks.checkpoint=null", "callbacks.last_checkpoint=null", "lora.r=8", "trainable=lora",
         "+callbacks.holds._target_=tests.memory_plan.holds.Holds", f"+callbacks.holds.out={tmp_path}",
     ]  # fmt: skip
     status, printed = on_ranks(

@@ -31,7 +31,7 @@ def configuration(*overrides):
 
 @pytest.mark.slow
 def test_guard_T7_what_cannot_fit_is_refused_with_the_settings_that_help(monkeypatch):
-    config = configuration("data.root=nowhere", "lora=r16", "trainable=lora", "trainer=cpu")
+    config = configuration("data.root=nowhere", "lora.r=16", "trainable=lora", "trainer=cpu")
     assert require_memory(config) is None  # nothing to judge by
     config.gpu_gb = 24
     plan = require_memory(config)

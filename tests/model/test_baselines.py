@@ -182,7 +182,7 @@ def test_guard_W1_weights_that_do_not_fit_a_baseline_are_refused(baseline, plan,
 
 @BOTH
 def test_adapters_have_no_place(baseline, sizes):
-    with pytest.raises(VesselError, match=r"lora\.r=8: this network has no language model to adapt; leave lora=none"):
+    with pytest.raises(VesselError, match=r"lora\.r=8: this network has no language model to adapt; leave lora\.r=0"):
         baseline(sizes, lora=Lora(r=8)).build()
 
 

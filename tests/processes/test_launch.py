@@ -386,7 +386,7 @@ def test_ranks_that_were_started_otherwise_than_configured_are_refused(oct_set, 
     status, output = run(*two, *SHORT, f"data.root={oct_set}", "trainer=cpu", cwd=tmp_path)
     assert status == 1
     assert "torchrun started 2 ranks, but trainer.devices=1" in output
-    status, output = run(*two, "-m", *SHORT, f"data.root={oct_set}", "lora=none,r8", cwd=tmp_path)
+    status, output = run(*two, "-m", *SHORT, f"data.root={oct_set}", "lora.r=0,8", cwd=tmp_path)
     assert "leave torchrun out" in output
     status, output = run(*TRAIN, *SHORT, f"data.root={oct_set}", "trainer.num_nodes=2", cwd=tmp_path)
     assert (status, output.count("error: trainer.num_nodes=2: start it with srun, or")) == (1, 1)
@@ -394,7 +394,7 @@ def test_ranks_that_were_started_otherwise_than_configured_are_refused(oct_set, 
 
 @pytest.mark.slow
 def test_jobs_of_a_sweep_have_several_ranks_one_job_after_another(oct_set, tmp_path):
-    jobs = ("name=sweep", "lora=none,r8", *trouble("refuse", rank="${lora.r}"))  # r=0: rank 0 of the first job
+    jobs = ("name=sweep", "lora.r=0,8", *trouble("refuse", rank="${lora.r}"))  # r=0: rank 0 of the first job
     status, output = run(*TRAIN, "-m", *SHORT, *TWO_RANKS, f"data.root={oct_set}", *jobs, cwd=tmp_path)
     assert status == 1
     assert output.count("error: rank 0: a bad image; look at it") == 1
@@ -408,7 +408,7 @@ def test_jobs_of_a_sweep_have_several_ranks_one_job_after_another(oct_set, tmp_p
 
 @pytest.mark.slow
 def test_a_signal_ends_a_sweep_not_only_its_job(oct_set, tmp_path):
-    jobs = ("name=sweep", "lora=none,r8", *trouble("SIGTERM", rank=0))
+    jobs = ("name=sweep", "lora.r=0,8", *trouble("SIGTERM", rank=0))
     status, output = run(*TRAIN, "-m", *SHORT, f"data.root={oct_set}", "trainer=cpu", *jobs, cwd=tmp_path)
     assert status == 143, output
     [sweep] = (tmp_path / "outputs/sweep").iterdir()

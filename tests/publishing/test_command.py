@@ -58,7 +58,7 @@ def lora_run(train_tiny, base, tmp_path_factory):
     """A run of LoRA on that folder."""
     folder = tmp_path_factory.mktemp("runs") / "lora"
     started = (f"weights=[{base}]", f"prompt.tokenizer={base}", "name=lora")
-    train_tiny(folder, *started, "lora=r8", "trainable=lora", "optimizer.lr=0.01")
+    train_tiny(folder, *started, "lora.r=8", "trainable=lora", "optimizer.lr=0.01")
     return folder
 
 

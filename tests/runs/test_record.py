@@ -20,6 +20,19 @@ def test_settings_are_compared_by_their_full_key():
     assert differing(before, now) == [*told, "lora=absent (there None)"]
 
 
+def test_a_prompt_that_is_now_called_auto_is_no_other_setting():
+    language, baseline = (
+        {"_target_": f"vessel.model.{name}"} for name in ("sa2va.Sa2VAConfig", "baselines.UNetConfig")
+    )
+    auto, small = ({"tokenizer": t, "template": n} for t, n in (("auto", "auto"), (None, "qwen_chat")))
+    public = {"tokenizer": "weights", "template": "weights"}
+    for model, weights, old in ((language, [], small), (language, ["a"], public), (baseline, ["a"], small)):
+        now = {"model": model, "weights": weights}
+        assert differing({**now, "prompt": old}, {**now, "prompt": auto}) == []
+    now = {"model": language, "weights": ["a"]}
+    assert len(differing({**now, "prompt": small}, {**now, "prompt": auto})) == 2
+
+
 @pytest.fixture
 def job(monkeypatch):
     """A job's configuration as Hydra gives it to the command, with what Hydra knows of the job beside."""
@@ -61,3 +74,19 @@ def test_a_folder_without_a_record_gets_none(tmp_path, job):
         (tmp_path / "checkpoints").mkdir()
         (tmp_path / "checkpoints/last-000002.ckpt").touch()
     assert not (tmp_path / ".hydra").exists()
+
+
+def test_options_and_settings_of_an_older_run_have_the_names_of_today(tmp_path):
+    """So that it can be resumed: nothing of it differs from the same command of today."""
+    (tmp_path / ".hydra").mkdir()
+    old = ["experiment=tiny", "data.root=data", "objective=sa2va", "lora=r8"]
+    OmegaConf.save(OmegaConf.create(old), tmp_path / ".hydra/overrides.yaml")
+    options = options_of(tmp_path)
+    assert options == ["experiment=tiny", "data.root=data", "loss=sa2va", "lora.r=8"]
+    with initialize_config_dir(CONF, version_base="1.3"):
+        now = OmegaConf.to_container(compose("train", options[:2]), resolve=False)
+    before = {**now, "objective": now["loss"], "lora": {"_target_": "vessel.model.lora.Lora", "r": 0}}
+    before.pop("loss")
+    before["data"] = {**now["data"], "augmentation": {"_target_": "vessel.data.transforms.Augmentation"}}
+    OmegaConf.save(OmegaConf.create(before), tmp_path / ".hydra/config.yaml")
+    assert settings_of(tmp_path) == now

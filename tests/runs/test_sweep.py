@@ -13,7 +13,7 @@ from tests.wandb_offline import records
 
 from vessel.runs.sweep import Job, _print, best_job, best_threshold, read_jobs, write_summary
 
-SWEEP = Path(__file__).parents[2] / "conf/sweep"
+CONF = Path(__file__).parents[2] / "conf"
 
 # A Hydra app as vessel.train is one, without a network: Dice is 1 - |log10(lr) + 3| / 10.
 APP = """
@@ -37,7 +37,7 @@ def main(config):
 main()
 """
 CONFIG = """
-defaults: [_self_, {sweep: null}]
+defaults: [_self_, {sweeper: null}, {launcher: null}]
 name: toy
 optimizer: {lr: 1e-3, weight_decay: 0.1}
 loss: {dice_weight: 0.5}
@@ -52,7 +52,8 @@ def app(tmp_path):
     (tmp_path / "app.py").write_text(APP)
     (tmp_path / "conf").mkdir()
     (tmp_path / "conf/train.yaml").write_text(CONFIG)
-    shutil.copytree(SWEEP, tmp_path / "conf/sweep")
+    for group in ("sweeper", "launcher"):
+        shutil.copytree(CONF / group, tmp_path / "conf" / group)
 
     def start(*options):
         command = [sys.executable, "app.py", "-m", *options]
@@ -66,7 +67,7 @@ def sweeps(folder):
 
 
 def job(number, dice, **facts):
-    return Job(number, ("experiment=tiny", f"lora=r{number}"), dice, 0.5, f"outputs/s/{number}", **facts)
+    return Job(number, ("experiment=tiny", f"lora.r={number}"), dice, 0.5, f"outputs/s/{number}", **facts)
 
 
 def test_best_job_is_the_first_with_the_highest_dice():
@@ -94,10 +95,10 @@ def test_summary_files_show_what_sets_jobs_apart(tmp_path):
     write_summary([job(8, 0.91234), job(16, None), job(64, None, error="out of memory | GPU 0\nlonger")], tmp_path)
     with (tmp_path / "summary.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [row["overrides"] for row in rows] == ["lora=r8", "lora=r16", "lora=r64"]
+    assert [row["overrides"] for row in rows] == ["lora.r=8", "lora.r=16", "lora.r=64"]
     assert [row["val/dice_best"] for row in rows] == ["0.9123", "not validated", "failed: out of memory | GPU 0"]
     text = (tmp_path / "summary.md").read_text().splitlines()
-    assert text[2] == "| 8 | lora=r8 | 0.9123 | 0.50 | outputs/s/8 |"
+    assert text[2] == "| 8 | lora.r=8 | 0.9123 | 0.50 | outputs/s/8 |"
     assert r"out of memory \| GPU 0" in text[4]
     assert text[-1] == "best: job 8, val/dice_best 0.9123, outputs/s/8; 1 of 3 jobs failed"
 
@@ -144,7 +145,7 @@ def test_a_single_run_is_no_sweep(app, tmp_path):
 
 def test_a_search_goes_on_where_it_stopped(app, tmp_path):
     for _ in range(2):
-        done = app("sweep=optuna", "hydra.sweeper.n_trials=3")
+        done = app("sweeper=optuna", "hydra.sweeper.n_trials=3")
         assert done.returncode == 0, done.stderr
     rates = [job.overrides for sweep in sweeps(tmp_path) for job in read_jobs(sweep)]
     assert len(rates) == len(set(rates)) == 6, "the second sitting repeats none of the first"
@@ -157,7 +158,7 @@ def test_a_search_goes_on_where_it_stopped(app, tmp_path):
 
 
 def test_a_search_whose_first_trial_fails_stops(app, tmp_path):
-    done = app("sweep=optuna", "optimizer.lr=-1")
+    done = app("sweeper=optuna", "optimizer.lr=-1")
     assert done.returncode == 1
     assert "the first trial of the search has no result" in done.stderr
     assert "best: none; 1 of 1 jobs failed" in done.stdout
@@ -166,19 +167,25 @@ def test_a_search_whose_first_trial_fails_stops(app, tmp_path):
 
 def test_jobs_of_submitit_are_summed_up_like_others(app, tmp_path):
     """In processes of their own, as on a cluster."""
-    done = app("optimizer.lr=10,0.001", "hydra/launcher=submitit_local")
+    done = app("optimizer.lr=10,0.001", "launcher=local")
     assert done.returncode == 1, done.stderr
     first, second = read_jobs(sweeps(tmp_path)[0])
     assert (first.error, second.dice) == ("optimizer.lr: too large; take less", 1.0)
     assert "best: job 1, val/dice_best 1.0000" in done.stdout
 
 
+def test_a_search_gives_its_trials_to_a_launcher(app, tmp_path):
+    done = app("sweeper=optuna", "launcher=local", "hydra.sweeper.n_trials=2")
+    assert done.returncode == 0, done.stderr
+    assert [job.error for job in read_jobs(sweeps(tmp_path)[0])] == ["", ""]
+
+
 def test_slurm_is_asked_for_what_the_configuration_says():
     from hydra import compose, initialize_config_dir
     from submitit.slurm.slurm import _make_sbatch_string
 
-    with initialize_config_dir(str(SWEEP.parent), version_base="1.3"):
-        config = compose("train", ["experiment=tiny", "sweep=slurm"], return_hydra_config=True)
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = compose("train", ["experiment=tiny", "launcher=slurm"], return_hydra_config=True)
     assert config.resume == "auto", "a job that was requeued goes on"
     launcher = dict(config.hydra.launcher)
     assert launcher.pop("_target_").endswith("SlurmLauncher")
@@ -201,11 +208,11 @@ def test_training_sweep_has_a_wandb_run_per_job_in_one_group(tmp_path):
     size = ("synthetic.patients=3", "synthetic.frames=2", "synthetic.size=64")
     assert vessel("prepare", "source=synthetic", "out=data", *size).returncode == 0
     short = ("trainer.max_steps=1", "trainer.val_check_interval=1", "data.workers=0")
-    done = vessel("train", "-m", "experiment=tiny", "data.root=data", "logger=wandb", "lora=r8,r16", *short)
+    done = vessel("train", "-m", "experiment=tiny", "data.root=data", "logger=wandb", "lora.r=8,16", *short)
     assert done.returncode == 0, done.stderr
     [sweep] = sweeps(tmp_path)
     jobs = read_jobs(sweep)
-    assert [job.overrides[3] for job in jobs] == ["lora=r8", "lora=r16"]
+    assert [job.overrides[3] for job in jobs] == ["lora.r=8", "lora.r=16"]
     assert all(job.dice is not None and 0 < job.threshold < 1 for job in jobs)
     groups = [
         record.run.run_group

@@ -126,7 +126,7 @@ def test_masks_are_predicted_and_words_refused(runs, oct_set, command, capsys, t
     [
         ("unet", ("trainable=lora",), r"trainable=lora: no language model here; choose trainable=all"),
         ("unet", ("trainable=decoder_only",), r"nothing would train; choose all"),
-        ("unet", ("lora=r8",), r"no language model to adapt; leave lora=none"),
+        ("unet", ("lora.r=8",), r"no language model to adapt; leave lora\.r=0"),
         ("sam2_prompt", ("trainable=decoder_only",), r"random weights.*would stay random for ever.*a SAM2"),
     ],
 )

@@ -155,7 +155,8 @@ def adapters(tiny_run, tmp_path_factory):
     """LoRA with dropout on weights that are loaded, and images loaded by workers."""
     folder = tmp_path_factory.mktemp("base") / "public"
     write_sa2va(folder, load_model(str(tiny_run)).network)
-    return (f"weights=[{folder}]", "lora=r8", "lora.dropout=0.3", "trainable=lora", "data.workers=2", *BY_STEPS)
+    started = (f"weights=[{folder}]", "prompt=small")
+    return (*started, "lora.r=8", "lora.dropout=0.3", "trainable=lora", "data.workers=2", *BY_STEPS)
 
 
 def test_dropout_and_workers_are_the_same_after_a_resume(whole, resume, adapters):

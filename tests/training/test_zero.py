@@ -217,7 +217,8 @@ def adapted(zero3, ranks_run, tmp_path_factory):
     """Adapters on a public folder, in bf16, with optimizer and parameters on the host."""
     network = load_model(str(find_checkpoint(zero3 / "run"))).network
     base = write_sa2va(tmp_path_factory.mktemp("public"), network)
-    choices = (f"weights=[{base}]", "lora=r8", "trainable=lora", "trainer.max_steps=2", "trainer.val_check_interval=4")
+    started = (f"weights=[{base}]", "prompt=small")
+    choices = (*started, "lora.r=8", "trainable=lora", "trainer.max_steps=2", "trainer.val_check_interval=4")
     return ranks_run(2, "trainer=zero3_offload", CUT[0], *choices)
 
 
@@ -330,7 +331,7 @@ def test_guard_T13_what_is_not_finite_on_one_rank_stops_every_rank_under_zero3(r
 @pytest.mark.slow
 def test_rows_of_new_tokens_train_under_zero3(ranks_run):
     """Peft keeps them in a buffer, which on ranks other than 0 has no content at first."""
-    out = ranks_run(2, "trainer=zero3", *CUT, "lora=r8", "lora.tokens=new", "trainable=lora", "trainer.max_steps=2")
+    out = ranks_run(2, "trainer=zero3", *CUT, "lora.r=8", "lora.tokens=new", "trainable=lora", "trainer.max_steps=2")
     assert len(losses(out, 2)) > 0
 
 

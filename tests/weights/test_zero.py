@@ -26,7 +26,7 @@ from vessel.weights.entry import Weights
 from vessel.weights.sources import open_source
 from vessel.weights.zero import open_saved, open_zero
 
-TINY = ("experiment=tiny", "run=.", "data.root=none", *TINY_NETWORK)
+TINY = ("experiment=tiny", "prompt=small", "run=.", "data.root=none", *TINY_NETWORK)
 
 
 # By hand -------------------------------------------------------------------------------------------------------------
@@ -242,7 +242,7 @@ def test_each_rank_holds_its_part_of_a_network_that_is_the_same(compose, tmp_pat
     sam2 = write_sam2(tmp_path / "sam2.pt", whole)
     tuned = tmp_path / "tuned.pth"
     torch.save({"state_dict": training_state(as_training_code_holds_it(whole, rank=8))}, tuned)
-    lora = "lora=r8 trainable=lora"
+    lora = "lora.r=8 trainable=lora"
     variants = (
         ([], "trainable=all"),  # random
         ([base], "trainable=all trainer.precision=bf16-true"),

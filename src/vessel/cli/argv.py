@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from vessel.cli.conf import CONF
+from vessel.cli.option_names import answer_old_names
 from vessel.errors import VesselError
 from vessel.paths import expanded, option, quoted
 from vessel.processes.ranks import PARENT, STAMP, agree_on_stamp, die_with_parent, this_rank
@@ -26,7 +27,8 @@ def settle() -> None:
     """Put the run's folder into `sys.argv`, and into the environment what all ranks have to agree on.
 
     Raises:
-        VesselError: `resume=` names no run or contradicts another option, or torchrun or srun started a sweep.
+        VesselError: an option has another name today, `resume=` names no run or contradicts another option, or torchrun
+            or srun started a sweep.
     """
     rank = this_rank()
     if rank.index:
@@ -35,6 +37,7 @@ def settle() -> None:
     if PARENT in os.environ:
         die_with_parent()
         return
+    answer_old_names(sys.argv[1:], "train")
     given = _parsed()
     if given.help or given.hydra_help or given.cfg or given.info or given.shell_completion:
         return

@@ -53,7 +53,7 @@ def add_lora(network: Network, lora: Lora, *, new_tokens: range, seg_is_trained:
             frozen.
     """
     if not isinstance(network, Sa2VA):
-        raise VesselError(f"lora.r={lora.r}: this network has no language model to adapt; leave lora=none")
+        raise VesselError(f"lora.r={lora.r}: this network has no language model to adapt; leave lora.r=0")
     if lora.tokens not in ("full", "new", "frozen"):
         raise VesselError(f"lora.tokens={lora.tokens}: use full, new or frozen")
     if lora.tokens == "frozen" and not seg_is_trained:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -37,8 +38,26 @@ CLASSES = {
     "vessel.model.mllm.VisionSizes": "vessel.model.mllm.VisionConfig",
     "vessel.model.sa2va.Sizes": "vessel.model.sa2va.Sa2VAConfig",
 }
-# Keys at the root of a training configuration.
-OPTIONS = {"checkpointing": "activation_checkpointing", "objective": "loss"}
+# Options of the commands, by command: a key, its sub-keys included, or one of its values.
+OPTIONS: dict[str, dict[str, str]] = {
+    "train": {
+        "checkpointing": "activation_checkpointing",
+        "objective": "loss",
+        "sweep=optuna": "sweeper=optuna",
+        "sweep=slurm": "launcher=slurm",
+        "lora=none": "lora.r=0",
+        **{f"lora=r{rank}": f"lora.r={rank}" for rank in (8, 16, 64, 128)},
+    },
+    "predict": {"low": "hysteresis", "views": "tta"},
+}
+# What a configuration without adapters once left to the signature.
+LORA = {"alpha_ratio": 2.0, "dropout": 0.05, "tokens": "full"}
+# The numbers that an augmentation once had for its transforms.
+AUGMENTATION = {
+    "flip": True, "rotate": 180.0, "scale": 0.1, "shift": 0.05, "brightness": 0.2, "contrast": 0.2, "gamma": 20.0,
+    "blur": 0.1, "noise": 0.1,
+}  # fmt: skip
+_OPTION = re.compile(r"([+~]*)([^=]*)(.*)", re.DOTALL)
 # Keys of a decision, in decision.json, in metrics.json and in manifests of exports.
 DECISION = {"low": "hysteresis", "views": "tta"}
 
@@ -52,10 +71,36 @@ def present_config(config: Mapping[str, Any]) -> dict[str, Any]:
     Returns:
         a copy whose options and classes have the names of today.
     """
-    present = {OPTIONS.get(key, key): _present_classes(child) for key, child in config.items()}
+    present = {OPTIONS["train"].get(key, key): _present_classes(child) for key, child in config.items()}
+    if isinstance(present.get("lora"), Mapping):
+        present["lora"] = {**LORA, **present["lora"]}
+    data = present.get("data")
+    if isinstance(data, Mapping) and isinstance(data.get("augmentation"), Mapping):
+        present["data"] = {**data, "augmentation": _present_augmentation(data["augmentation"])}
     if "weights" in present:
         present["weights"] = [_present_source(entry) for entry in present["weights"] or ()]
     return present
+
+
+def present_option(option: str, command: str) -> str:
+    """Replace the old name in an option as it is typed, such as `objective=sa2va` or `lora=r8,r16`.
+
+    Args:
+        option: `key=value`, with Hydra's `+`, `++` or `~` before it, if any.
+        command: such as `train`.
+
+    Returns:
+        the option of today; the same text where it has no other name.
+    """
+    sign, key, value = _OPTION.fullmatch(option).groups()  # type: ignore[union-attr]  # which matches any text
+    names = OPTIONS.get(command, {})
+    head, dot, rest = key.partition(".")
+    if head in names:
+        return f"{sign}{names[head]}{dot}{rest}{value}"
+    choices = [names.get(f"{key}={choice}", "").partition("=") for choice in value.removeprefix("=").split(",")]
+    if any(not new for new, _, _ in choices):
+        return option
+    return f"{sign}{choices[0][0]}={','.join(choice for _, _, choice in choices)}"
 
 
 def present_report(report: Mapping[str, Any]) -> dict[str, Any]:
@@ -73,6 +118,26 @@ def _present_source(entry: Any) -> Any:
     if not isinstance(entry, Mapping) or not entry.get("revision") or is_hub_name(entry["source"]):
         return entry
     return {**entry, "source": f"{PREFIX}{entry['source']}"}
+
+
+def _present_augmentation(node: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Spell out the transforms of an augmentation that was once given by numbers."""
+    if node.get("_target_") != "vessel.data.transforms.Augmentation" or "transforms" in node:
+        return node
+    numbers = {**AUGMENTATION, **node}
+    rotate, scale, shift, gamma = (numbers[key] for key in ("rotate", "scale", "shift", "gamma"))
+    affine = {"rotate": [-rotate, rotate], "scale": [1 - scale, 1 + scale], "translate_percent": [-shift, shift]}
+    contrast = {"brightness_limit": numbers["brightness"], "contrast_limit": numbers["contrast"]}
+    transforms: list[tuple[str, dict[str, Any]]] = [
+        *([("HorizontalFlip", {"p": 0.5}), ("VerticalFlip", {"p": 0.5})] if numbers["flip"] else []),
+        ("Affine", {**affine, "p": 0.9}),
+        ("RandomBrightnessContrast", {**contrast, "p": 0.5}),
+        ("RandomGamma", {"gamma_limit": [100 - gamma, 100 + gamma], "p": 0.3}),
+        ("GaussianBlur", {"sigma_limit": [0.3, 1.0], "blur_limit": 0, "p": numbers["blur"]}),
+        ("GaussNoise", {"std_range": [0.01, 0.05], "p": numbers["noise"]}),
+    ]
+    spelt = [{"_target_": f"albumentations.{name}", **arguments} for name, arguments in transforms]
+    return {"_target_": node["_target_"], "transforms": spelt}
 
 
 def _present_classes(node: Any) -> Any:

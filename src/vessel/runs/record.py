@@ -14,12 +14,14 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from vessel.errors import VesselError
-from vessel.runs.old_names import present_config
+from vessel.runs.old_names import present_config, present_option
 
 RECORD = ".hydra"
 SETTINGS = f"{RECORD}/config.yaml"  # as given, before anything is settled
 OVERRIDES = f"{RECORD}/overrides.yaml"
 HYDRA = f"{RECORD}/hydra.yaml"
+
+_LANGUAGE = "vessel.model.sa2va.Sa2VAConfig"  # of the networks that are asked in words
 
 # What may differ between a run and its continuation: how it runs and what it shows, not what it computes.
 FREE = (
@@ -49,12 +51,24 @@ def differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         before: plain and nested, of the run that is there.
         now: likewise, of the run that would go on with it.
     """
-    theirs, ours, absent = dict(_leaves(before)), dict(_leaves(now)), object()
+    theirs, ours, absent = dict(_leaves(_with_auto(before))), dict(_leaves(_with_auto(now))), object()
     return [
         f"{key}={ours.get(key, 'absent')} (there {theirs.get(key, 'absent')})"
         for key in {**ours, **theirs}
         if ours.get(key, absent) != theirs.get(key, absent)
     ]
+
+
+def _with_auto(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Write prompt=auto where `small` or `sa2va` says the same: older runs had no `auto`."""
+    prompt, model = config.get("prompt"), config.get("model")
+    if not isinstance(prompt, Mapping) or not isinstance(model, Mapping):
+        return config
+    from_weights = config.get("weights") and model.get("_target_") == _LANGUAGE
+    same = ("weights", "weights") if from_weights else (None, "qwen_chat")
+    if (prompt.get("tokenizer"), prompt.get("template")) != same:
+        return config
+    return {**config, "prompt": {**prompt, "tokenizer": "auto", "template": "auto"}}
 
 
 def _leaves(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
@@ -81,7 +95,7 @@ def settings_of(run: Path) -> dict[str, Any]:
 
 
 def options_of(run: Path) -> list[str]:
-    """The options that a run was given on the command line.
+    """Return the options that a run was given on the command line, with the names of today.
 
     Raises:
         VesselError: its record cannot be read, or is no list.
@@ -89,7 +103,7 @@ def options_of(run: Path) -> list[str]:
     options = _read(run / OVERRIDES)
     if not isinstance(options, list):
         raise VesselError(f"{run / OVERRIDES} holds no options")
-    return [str(option) for option in options]
+    return [present_option(str(option), "train") for option in options]
 
 
 def config_dir_of(run: Path) -> str | None:

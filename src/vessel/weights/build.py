@@ -122,7 +122,7 @@ class NetworkPlan:
         """
         groups, speaks = network.trainable_groups(), network.phrases is None
         if self.trainable == "lora" and "lora" not in groups:
-            told = ", but lora=none: choose adapters, such as lora=r128, or another trainable="
+            told = ", but lora.r=0: choose adapters, such as lora.r=128, or another trainable="
             raise VesselError("trainable=lora" + (told if speaks else ": no language model here; choose trainable=all"))
         if not groups:
             others = "lora, decoder_only or all" if speaks else "all"

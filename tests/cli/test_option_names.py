@@ -1,0 +1,56 @@
+"""Old names of options, answered with the ones of today."""
+
+import subprocess
+import sys
+
+import pytest
+
+from vessel.cli.option_names import answer_old_names
+from vessel.errors import VesselError
+from vessel.runs.old_names import present_option
+
+
+@pytest.mark.parametrize(
+    ("command", "old", "new"),
+    [
+        ("train", "objective=sa2va", "loss=sa2va"),
+        ("train", "objective.dice_weight=1.0", "loss.dice_weight=1.0"),
+        ("train", "+objective.dice_weight=1,2", "+loss.dice_weight=1,2"),
+        ("train", "checkpointing=true", "activation_checkpointing=true"),
+        ("train", "sweep=optuna", "sweeper=optuna"),
+        ("train", "sweep=slurm", "launcher=slurm"),
+        ("train", "lora=none", "lora.r=0"),
+        ("train", "lora=r8,r16", "lora.r=8,16"),
+        ("predict", "views=[flip_lr,flip_ud]", "tta=[flip_lr,flip_ud]"),
+        ("predict", "low=0.2", "hysteresis=0.2"),
+    ],
+)
+def test_an_old_name_is_answered_with_the_new_one(command, old, new):
+    assert present_option(old, command) == new
+    with pytest.raises(VesselError) as caught:
+        answer_old_names(["-m", "out=x", old], command)
+    assert str(caught.value).startswith(f"{old}: ")
+    assert str(caught.value).endswith(f" {new}")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "option",
+    ["lora=default", "lora.r=8", "lora=r8,r9", "lora=[r8", "sweep=", "sweeper=tpe", "~logger.csv", "name=lora=r8",
+     "views=1", "--config-dir", "loss=sa2va", "activation_checkpointing=true", "low"],
+)  # fmt: skip
+def test_other_words_are_hydras_to_read(option):
+    assert present_option(option, "train") == option
+    answer_old_names([option], "train")
+
+
+@pytest.mark.parametrize(
+    ("verb", "option", "new"), [("train", "objective=sa2va", "loss=sa2va"), ("predict", "low=0.2", "hysteresis=0.2")]
+)
+def test_the_commands_answer_in_one_line(verb, option, new, tmp_path):
+    command = [sys.executable, "-m", f"vessel.{verb}", option, "--cfg", "job"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    [line] = done.stderr.splitlines()
+    assert line.startswith(f"error: {option}: ")
+    assert line.endswith(new)
