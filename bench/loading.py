@@ -19,6 +19,7 @@ import cv2
 import torch
 from bench.stopwatch import in_turns
 from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
 from rich.console import Console
 from rich.table import Table
 
@@ -31,7 +32,7 @@ from vessel.data.images import PreparedImages
 from vessel.data.masks import read_mask
 from vessel.data.preparation import PrepareOptions, prepare
 from vessel.data.prompt import Prompt
-from vessel.data.transforms import Augmentation, QuarterTurns, cut_tiles, whole_frame
+from vessel.data.transforms import QuarterTurns, cut_tiles, whole_frame
 
 OUT = Path("outputs/bench")
 SIDE, BATCH = 512, 4
@@ -77,7 +78,9 @@ def painted(root: Path) -> list[Frame]:
 
 def measure(root: Path, frames: list[Frame], phrases: tuple[str, ...], *, rounds: int) -> Mapping[str, float]:
     """Median seconds of each part of what a data set does for an image of training, and of all of it."""
-    prompt, augmentation, frame = Prompt(), Augmentation(), frames[0]
+    prompt, frame = Prompt(), frames[0]
+    with initialize_config_dir(CONF, version_base="1.3"):
+        augmentation = instantiate(compose("train").data.augmentation, _convert_="all")
     dataset = VesselDataset(
         root, frames, phrases=phrases, prompt=prompt, geometry=VIEWS, augmentation=augmentation, varied=True
     )

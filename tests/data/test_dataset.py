@@ -8,7 +8,7 @@ from vessel.batch import InputGeometry
 from vessel.data.catalog import Catalog
 from vessel.data.dataset import VesselDataset
 from vessel.data.images import read_rgb
-from vessel.data.transforms import Augmentation, QuarterTurns
+from vessel.data.transforms import QuarterTurns
 from vessel.errors import VesselError
 from vessel.training.datamodule import VesselDataModule
 
@@ -64,16 +64,16 @@ def test_a_declared_absence_is_an_empty_mask(make_dataset, catalog):
     assert not make_dataset()[absent[0]].masks[1].any()
 
 
-def test_only_training_varies(make_module):
-    module = make_module(augmentation=Augmentation())
+def test_only_training_varies(make_module, random_augmentation):
+    module = make_module(augmentation=random_augmentation())
     val, train = module.dataset("val"), module.dataset("train")
     assert torch.equal(val[0].frame, val[0 + len(val)].frame)
     assert torch.equal(val[0].input_ids, val[0 + len(val)].input_ids)
     assert not torch.equal(train[0].frame, train[0 + len(train)].frame)
 
 
-def test_an_index_gives_the_same_sample_in_any_process(make_dataset):
-    one, two = (make_dataset(augmentation=Augmentation(), varied=True, seed=3) for _ in range(2))
+def test_an_index_gives_the_same_sample_in_any_process(make_dataset, random_augmentation):
+    one, two = (make_dataset(augmentation=random_augmentation(), varied=True, seed=3) for _ in range(2))
     list(map(two.__getitem__, range(3)))  # what was loaded before does not matter
     assert torch.equal(one[7].frame, two[7].frame)
     assert torch.equal(one[7].masks, two[7].masks)
@@ -87,9 +87,10 @@ def test_guard_T5_an_epoch_holds_each_sample_once_whatever_the_workers(make_modu
     assert sorted(served) == sorted(f.id for f in module.catalog.part("train"))
 
 
-def test_batches_do_not_depend_on_the_workers(make_module):
+def test_batches_do_not_depend_on_the_workers(make_module, random_augmentation):
     alone, helped = (
-        list(make_module(workers=w, batch_size=3, augmentation=Augmentation()).train_dataloader()) for w in (0, 2)
+        list(make_module(workers=w, batch_size=3, augmentation=random_augmentation()).train_dataloader())
+        for w in (0, 2)
     )
     assert all(torch.equal(a.frames, b.frames) and a.ids == b.ids for a, b in zip(alone, helped, strict=True))
 
@@ -109,7 +110,7 @@ def test_phrases_are_normalised_and_unknown_ones_refused(make_module):
         make_module(phrases=[])
 
 
-def test_what_an_image_can_look_like_is_known_without_endless_changes(make_dataset):
+def test_what_an_image_can_look_like_is_known_without_endless_changes(make_dataset, random_augmentation):
     turned = make_dataset(augmentation=QuarterTurns(), seed=1)
     assert turned.is_finite
     looks = [torch.from_numpy(look).permute(2, 0, 1) for look in turned.looks(3)]
@@ -119,4 +120,4 @@ def test_what_an_image_can_look_like_is_known_without_endless_changes(make_datas
     plain = make_dataset()
     assert plain.is_finite
     assert torch.equal(torch.from_numpy(plain.looks(3)[0]).permute(2, 0, 1), plain[3].frame)
-    assert not make_dataset(augmentation=Augmentation()).is_finite
+    assert not make_dataset(augmentation=random_augmentation()).is_finite

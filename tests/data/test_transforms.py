@@ -1,9 +1,12 @@
+from random import Random
+
 import numpy as np
 import pytest
 import torch
 
 from vessel.batch import InputGeometry
 from vessel.data.transforms import Augmentation, QuarterTurns, cut_tiles, tile_count, tile_grid, whole_frame
+from vessel.errors import VesselError
 
 # Width, height -> grid and tiles with thumbnail, the golden table of the specification, section 1.3.
 TILINGS = {
@@ -68,9 +71,45 @@ def _scene():
     return image, masks
 
 
-def test_image_and_masks_move_together():
+def test_the_shipped_augmentation_is_that_of_earlier_versions_to_the_last_bit(random_augmentation):
+    import albumentations as A
+
+    transforms = [
+        A.HorizontalFlip(p=0.5),
+        A.VerticalFlip(p=0.5),
+        A.Affine(rotate=(-180.0, 180.0), scale=(1 - 0.1, 1 + 0.1), translate_percent=(-0.05, 0.05), p=0.9),
+        A.RandomBrightnessContrast(0.2, 0.2, p=0.5),
+        A.RandomGamma((100 - 20.0, 100 + 20.0), p=0.3),
+        A.GaussianBlur(sigma_limit=(0.3, 1.0), blur_limit=0, p=0.1),
+        A.GaussNoise(std_range=(0.01, 0.05), p=0.1),
+    ]
+    reference, shipped = A.Compose(transforms), random_augmentation()
     image, masks = _scene()
-    steady = Augmentation(brightness=0.0, contrast=0.0, gamma=0.0, blur=0.0, noise=0.0)
+    for seed in range(60):
+        reference.set_random_state(np.random.default_rng(seed), Random(seed))
+        expected = reference(image=image, masks=list(masks.astype(np.uint8)))
+        moved, moved_masks = shipped(image, masks, seed)
+        assert np.array_equal(moved, expected["image"])
+        assert np.array_equal(moved_masks, np.stack(expected["masks"]).astype(bool))
+
+
+def test_what_an_augmentation_may_be_made_of():
+    import albumentations as A
+
+    image, masks = _scene()
+    nested = Augmentation([A.OneOf([A.Transpose(p=1.0), A.ElasticTransform(p=1.0)], p=1.0)])
+    assert np.array_equal(nested(image, masks, 5)[0], nested(image, masks, 5)[0])
+    assert any(not np.array_equal(nested(image, masks, seed)[0], nested(image, masks, 5)[0]) for seed in range(9))
+    with pytest.raises(VesselError, match=r"data\.augmentation\.transforms"):
+        Augmentation([np.flip])
+    for wrong in (A.Normalize(), A.ToTensorV2()):
+        with pytest.raises(VesselError, match=r"data\.augmentation\.transforms"):
+            Augmentation([wrong])(image, masks, 1)
+
+
+def test_image_and_masks_move_together(random_augmentation):
+    image, masks = _scene()
+    steady = random_augmentation(0, 1, 2)
     for seed in range(10):
         moved, moved_masks = steady(image, masks, seed)
         assert moved_masks.dtype == bool
@@ -78,40 +117,32 @@ def test_image_and_masks_move_together():
         assert (bright & moved_masks[1]).sum() / max(1, (bright | moved_masks[1]).sum()) > 0.85
 
 
-def test_the_same_seed_gives_the_same_change():
+def test_the_same_seed_gives_the_same_change(random_augmentation):
     image, masks = _scene()
-    augmentation = Augmentation()
+    augmentation = random_augmentation()
     first, again, other = (augmentation(image, masks, seed) for seed in (3, 3, 4))
     assert np.array_equal(first[0], again[0])
     assert np.array_equal(first[1], again[1])
     assert not np.array_equal(first[0], other[0])
 
 
-def _nearly(one, two):
-    """Equal but for the rounding of gamma's look-up table."""
-    return np.abs(one.astype(int) - two).max() <= 1
-
-
-def test_changes_are_drawn_independently():
+def test_changes_are_drawn_independently(random_augmentation):
     """Mirrored left-right, upside down, both and neither are equally frequent."""
-    flips = Augmentation(rotate=0.0, scale=0.0, shift=0.0, brightness=0.0, contrast=0.0, gamma=0.0, blur=0.0, noise=0.0)
+    flips = random_augmentation(0, 1)
     image = np.arange(64 * 64 * 3, dtype=np.uint8).reshape(64, 64, 3)
     masks = np.zeros((1, 64, 64), bool)
     outcomes = {"neither": image, "left-right": image[:, ::-1], "upside down": image[::-1], "both": image[::-1, ::-1]}
     counts = dict.fromkeys(outcomes, 0)
     for seed in range(200):
         moved = flips(image, masks, seed)[0]
-        counts[next(name for name, expected in outcomes.items() if _nearly(moved, expected))] += 1
+        counts[next(name for name, expected in outcomes.items() if np.array_equal(moved, expected))] += 1
     assert all(30 <= count <= 70 for count in counts.values()), counts
 
 
-def test_nothing_changes_when_everything_is_off():
+def test_nothing_changes_without_transforms():
     image, masks = _scene()
-    off = Augmentation(
-        flip=False, rotate=0.0, scale=0.0, shift=0.0, brightness=0.0, contrast=0.0, gamma=0.0, blur=0.0, noise=0.0
-    )
-    same, same_masks = off(image, masks, 1)
-    assert _nearly(same, image)
+    same, same_masks = Augmentation([])(image, masks, 1)
+    assert np.array_equal(same, image)
     assert np.array_equal(same_masks, masks)
 
 
@@ -156,4 +187,4 @@ def test_the_same_seed_gives_the_same_turn():
 
 
 def test_only_quarter_turns_say_how_many_they_are():
-    assert (Augmentation().variants, QuarterTurns().variants) == (None, 8)
+    assert (Augmentation([]).variants, QuarterTurns().variants) == (None, 8)

@@ -22,7 +22,7 @@ from vessel.training.datamodule import VesselDataModule
 
 # Two epochs of twelve images each.
 FROZEN = (
-    "trainable=lora", "lora=r8", "lora.dropout=0", "data.augmentation=null", "data.batch_size=1",
+    "trainable=lora", "lora.r=8", "lora.dropout=0", "data.augmentation=null", "data.batch_size=1",
     "trainer.accumulate_grad_batches=2", "trainer.max_steps=12", "trainer.val_check_interval=12",
 )  # fmt: skip
 RECORDER = "+callbacks.recorder._target_=tests.training.zero_ranks.Recorder"
@@ -99,7 +99,8 @@ def test_losses_and_weights_are_those_without_a_cache(train_tiny, without, tmp_p
 @pytest.mark.slow
 def test_endless_augmentation_is_told_and_validation_kept(train_tiny, tmp_path, encodings, caplog):
     caplog.set_level(logging.INFO)
-    options = (*FROZEN, "data.augmentation={_target_: vessel.data.transforms.Augmentation}", "trainer.max_steps=1")
+    endless = "data.augmentation={_target_: vessel.data.transforms.Augmentation, transforms: []}"
+    options = (*FROZEN, endless, "trainer.max_steps=1")
     train_tiny(tmp_path / "run", *options, "cache=features", f"cache.root={tmp_path}/cache")
     assert any("data/augmentation=quarter_turns would let them be kept" in line for line in caplog.messages)
     assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == 4

@@ -92,7 +92,10 @@ def read_tokenizer(source: str) -> PreTrainedTokenizerBase:
             cls = PreTrainedTokenizerFast if _holds(source, "tokenizer.json") else InternLM2Tokenizer
         return cls.from_pretrained(source)
     except (OSError, json.JSONDecodeError, ValueError, RuntimeError, TypeError, AttributeError) as error:
-        raise VesselError(f"prompt.tokenizer={source}: no tokenizer could be read there ({error})") from error
+        raise VesselError(
+            f"prompt.tokenizer={source}: no tokenizer could be read there ({error}); copy its files again, or "
+            "choose prompt=small for weights that vessel made with its small one"
+        ) from error
 
 
 def _holds(source: str, file: str) -> bool:

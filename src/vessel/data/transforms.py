@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from random import Random
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -16,6 +15,10 @@ from PIL import Image
 from torch import Tensor
 
 from vessel.batch import InputGeometry
+from vessel.errors import VesselError
+
+if TYPE_CHECKING:
+    from albumentations import BaseCompose, BasicTransform
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # it would ask the network for a newer version
 
@@ -63,61 +66,46 @@ def _resize(image: NDArray[np.uint8], width: int, height: int) -> Tensor:
     return torch.from_numpy(np.stack([np.asarray(band) for band in resized.split()]))
 
 
-@dataclass
 class Augmentation:
-    """Random changes of image and masks together, endlessly many.
+    """Change images and their masks together at random, in endlessly many ways.
+
+    Args:
+        transforms: of albumentations, applied in this order, each with its own probability `p`.
 
     Attributes:
         variants: how many pictures can come of one image; None says endlessly many.
-        flip: mirror left-right and upside down.
-        rotate: largest angle, degrees.
-        scale: largest relative change of size.
-        shift: largest shift, share of the side.
-        brightness, contrast: largest relative changes.
-        gamma: largest change of gamma, percent.
-        blur: chance of a slight Gaussian blur.
-        noise: chance of Gaussian noise.
+
+    Raises:
+        VesselError: one of them is no transform of albumentations, whose random numbers could not be seeded.
     """
 
     variants: ClassVar[None] = None
-    flip: bool = True
-    rotate: float = 180.0
-    scale: float = 0.1
-    shift: float = 0.05
-    brightness: float = 0.2
-    contrast: float = 0.2
-    gamma: float = 20.0
-    blur: float = 0.1
-    noise: float = 0.1
 
-    def __post_init__(self) -> None:
+    def __init__(self, transforms: Sequence[BasicTransform | BaseCompose]) -> None:
         import albumentations as A
 
-        flips = [A.HorizontalFlip(p=0.5), A.VerticalFlip(p=0.5)] if self.flip else []
-        self._compose = A.Compose(
-            [
-                *flips,
-                A.Affine(
-                    rotate=(-self.rotate, self.rotate),
-                    scale=(1 - self.scale, 1 + self.scale),
-                    translate_percent=(-self.shift, self.shift),
-                    p=0.9,
-                ),
-                A.RandomBrightnessContrast(self.brightness, self.contrast, p=0.5),
-                A.RandomGamma((100 - self.gamma, 100 + self.gamma), p=0.3),
-                A.GaussianBlur(sigma_limit=(0.3, 1.0), blur_limit=0, p=self.blur),
-                A.GaussNoise(std_range=(0.01, 0.05), p=self.noise),
-            ]
-        )
+        if wrong := [one for one in transforms if not isinstance(one, A.BasicTransform | A.BaseCompose)]:
+            raise VesselError(f"data.augmentation.transforms: {wrong[0]!r} is no transform of albumentations")
+        self._compose = A.Compose(list(transforms))
 
     def __call__(
         self, image: NDArray[np.uint8], masks: NDArray[np.bool_], seed: int
     ) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
-        """Change an image [H, W, 3] and its masks [K, H, W] alike; the same seed gives the same change."""
+        """Change an image [H, W, 3] and its masks [K, H, W] alike; the same seed gives the same change.
+
+        Raises:
+            VesselError: the transforms make something else than an image of bytes.
+        """
         # One generator for all: `set_random_seed` would seed every transform alike, so that all fire together.
         self._compose.set_random_state(np.random.default_rng(seed), Random(seed))
         changed: Mapping[str, Any] = self._compose(image=image, masks=list(masks.astype(np.uint8)))
-        return changed["image"], np.stack(changed["masks"]).astype(bool)
+        moved = changed["image"]
+        if not isinstance(moved, np.ndarray) or moved.dtype != np.uint8 or moved.shape[2:] != (3,):
+            raise VesselError(
+                "data.augmentation.transforms: an image must stay uint8 [H, W, 3]; leave out transforms that normalise "
+                "it, change its channels or make a tensor of it: the network does that itself"
+            )
+        return moved, np.stack(changed["masks"]).astype(bool)
 
 
 class QuarterTurns:
