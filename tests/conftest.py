@@ -61,6 +61,23 @@ def prompt() -> Prompt:
     return Prompt()
 
 
+@pytest.fixture(scope="session")
+def random_augmentation():
+    """Build the augmentation of data/augmentation=random, or a part of it: `random_augmentation(0, 1)` its flips."""
+    from hydra.utils import instantiate
+    from omegaconf import OmegaConf
+
+    from vessel.cli.conf import CONF
+
+    def build(*positions: int):
+        node = OmegaConf.load(Path(CONF) / "data/augmentation/random.yaml")
+        if positions:
+            node.transforms = [node.transforms[position] for position in positions]
+        return instantiate(node, _convert_="all")
+
+    return build
+
+
 @pytest.fixture
 def plan(prompt):
     """A plan for a network of a few thousand weights; keywords replace its fields."""

@@ -23,10 +23,11 @@ PRIMARIES = sorted(file.stem for file in CONF.glob("*.yaml"))
 CHOICES = sorted(
     f"{file.parent.relative_to(CONF).as_posix()}={file.stem}"
     for file in CONF.glob("*/**/*.yaml")
-    if file.relative_to(CONF).parts[0] not in ("hydra", "sam2", "sweep")
+    if file.relative_to(CONF).parts[0] not in ("hydra", "sam2", "sweeper", "launcher")
 )
 SAM2 = sorted(file.stem for file in CONF.glob("sam2/*.yaml"))
 EXPERIMENTS = [choice for choice in CHOICES if choice.startswith("experiment=")]
+LAUNCHERS = {"": "basic", "slurm": "submitit_slurm", "local": "submitit_local"}
 HYDRAS_OWN = {"_target_", "_partial_", "_convert_", "_recursive_"}
 
 
@@ -48,6 +49,9 @@ def targets(node: object, key: str = "") -> Iterator[tuple[str, dict]]:
             yield key, node
         for name, child in node.items():
             yield from targets(child, f"{key}.{name}" if key else name)
+    elif isinstance(node, list):
+        for position, child in enumerate(node):
+            yield from targets(child, f"{key}[{position}]")
 
 
 def documented() -> Iterator[tuple[str, str, str]]:
@@ -73,7 +77,7 @@ def test_defaults_end_with_what_overrides(primary):
     place = defaults.index("_self_")
     names = [entry if entry == "_self_" else next(iter(entry)) for entry in defaults]
     after = [name for name in names[place + 1 :] if not name.startswith("override ")]
-    assert after == (["experiment", "sweep"] if primary == "train" else [])
+    assert after == (["experiment", "sweeper", "launcher"] if primary == "train" else [])
 
 
 @pytest.mark.parametrize("choice", [*CHOICES, *(f"sam2@model.grounding={size}" for size in SAM2)])
@@ -101,8 +105,73 @@ def test_experiment_wins_over_the_defaults(experiment):
     assert composed(experiment).name == yaml.safe_load(text)["name"] == name
 
 
-def test_sweep_composes():
-    config = compose("train", ["experiment=tiny", "sweep=optuna"], return_hydra_config=True)
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_the_learning_rate_is_that_of_what_training_starts_from(experiment):
+    config = composed(experiment)
+    assert config.optimizer.lr == (4e-5 if config.weights else 6e-4)
+
+
+def test_without_an_experiment_the_small_network_trains_from_random_weights():
+    bare, tiny = composed("data.root=x"), composed("experiment=tiny", "data.root=x")
+    assert list(bare.weights) == []
+    for group in ("model", "prompt", "lora", "optimizer", "trainable"):
+        assert bare[group] == tiny[group]
+    assert bare.trainer.max_epochs == 10
+
+
+def test_lora_serves_any_data_set_and_any_rank():
+    config = composed("experiment=lora_r128")
+    assert OmegaConf.is_missing(config.data, "root")
+    assert (config.data.phrases, config.lora.r) == (None, 128)
+    assert composed("experiment=lora_r64", "lora.r=32").lora.r == 32
+    assert composed("experiment=lora_r128", "data=oct1220").data.phrases == ["blood vessel"]
+
+
+def test_debug_goes_on_top_of_an_experiment():
+    alone, above = composed("experiment=debug"), composed("experiment=[lora_r128,debug]")
+    assert (above.lora.r, above.data.repeats, above.name) == (128, 10, "debug")
+    for config in (alone, above):
+        assert (config.trainer.detect_anomaly, config.data.workers) == (True, 0)
+        assert config.trainer.limit_train_batches == config.trainer.limit_val_batches == 2
+
+
+def test_callbacks_are_chosen_one_by_one():
+    default, minimal = composed().callbacks, composed("callbacks=minimal").callbacks
+    files = {file.stem for file in CONF.glob("callbacks/*.yaml")} - {"default", "minimal"}
+    assert set(default) == files > set(minimal)
+    assert {"step_seeds", "first_step_check", "non_finite_stop", "checkpoint", "last_checkpoint"} <= set(minimal)
+    assert all(minimal[name] == default[name] for name in minimal)
+    assert set(composed("callbacks=[minimal,progress]").callbacks) == {*minimal, "progress"}
+    assert composed("callbacks.early_stopping=null").callbacks.early_stopping is None
+
+
+def test_files_of_the_users_own_work_from_any_folder(tmp_path):
+    """An experiment, and an augmentation with a transform that vessel does not ship."""
+    for group in ("experiment", "data/augmentation"):
+        (tmp_path / "mine" / group).mkdir(parents=True)
+    (tmp_path / "mine/experiment/night.yaml").write_text(
+        "# @package _global_\ndefaults:\n  - lora_r64\n  - override /data/augmentation: elastic\n"
+        "  - override /trainer: gpu\nname: night\nlora:\n  r: 16\n"
+    )
+    (tmp_path / "mine/data/augmentation/elastic.yaml").write_text(
+        "_target_: vessel.data.transforms.Augmentation\ntransforms:\n"
+        "  - _target_: albumentations.ElasticTransform\n    alpha: 30\n    p: 0.5\n"
+    )
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    done = run("train", "--config-dir", "../mine", "experiment=night", "data.root=x", "--cfg", "job", cwd=elsewhere)
+    assert done.returncode == 0, done.stderr
+    config = OmegaConf.create(done.stdout)
+    assert (config.name, config.lora.r, config.trainer.accelerator) == ("night", 16, "gpu")
+    [elastic] = instantiate(config.data.augmentation, _convert_="all")._compose.transforms
+    assert (type(elastic).__name__, elastic.alpha) == ("ElasticTransform", 30.0)
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_a_search_composes_with_every_launcher(launcher):
+    options = ["experiment=tiny", "sweeper=optuna", *([f"launcher={launcher}"] if launcher else [])]
+    config = compose("train", options, return_hydra_config=True)
+    assert config.hydra.runtime.choices["hydra/launcher"] == LAUNCHERS[launcher]
     sweeper = config.hydra.sweeper
     assert (sweeper.direction, sweeper.n_trials, sweeper.study_name) == ("maximize", 20, "tiny")
     assert (sweeper.sampler._target_, sweeper.sampler.seed) == ("optuna.samplers.TPESampler", 0)
@@ -151,8 +220,8 @@ def test_a_typo_in_a_file_fails_with_its_full_key(key):
     assert f"full_key: {key}\n" in f"{caught.value}\n"
 
 
-def run(verb: str, *overrides: str) -> subprocess.CompletedProcess:
-    return command(f"vessel.{verb}", *overrides)
+def run(verb: str, *overrides: str, cwd: Path | str = ".") -> subprocess.CompletedProcess:
+    return command(f"vessel.{verb}", *overrides, cwd=cwd)
 
 
 @pytest.mark.parametrize(
@@ -175,7 +244,7 @@ def test_a_typo_on_the_command_line_fails_with_its_full_key(verb, key):
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("override", ["lora=r9", "experiment=tinny", "lora=[r8"])
+@pytest.mark.parametrize("override", ["loss=nine", "experiment=tinny", "lora=[r8"])
 def test_an_unknown_choice_fails_without_traceback(override):
     done = run("train", override)
     assert done.returncode == 1

@@ -1,9 +1,7 @@
 """Old names of options, answered with the ones of today."""
 
-import subprocess
-import sys
-
 import pytest
+from tests.launching import command
 
 from vessel.cli.option_names import answer_old_names
 from vessel.errors import VesselError
@@ -11,7 +9,7 @@ from vessel.runs.old_names import present_option
 
 
 @pytest.mark.parametrize(
-    ("command", "old", "new"),
+    ("verb", "old", "new"),
     [
         ("train", "objective=sa2va", "loss=sa2va"),
         ("train", "objective.dice_weight=1.0", "loss.dice_weight=1.0"),
@@ -25,10 +23,10 @@ from vessel.runs.old_names import present_option
         ("predict", "low=0.2", "hysteresis=0.2"),
     ],
 )
-def test_an_old_name_is_answered_with_the_new_one(command, old, new):
-    assert present_option(old, command) == new
+def test_an_old_name_is_answered_with_the_new_one(verb, old, new):
+    assert present_option(old, verb) == new
     with pytest.raises(VesselError) as caught:
-        answer_old_names(["-m", "out=x", old], command)
+        answer_old_names(["-m", "out=x", old], verb)
     assert str(caught.value).startswith(f"{old}: ")
     assert str(caught.value).endswith(f" {new}")
     assert "\n" not in str(caught.value)
@@ -48,8 +46,7 @@ def test_other_words_are_hydras_to_read(option):
     ("verb", "option", "new"), [("train", "objective=sa2va", "loss=sa2va"), ("predict", "low=0.2", "hysteresis=0.2")]
 )
 def test_the_commands_answer_in_one_line(verb, option, new, tmp_path):
-    command = [sys.executable, "-m", f"vessel.{verb}", option, "--cfg", "job"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    done = command(f"vessel.{verb}", option, "--cfg", "job", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (1, "")
     [line] = done.stderr.splitlines()
     assert line.startswith(f"error: {option}: ")

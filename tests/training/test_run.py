@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.conftest import TINY_NETWORK, _configuration
 from tests.weights.layouts import write_sa2va
 
 from vessel.checkpoints.reading import find_checkpoint, read_checkpoint
 from vessel.errors import VesselError
 from vessel.inference.loading import load_model
 from vessel.runs.manifest import Manifest, without_places
+from vessel.training.run import train
 
 pytestmark = pytest.mark.slow
 
@@ -99,8 +101,8 @@ def test_guard_D11_a_raw_identifier_in_the_configuration_is_refused(train_tiny, 
     ("options", "told"),
     [
         (("trainable=decoder_only",), "random for ever"),
-        (("trainable=lora",), "lora=none"),
-        (("trainable=decoder_only", "lora=r8"), "random for ever"),
+        (("trainable=lora",), "lora.r=0"),
+        (("trainable=decoder_only", "lora.r=8"), "random for ever"),
     ],
 )
 def test_guard_T3_a_run_that_leaves_seg_random_is_refused(train_tiny, tmp_path, options, told):
@@ -112,7 +114,8 @@ def test_lora_checkpoint_of_loaded_weights_holds_trained_tensors_only(train_tiny
     base = load_model(str(tiny_run)).network
     write_sa2va(tmp_path / "public", base)
     run = tmp_path / "lora"
-    train_tiny(run, f"weights=[{tmp_path}/public]", "lora=r8", "trainable=lora", "optimizer=lora")
+    started = (f"weights=[{tmp_path}/public]", "prompt=small")
+    train_tiny(run, *started, "lora.r=8", "trainable=lora", "optimizer=lora")
     state = read_checkpoint(find_checkpoint(run))["state_dict"]
     trained = ("lora_", "modules_to_save", "projector", "sam_mask_decoder", "text_hidden_fcs")
     assert all(any(part in name for part in trained) for name in state)
@@ -129,7 +132,14 @@ def test_lora_checkpoint_of_loaded_weights_holds_trained_tensors_only(train_tiny
 def lora_run(train_tiny, tiny_run, tmp_path):
     """A run with adapters on a folder of its own: the run and the folder."""
     folder = write_sa2va(tmp_path / "base", load_model(str(tiny_run)).network)
-    options = (f"weights={folder}", "lora=r8", "trainable=lora", "optimizer=lora", "trainer.max_steps=2")
+    options = (
+        f"weights={folder}",
+        "prompt=small",
+        "lora.r=8",
+        "trainable=lora",
+        "optimizer=lora",
+        "trainer.max_steps=2",
+    )
     train_tiny(tmp_path / "run", *options)
     return tmp_path / "run", folder, options
 
@@ -191,12 +201,19 @@ def test_prompt_and_template_come_from_the_weights(train_tiny, tiny_run, tmp_pat
     restored = load_model(str(tiny_run))
     folder = write_sa2va(tmp_path / "public", restored.network, template="internlm2_chat")
     restored.prompt.save(folder)
-    train_tiny(tmp_path / "run", f"weights={folder}", "prompt=sa2va", "trainer.max_steps=2")
+    train_tiny(tmp_path / "run", f"weights={folder}", "trainer.max_steps=2")
     again = load_model(str(tmp_path / "run"))
     assert again.prompt.name == again.manifest.prompt == "internlm2_chat"
     assert again.prompt.token_ids == restored.prompt.token_ids
+    assert again.manifest.config["prompt"]["tokenizer"] == str(folder)
     with pytest.raises(VesselError, match=r"names none; name one, or choose prompt=small"):
         train_tiny(tmp_path / "none", "prompt=sa2va")
+
+
+def test_weights_without_a_tokenizer_are_told(train_tiny, plan, tmp_path):
+    folder = write_sa2va(tmp_path / "public", plan().build())
+    with pytest.raises(Exception, match=r"prompt\.tokenizer=.*prompt=small"):
+        train_tiny(tmp_path / "run", f"weights={folder}")
 
 
 def test_a_run_that_nothing_would_train_is_refused(train_tiny, tmp_path):
@@ -206,7 +223,7 @@ def test_a_run_that_nothing_would_train_is_refused(train_tiny, tmp_path):
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
 def test_bf16_trains(train_tiny, tmp_path, precision):
-    train_tiny(tmp_path, f"trainer.precision={precision}", "lora=r8", "trainable=all")
+    train_tiny(tmp_path, f"trainer.precision={precision}", "lora.r=8", "trainable=all")
     assert all(math.isfinite(v) for v in values(tmp_path, "train/loss").values())
 
 
@@ -271,3 +288,10 @@ def test_a_run_is_not_resumed_from_nothing(train_tiny, tmp_path, capsys):
     assert "passed over last-000002.ckpt: cut short" in told
     assert "training begins anew" in told
     assert sorted(values(run, "train/loss")) == [0, 1, 2, 3]
+
+
+def test_debug_trains_two_batches(oct_set, tmp_path):
+    options = ("experiment=debug", f"run={tmp_path}", f"data.root={oct_set}", "trainer.accelerator=cpu")
+    train(_configuration("train", [*options, "~callbacks.progress", *TINY_NETWORK]))
+    assert {"best-000002.ckpt", "last-000002.ckpt"} == {path.name for path in (tmp_path / "checkpoints").iterdir()}
+    assert any("val/dice_best" in line for line in lines(tmp_path))

@@ -41,8 +41,8 @@ log = logging.getLogger(__name__)
 class FeatureCache(Callback):
     """Keep features on disk, by weights and image content; see docs/speed.md.
 
-    Loaders find them by the pixels of an image. An image without any is encoded in the step, as without a cache. In the
-    list of callbacks this one comes first: what measures time or listens to signals begins after it has filled.
+    Loaders find them by the pixels of an image. An image without any is encoded in the step, as without a cache. It is
+    called before all other callbacks: what measures time or listens to signals begins after it has filled.
 
     Args:
         root: folder of the cache, for any number of runs at once.

@@ -37,6 +37,7 @@ from vessel.paths import expanded
 from vessel.privacy.scanner import Scanner
 from vessel.runs.manifest import EXPORT_MANIFEST, Manifest, read_result, without_places, write_result
 from vessel.runs.record import differing
+from vessel.training.callbacks.order import ordered
 from vessel.training.datamodule import VesselDataModule
 from vessel.training.settings import check, settled, sources
 from vessel.training.task import VesselTask
@@ -91,10 +92,7 @@ def _fit(config: DictConfig, run: Path) -> float | None:
     config = settled(config, parent)
     prompt = instantiate(config.prompt)
     sizes = instantiate(config.model)
-    # Partial, as Hydra would turn dataclasses that it is given into its own configurations.
-    data: VesselDataModule = instantiate(config.data, _partial_=True)(
-        prompt=prompt, geometry=sizes.geometry, seed=config.seed
-    )
+    data = _data_module(config, prompt, sizes)
     plan = _network_plan(config, sizes, prompt, data.phrases)
     manifest = _manifest(config, data)
     scanner = Scanner.beside(data.catalog.root)
@@ -144,6 +142,16 @@ def _say_what_is_next(run: Path, best: float | None) -> None:
     place = os.path.relpath(run)
     line = f"\nrun: {place} ({told}); next: python -m vessel.evaluate ckpt={place}"
     Console().print(line, soft_wrap=True, markup=False, highlight=False)
+
+
+def _data_module(config: DictConfig, prompt: Prompt, sizes: NetworkConfig) -> VesselDataModule:
+    with warnings.catch_warnings():
+        # albumentations only warns of an argument that it does not know, and leaves it out.
+        warnings.filterwarnings("error", message=r"Argument\(s\) .* not valid for transform")
+        # Partial, as Hydra would turn dataclasses that it is given into its own configurations.
+        make = instantiate(config.data, _partial_=True, _convert_="all")
+    data: VesselDataModule = make(prompt=prompt, geometry=sizes.geometry, seed=config.seed)
+    return data
 
 
 def _network_plan(config: DictConfig, sizes: NetworkConfig, prompt: Prompt, phrases: Sequence[str]) -> NetworkPlan:
@@ -231,8 +239,9 @@ def _require_room(network: Network, trainer: Trainer, run: Path, *, keep_frozen:
 
 
 def _trainer(config: DictConfig, run: Path) -> Trainer:
-    nodes = (config.cache, *(config.callbacks or {}).values())  # the cache fills before anything else begins
-    callbacks: list[Callback] = [instantiate(node) for node in nodes if node is not None]
+    callbacks: list[Callback] = ordered(instantiate(n) for n in (config.callbacks or {}).values() if n is not None)
+    if config.cache is not None:
+        callbacks.insert(0, instantiate(config.cache))  # it fills before anything else begins
     loggers: list[Logger] = [instantiate(node) for node in (config.logger or {}).values() if node is not None]
     try:
         trainer: Trainer = instantiate(

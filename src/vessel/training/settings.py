@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -15,7 +16,9 @@ from vessel.weights.architecture import read_template
 from vessel.weights.entry import Weights
 from vessel.weights.sources import open_source
 
-WEIGHTS = "weights"  # of prompt.tokenizer and prompt.template: those of the weights
+WEIGHTS = "weights"  # of prompt.tokenizer and prompt.template: those of the weights; with AUTO only if there are any
+SMALL: dict[str, str | None] = {"tokenizer": None, "template": "qwen_chat"}
+LANGUAGE = "vessel.model.sa2va.Sa2VAConfig"  # of the networks that are asked in words
 ROOT_KEYS = (
     *("model", "prompt", "lora", "loss", "optimizer", "data", "trainer", "callbacks", "logger", "cache"),
     *("name", "seed", "ckpt", "resume", "weights", "trainable", "activation_checkpointing", "compile", "run"),
@@ -59,19 +62,30 @@ def settled(config: DictConfig, parent: Manifest | None) -> DictConfig:
     assert isinstance(whole, DictConfig)
     for section, key in (("data", "root"), ("prompt", "tokenizer")):
         place = config[section].get(key)
-        if place is not None and expanded(place).exists():
+        if place not in (None, AUTO, WEIGHTS) and expanded(place).exists():
             whole[section][key] = str(expanded(place).absolute())
-    if WEIGHTS in (config.prompt.tokenizer, config.prompt.template):
-        folders = [source for source in map(open_source, entries) if source.config]
-        if not folders:
-            raise VesselError(
-                "prompt=sa2va takes tokenizer and template from the folder that training starts from, and "
-                "weights=[...] names none; name one, or choose prompt=small"
-            )
-        for key, found in {"tokenizer": str(folders[0].path), "template": read_template(folders[0].config)}.items():
-            if whole.prompt[key] == WEIGHTS:
-                whole.prompt[key] = found
+    _settle_prompt(whole, entries)
     return whole
+
+
+def _settle_prompt(config: DictConfig, entries: Sequence[Weights]) -> None:
+    """Name the tokenizer and the template that `auto` and `weights` stand for."""
+    prompt = config.prompt
+    if not {AUTO, WEIGHTS} & {prompt.tokenizer, prompt.template}:
+        return
+    folders = [s for s in map(open_source, entries) if s.config and not s.kind.on_top]
+    if folders and (WEIGHTS in (prompt.tokenizer, prompt.template) or config.model._target_ == LANGUAGE):
+        found: dict[str, str | None] = {"tokenizer": str(folders[0].path), "template": read_template(folders[0].config)}
+    elif WEIGHTS in (prompt.tokenizer, prompt.template):
+        raise VesselError(
+            "prompt=sa2va takes tokenizer and template from the folder that training starts from, and weights=[...] "
+            "names none; name one, or choose prompt=small"
+        )
+    else:
+        found = SMALL
+    for key, value in found.items():
+        if prompt[key] in (AUTO, WEIGHTS):
+            prompt[key] = value
 
 
 def sources(config: DictConfig) -> list[Weights]:

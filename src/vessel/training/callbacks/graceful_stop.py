@@ -29,8 +29,8 @@ class GracefulStop(Callback):
     """SIGTERM, SIGHUP, SIGUSR1, SIGUSR2, a first Ctrl-C: all ranks save `last` after the same step and leave.
 
     A second Ctrl-C ends the process at once. During validation the run stops between two batches; the run that goes on
-    begins with that validation, see `vessel.training.resume`. In the list of callbacks it comes after all that log, as
-    nothing else of the step is called any more.
+    begins with that validation, see `vessel.training.resume`. It is called after all that log, see
+    `vessel.training.callbacks.order`, as nothing else of the step is called any more.
     """
 
     def __init__(self) -> None:
@@ -47,7 +47,7 @@ class GracefulStop(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Listen from here on; before, a signal ends the process, as there is nothing to save."""
         self._before = {signum: signal.signal(signum, self._ask) for signum in STOP_CODES}
-        # Before a progress bar takes them over, which comes later in the list of callbacks.
+        # Before a progress bar takes them over, which is called later.
         sys.stdout, sys.stderr = _Terminal(sys.stdout), _Terminal(sys.stderr)
         self._step = trainer.global_step
 
