@@ -5,13 +5,19 @@ from hydra.errors import InstantiationException
 from tests.conftest import _configuration
 from tests.weights.layouts import write_sa2va, write_sam2
 
+from vessel.errors import VesselError
 from vessel.training.run import _data_module
-from vessel.training.settings import settled
+from vessel.training.settings import check, settled
 
 
 def settled_prompt(*overrides: str) -> dict:
     prompt = settled(_configuration("train", ["data.root=x", "run=x", *overrides]), None).prompt
     return {key: prompt[key] for key in ("tokenizer", "template")}
+
+
+def test_an_old_key_in_a_file_is_answered_with_the_new_one():
+    with pytest.raises(VesselError, match="objective is now called loss"):
+        check(_configuration("train", ["data.root=x", "run=x", "+objective.dice_weight=1"]))
 
 
 def test_a_folder_called_weights_or_auto_is_no_tokenizer(tmp_path, monkeypatch):

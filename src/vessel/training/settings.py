@@ -12,6 +12,7 @@ from vessel.errors import VesselError
 from vessel.memory_plan.request import AUTO
 from vessel.paths import expanded
 from vessel.runs.manifest import Manifest
+from vessel.runs.old_names import OPTIONS
 from vessel.weights.architecture import read_template
 from vessel.weights.entry import Weights
 from vessel.weights.sources import open_source
@@ -37,7 +38,10 @@ def check(config: DictConfig) -> None:
     if not isinstance(config.compile, bool):
         raise VesselError(f"compile={config.compile}: choose true or false")
     if unknown := sorted(set(map(str, config)).difference(ROOT_KEYS)):
-        raise VesselError(f"unknown configuration key(s) {unknown}; the known ones are {sorted(ROOT_KEYS)}")
+        renamed = "".join(
+            f"; {key} is now called {OPTIONS['train'][key]}" for key in unknown if key in OPTIONS["train"]
+        )
+        raise VesselError(f"unknown configuration key(s) {unknown}{renamed}; the known ones are {sorted(ROOT_KEYS)}")
     missing = sorted(OmegaConf.missing_keys(config))
     if missing and not config.plan:  # which needs no data
         raise VesselError(
