@@ -87,6 +87,7 @@ def test_options_and_settings_of_an_older_run_have_the_names_of_today(tmp_path):
         now = OmegaConf.to_container(compose("train", options[:2]), resolve=False)
     before = {**now, "objective": now["loss"], "lora": {"_target_": "vessel.model.lora.Lora", "r": 0}}
     before.pop("loss")
+    before["weights"], now["weights"] = ["ByteDance/Sa2VA-4B", "my/base"], ["hf://ByteDance/Sa2VA-4B", "my/base"]
     before["data"] = {**now["data"], "augmentation": {"_target_": "vessel.data.transforms.Augmentation"}}
     OmegaConf.save(OmegaConf.create(before), tmp_path / ".hydra/config.yaml")
     assert settings_of(tmp_path) == now

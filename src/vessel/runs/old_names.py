@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from vessel.hub import PREFIX, is_hub_name
@@ -57,6 +58,7 @@ AUGMENTATION = {
     "flip": True, "rotate": 180.0, "scale": 0.1, "shift": 0.05, "brightness": 0.2, "contrast": 0.2, "gamma": 20.0,
     "blur": 0.1, "noise": 0.1,
 }  # fmt: skip
+_PUBLIC = re.compile(r"(ByteDance/Sa2VA|OpenGVLab/InternVL)[\w.-]*(@[\w.-]+)?")
 _OPTION = re.compile(r"([+~]*)([^=]*)(.*)", re.DOTALL)
 # Keys of a decision, in decision.json, in metrics.json and in manifests of exports.
 DECISION = {"low": "hysteresis", "views": "tta"}
@@ -114,7 +116,12 @@ def present_decision(decision: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _present_source(entry: Any) -> Any:
-    """Name the hub in an entry of `weights` that has a commit there; such entries once held the bare `owner/name`."""
+    """Name the hub in an entry of `weights` that has a commit there, or is of a known owner and is no path here.
+
+    Such entries once held the bare `owner/name`.
+    """
+    if isinstance(entry, str) and _PUBLIC.fullmatch(entry) and not Path(entry).exists():
+        return f"{PREFIX}{entry}"
     if not isinstance(entry, Mapping) or not entry.get("revision") or is_hub_name(entry["source"]):
         return entry
     return {**entry, "source": f"{PREFIX}{entry['source']}"}
