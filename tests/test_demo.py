@@ -26,6 +26,6 @@ def test_the_demo_goes_through_all_commands_and_ends_with_its_line(tmp_path):
 def test_a_failing_command_stops_the_demo_with_its_message(tmp_path):
     done = run_demo(tmp_path, "loss=nine")
     assert done.returncode == 1
-    assert "Could not find 'loss/nine'" in done.stderr
+    assert "loss=nine: choose one of" in done.stderr
     assert done.stderr.splitlines()[-1] == "demo: vessel.train ended with status 1"
     assert "vessel.evaluate" not in done.stdout
