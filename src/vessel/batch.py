@@ -108,7 +108,7 @@ class Sample:
 
 @dataclass  # not frozen: Lightning's half and DeepSpeed precisions refuse a frozen dataclass
 class Batch:
-    """B samples collated; tensors move between devices with `to`, the rest stays as it is. Not to be changed.
+    """B samples collated. Nothing assigns to a batch that exists: what differs is a new one, by `dataclasses.replace`.
 
     Attributes:
         ids, patients, videos, phrases, sizes: as in `Sample`, one entry an image.

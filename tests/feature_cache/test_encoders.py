@@ -125,26 +125,26 @@ def test_a_batch_is_completed_as_the_network_would(network, make_batch, known):
         return encoded(network, pictures)
 
     if known:
-        batch.features = tuple(every[i] if i in known else None for i in range(3))
         left = [i for i in range(3) if i not in known]
-        batch.tiles, batch.frames = batch.tiles[left], batch.frames[left]
+        features = tuple(every[i] if i in known else None for i in range(3))
+        batch = replace(batch, features=features, tiles=batch.tiles[left], frames=batch.frames[left])
         torch.testing.assert_close(network(batch).mask_logits, expected.mask_logits, atol=1e-5, rtol=1e-5)
-    complete(batch, network, encode)
+    before = dict(vars(batch))
+    completed = complete(batch, network, encode)
+    assert all(vars(batch)[name] is value for name, value in before.items()), "the batch itself was changed"
     assert asked == [3 - len(known)]
-    assert len(batch.tiles) == len(batch.frames) == 0
-    assert batch.features is not None
-    for found, one in zip(batch.features, every, strict=True):
+    assert len(completed.tiles) == len(completed.frames) == 0
+    assert completed.features is not None
+    for found, one in zip(completed.features, every, strict=True):
         torch.testing.assert_close(found, one, atol=1e-6, rtol=1e-6)
-    torch.testing.assert_close(network(batch).mask_logits, expected.mask_logits, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(network(completed).mask_logits, expected.mask_logits, atol=1e-5, rtol=1e-5)
 
 
 def test_a_complete_batch_runs_the_encoders_all_the_same(network, make_batch):
     """As another rank may need them."""
-    batch = make_batch([["lumen"]])
-    batch.features = (Features(torch.ones(1), Pyramid(*torch.ones(3))),)
-    batch.tiles, batch.frames = batch.tiles[:0], batch.frames[:0]
+    whole, known = make_batch([["lumen"]]), Features(torch.ones(1), Pyramid(*torch.ones(3)))
+    batch = replace(whole, features=(known,), tiles=whole.tiles[:0], frames=whole.frames[:0])
     asked: list[int] = []
-    known = batch.features[0]
-    complete(batch, network, lambda pictures: [asked.append(len(pictures))])
+    completed = complete(batch, network, lambda pictures: [asked.append(len(pictures))])
     assert asked == [0]
-    assert equal(batch.features[0], known)
+    assert equal(completed.features[0], known)

@@ -69,7 +69,9 @@ class FeatureCache(Callback):
                 f"trainer.num_sanity_val_steps={trainer.num_sanity_val_steps} with cache=features: loaders of a check "
                 "before training would never find the features; leave it 0"
             )
-        _data_of(trainer).features = self.store.get
+        data = _data_of(trainer)
+        data.features = self.store.get
+        data.complete = lambda batch: self._completed(pl_module.network, batch)  # type: ignore[arg-type]
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -102,16 +104,6 @@ class FeatureCache(Callback):
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Replace what was found damaged in the epoch before."""
         self._fill(trainer)
-
-    @override
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
-        self._complete(pl_module.network, batch)  # type: ignore[arg-type]
-
-    @override
-    def on_validation_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        self._complete(pl_module.network, batch)  # type: ignore[arg-type]
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -158,14 +150,15 @@ class FeatureCache(Callback):
         per_tile, per_image = self._nbytes
         return sum(look.tiles * per_tile + per_image for look in looks)
 
-    def _complete(self, network: Sa2VA, batch: Batch) -> None:
-        """Where ranks can only encode together (ZeRO-3), have all encode for the one that misses something."""
+    def _completed(self, network: Sa2VA, batch: Batch) -> Batch:
+        """Encode on all ranks what one of them misses, where they can only encode together (ZeRO-3)."""
         filler = self._filler
         if filler is None or not filler.ranks.together:
-            return
+            return batch
         has_all = batch.features is not None and all(known is not None for known in batch.features)
         if filler.ranks.any(has_all) and filler.ranks.any(not has_all):
-            complete(batch, network, filler.encode)
+            return complete(batch, network, filler.encode)
+        return batch
 
 
 def _data_of(trainer: Trainer) -> VesselDataModule:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from itertools import chain
 from typing import Any, NamedTuple
@@ -77,11 +78,11 @@ def sizes_of(features: Features) -> tuple[int, int]:
     return features.seen[:1].nbytes, sum(level.nbytes for level in features.pyramid) + _HEADER
 
 
-def complete(batch: Batch, network: Sa2VA, encode: Callable[[Sequence[Picture]], Sequence[Features]]) -> None:
-    """Put features in place of the tiles and frames of a batch; where it has all of them, run the encoders for nothing.
+def complete(batch: Batch, network: Sa2VA, encode: Callable[[Sequence[Picture]], Sequence[Features]]) -> Batch:
+    """Return a batch with features in place of tiles and frames; where it has all, run the encoders for nothing.
 
     Args:
-        batch: is changed.
+        batch: stays as it is.
         network: that it is for.
         encode: what encodes pictures, also none.
     """
@@ -90,8 +91,8 @@ def complete(batch: Batch, network: Sa2VA, encode: Callable[[Sequence[Picture]],
     counts = [int(count) for count, features in zip(of_each, known, strict=True) if features is None]
     tiles = batch.tiles.split(counts) if counts else ()
     fresh = iter(encode([Picture("", *own) for own in zip(tiles, batch.frames, strict=True)]))
-    batch.features = tuple(next(fresh) if features is None else features for features in known)
-    batch.tiles, batch.frames = batch.tiles[:0], batch.frames[:0]
+    features = tuple(next(fresh) if one is None else one for one in known)
+    return replace(batch, features=features, tiles=batch.tiles[:0], frames=batch.frames[:0])
 
 
 def cache_namespace(network: Sa2VA, geometry: InputGeometry, **facts: str) -> str:

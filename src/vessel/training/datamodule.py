@@ -61,6 +61,7 @@ class VesselDataModule(LightningDataModule):
 
     Attributes:
         features: where features of an image may be known, for the data sets made from then on.
+        complete: makes of a batch on the device the one that the network takes; None where they are the same.
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class VesselDataModule(LightningDataModule):
         self.batch_size, self.workers, self.repeats = batch_size, workers, repeats
         self.augmentation, self.seed = augmentation, seed
         self.features: Callable[[str], Features | None] | None = None
+        self.complete: Callable[[Batch], Batch] | None = None
         self._training: EpochSampler | None = None
 
     def dataset(self, part: str) -> VesselDataset:
@@ -136,6 +138,10 @@ class VesselDataModule(LightningDataModule):
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         """Move a batch while the device still computes; its memory is pinned."""
         return batch.to(device, non_blocking=True)
+
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Complete a batch that has arrived on the device; every rank calls this for each of its batches."""
+        return batch if self.complete is None else self.complete(batch)
 
     def training_sampler(self) -> EpochSampler:
         """The one order of training samples, cut over the trainer's ranks and steps."""
