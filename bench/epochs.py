@@ -69,7 +69,7 @@ def compared(case: Case, prompt: Prompt, *, pairs: int, patients: int = 8) -> Ep
 
 def _data(case: Case, prompt: Prompt, root: Path, patients: int) -> VesselDataModule:
     if not root.exists():
-        given = ["source=synthetic", f"out={root}", "workers=1", f"synthetic.size={SIDE}"]
+        given = ["source=synthetic", f"out={root}", "workers=0", f"synthetic.size={SIDE}"]
         with initialize_config_dir(CONF, version_base="1.3"):
             config = compose("prepare", [*given, f"synthetic.patients={patients}", "synthetic.frames=4"])
         with redirect_stdout(StringIO()):  # its tables are not the bench's

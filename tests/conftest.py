@@ -143,7 +143,7 @@ def oct_set(tmp_path_factory) -> Path:
     from vessel.data.preparation import PrepareOptions, prepare
 
     out = tmp_path_factory.mktemp("data") / "oct"
-    given = ["source=synthetic", f"out={out}", "workers=1", "folds=3"]
+    given = ["source=synthetic", f"out={out}", "workers=0", "folds=3"]
     painted = ["synthetic.patients=5", "synthetic.frames=4", "synthetic.size=64"]
     config = OmegaConf.merge(OmegaConf.structured(PrepareOptions), _configuration("prepare", given + painted))
     prepare(OmegaConf.to_object(config))

@@ -30,7 +30,7 @@ def scans(tmp_path):
 
 
 def test_a_folder_becomes_a_data_set(scans):
-    done = run(scans, "source=my scans", "out=data/set", "phrase=lumen", "pixel_spacing=[0.01,0.02]", "workers=1")
+    done = run(scans, "source=my scans", "out=data/set", "phrase=lumen", "pixel_spacing=[0.01,0.02]", "workers=0")
     assert done.returncode == 0, done.stderr
     catalog = Catalog.open(scans / "data/set")
     assert catalog.phrases == ("lumen",)
@@ -57,6 +57,7 @@ def test_help_explains_every_option(tmp_path):
         (["source=my scans"], "out= is missing"),
         (["source=gone", "out=set"], "no such folder"),
         (["source=my scans", "out=set", "folds=many"], "folds"),
+        (["source=my scans", "out=set", "workers=many"], "workers=many"),
         (["source=my scans", "out=set", "splitt=block"], "splitt"),
         (["source=my scans", "out=set", "synthetic.kindd=oct"], "kindd"),
         (["source=my scans", "out=set", r"identity='(?P<patient>\d)'"], "tells no patient"),

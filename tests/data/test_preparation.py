@@ -56,7 +56,7 @@ def options(tmp_path):
     for seed, stem in enumerate(stems()):
         Image.fromarray(picture(seed)).save(tmp_path / f"raw/images/{stem}.png", exif=exif)
         write_mask(tmp_path / f"raw/masks/{stem}_mask.png", truth(seed))
-    return replace(defaults(), source=str(tmp_path / "raw"), out=str(tmp_path / "set"), workers=1)
+    return replace(defaults(), source=str(tmp_path / "raw"), out=str(tmp_path / "set"), workers=0)
 
 
 def test_pixels_and_masks_arrive_unchanged(options, tmp_path):
@@ -275,6 +275,19 @@ def test_processes_give_what_one_process_gives(options, tmp_path, monkeypatch):
     assert prepare(replace(options, workers=2)) == one
 
 
+@pytest.mark.parametrize(("workers", "cores", "processes"), [("auto", 8, 8), ("auto", 1, 0), (0, 8, 0), (1, 8, 1)])
+def test_workers_zero_is_the_main_process_and_auto_is_every_core(options, monkeypatch, workers, cores, processes):
+    assert defaults().workers == "auto"
+    monkeypatch.setattr("vessel.data.preparation.os.cpu_count", lambda: cores)
+    assert replace(options, workers=workers).processes == processes
+
+
+def test_workers_zero_starts_no_process(options, monkeypatch):
+    monkeypatch.setattr("vessel.data.preparation._SERIAL_BELOW", 2)
+    monkeypatch.delattr("vessel.data.preparation.ProcessPoolExecutor")
+    assert len(prepare(options).frames) == 15
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -283,6 +296,8 @@ def test_processes_give_what_one_process_gives(options, tmp_path, monkeypatch):
         ({"split": "patients"}, "choose one of patient, block, frame"),
         ({"layout": "coco"}, "layout=coco"),
         ({"folds": -1}, "folds=-1"),
+        ({"workers": -1}, "workers=-1"),
+        ({"workers": "all"}, "workers=all"),
         ({"phrase": "_"}, "phrase"),
         ({"phrase": "All"}, "mean over phrases"),
         ({"identity": "("}, "identity="),

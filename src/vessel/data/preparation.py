@@ -64,7 +64,7 @@ class PrepareOptions:
     folds: int
     gap: int
     seed: int
-    workers: int
+    workers: int | str
     overwrite: bool
     synthetic: Synthetic
 
@@ -72,6 +72,14 @@ class PrepareOptions:
     def target(self) -> Path:
         """Folder of the data set, absolute."""
         return expanded(self.out).absolute()
+
+    @property
+    def processes(self) -> int:
+        """Number of processes that read and write images beside the main one; 0: the main process does it."""
+        if self.workers != "auto":
+            return int(self.workers)
+        cores = os.cpu_count() or 1
+        return cores if cores > 1 else 0
 
     @property
     def identities(self) -> Path:
@@ -114,9 +122,11 @@ def _check(options: PrepareOptions) -> None:
     for name, allowed in choices.items():
         if (value := getattr(options, name)) not in allowed:
             raise VesselError(f"{name}={value}: choose one of {', '.join(allowed)}")
-    for name in ("folds", "gap", "workers"):
+    for name in ("folds", "gap"):
         if getattr(options, name) < 0:
             raise VesselError(f"{name}={getattr(options, name)}: must be 0 or more")
+    if options.workers != "auto" and (not isinstance(options.workers, int) or options.workers < 0):
+        raise VesselError(f"workers={options.workers}: must be auto (one process per core), or 0 or more")
     spacing_of(options.pixel_spacing)
     if not slug(options.phrase).strip("_"):
         raise VesselError("phrase=: say what the masks show, such as phrase='blood vessel'")
@@ -217,7 +227,7 @@ def _make(source: SourceFolder, options: PrepareOptions, salt: bytes, making: Pa
     depth = common_depth(files)  # one for all: frames of one series must keep their relative brightness
     jobs = [Job(item, who, source.phrases, making, depth) for item, who in zip(source.items, identities, strict=True)]
     written: list[Written] = []
-    for result in track(_run(jobs, options.workers), "reading and writing", len(jobs), transient=True):
+    for result in track(_run(jobs, options.processes), "reading and writing", len(jobs), transient=True):
         if isinstance(result, Written):
             written.append(result)
         else:
@@ -247,13 +257,12 @@ def _clashing_folders(phrases: Iterable[str]) -> list[Problem]:
     ]
 
 
-def _run(jobs: list[Job], workers: int) -> Iterator[Written | list[Problem]]:
-    workers = workers or os.cpu_count() or 1
-    if workers == 1 or len(jobs) < _SERIAL_BELOW:
+def _run(jobs: list[Job], processes: int) -> Iterator[Written | list[Problem]]:
+    if processes == 0 or len(jobs) < _SERIAL_BELOW:
         yield from map(write_frame, jobs)
         return
     # Fresh processes: forking one that shows a progress bar copies a thread's locks.
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
         yield from pool.map(write_frame, jobs, chunksize=4)
 
 
