@@ -8,9 +8,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 
-from vessel.data.annotations import normal_phrase
 from vessel.data.catalog import KIND, Catalog
 from vessel.data.images import IMAGE_SUFFIXES
+from vessel.data.phrases import normal_phrase
 from vessel.data.prompt import Prompt
 from vessel.errors import VesselError
 from vessel.paths import expanded

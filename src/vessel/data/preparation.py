@@ -23,9 +23,9 @@ from rich.progress import track
 from vessel.data.catalog import KIND, VERSION, Catalog, check_split, digest, slug
 from vessel.data.identity import Identity, Pseudonyms, compile_grammar, pseudonymise
 from vessel.data.images import common_depth
-from vessel.data.layouts import SOURCE_LAYOUTS, SourceFolder, read_source
 from vessel.data.mapping import MappingFolder, mapping_folder
 from vessel.data.overview import tables
+from vessel.data.readers.source import SOURCE_LAYOUTS, SourceFolder, read_source
 from vessel.data.splits import NOTES, make_split
 from vessel.data.writing import Job, Origin, Written, make_folders, spacing_of, write_frame, write_summary
 from vessel.errors import BadItemsError, Problem, VesselError

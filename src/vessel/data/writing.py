@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vessel.data.annotations import fit
 from vessel.data.catalog import KIND, VERSION, Frame, Split, digest, fingerprint_of, slug
 from vessel.data.identity import Identity
 from vessel.data.images import pixel_hash, read_rgb
-from vessel.data.layouts import Item, Label
 from vessel.data.masks import outline, rasterise, read_mask, write_mask
 from vessel.data.overview import absences, contact_sheet, statistics
+from vessel.data.readers.layout import Label
+from vessel.data.readers.polygons import fit_polygons
+from vessel.data.readers.source import Item
 from vessel.errors import Problem, VesselError
 
 
@@ -148,7 +149,7 @@ def _masks(labels: Mapping[str, Label], size: tuple[int, int]) -> tuple[dict[str
 def _mask(label: Label, size: tuple[int, int]) -> np.ndarray:
     if isinstance(label, Path):
         return read_mask(label, size)
-    mask = rasterise(fit(label, size), size)
+    mask = rasterise(fit_polygons(label, size), size)
     if label and not mask.any():
         raise VesselError(Problem(label[0].where, "covers no pixel", "draw it larger, or delete it"))
     return mask

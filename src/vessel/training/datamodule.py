@@ -14,9 +14,9 @@ from lightning import LightningDataModule
 from torch.utils.data import DataLoader
 
 from vessel.batch import Batch, Features, InputGeometry, collate
-from vessel.data.annotations import normal_phrase
 from vessel.data.catalog import Catalog
 from vessel.data.dataset import VesselDataset
+from vessel.data.phrases import normal_phrase
 from vessel.data.prompt import Prompt
 from vessel.data.transforms import Augmentation, QuarterTurns, tile_count
 from vessel.errors import VesselError

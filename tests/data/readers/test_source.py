@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vessel.data.layouts import read_source
+from vessel.data.readers.source import read_source
 from vessel.errors import VesselError
 
 TRIANGLE = [[1, 1], [6, 1], [6, 6]]

@@ -1,11 +1,10 @@
-"""Annotation files in all their shapes, right and wrong."""
+"""Sa2VA annotation files in their three shapes, right and wrong."""
 
 import json
 
 import pytest
 
-from vessel.data.annotations import Polygon, fit, normal_phrase, read_labelme, read_sa2va
-from vessel.errors import VesselError
+from vessel.data.readers.sa2va import read_sa2va
 
 A = [0, 0, 4, 0, 4, 4]
 B = [5, 5, 9, 5, 9, 9]
@@ -19,17 +18,6 @@ def sa2va(tmp_path, *entries):
 
 def points(drawn):
     return {phrase: [list(p.points) for p in polygons] for phrase, polygons in drawn.items()}
-
-
-def labelme(tmp_path, *shapes, **more):
-    file = tmp_path / "x.json"
-    file.write_text(json.dumps({"shapes": list(shapes), **more}), encoding="utf-8")
-    return read_labelme(file)
-
-
-@pytest.mark.parametrize("raw", ["Fibrous_cap", "fibrous  cap.", " FIBROUS cap "])
-def test_phrases_have_one_spelling(raw):
-    assert normal_phrase(raw) == "fibrous cap"
 
 
 def test_nested_polygons_pair_with_their_phrases(tmp_path):
@@ -115,62 +103,3 @@ def test_malformed_entries_are_problems(tmp_path, entry):
 
 def test_an_empty_entry_declares_the_image_empty(tmp_path):
     assert sa2va(tmp_path, {"image": "a.png", "mask": [], "text": []}) == ({"a.png": {}}, [])
-
-
-def test_labelme_groups_shapes_by_label_and_keeps_the_canvas(tmp_path):
-    shapes = [{"label": "Vessel", "points": [[0, 0], [4, 0], [4, 4]], "shape_type": "polygon"}] * 2
-    drawn = labelme(tmp_path, *shapes, imageWidth=800, imageHeight=600)
-    assert points(drawn) == {"vessel": [A, A]}
-    assert drawn["vessel"][0].canvas == (600, 800)
-
-
-def test_guard_D2_labelme_shape_of_one_point(tmp_path):
-    good = {"label": "vessel", "points": [[0, 0], [4, 0], [4, 4]]}
-    with pytest.raises(VesselError, match=r"x\.json, polygon 1: has 1 point"):
-        labelme(tmp_path, good, {"label": "vessel", "points": [[3, 3]]})
-
-
-@pytest.mark.parametrize(
-    ("shape", "said"),
-    [
-        ({"label": "a", "points": [[0, 0], [1, 1]], "shape_type": "rectangle"}, "is a rectangle"),
-        ({"points": [[0, 0], [1, 1], [2, 0]]}, "has no text `label`"),
-        ({"label": "a", "points": [[0, 0], [1], [2, 0]]}, "finite x, y"),
-        ({"label": "a", "points": [[0, 0], [float("nan"), 1], [2, 0]]}, "finite x, y"),
-    ],
-)
-def test_labelme_refusals(tmp_path, shape, said):
-    with pytest.raises(VesselError, match=said):
-        labelme(tmp_path, shape)
-
-
-def test_broken_json_is_named(tmp_path):
-    (tmp_path / "x.json").write_text("{")
-    with pytest.raises(VesselError, match=r"x\.json: is not readable JSON"):
-        read_labelme(tmp_path / "x.json")
-
-
-def test_guard_D1_a_stated_canvas_is_rescaled():
-    polygon = Polygon("f", (0, 0, 800, 0, 800, 400), canvas=(800, 800))
-    assert fit([polygon], (512, 512)) == [[0, 0, 512, 0, 512, 256]]
-
-
-def test_guard_D1_outside_the_image_is_refused_by_name():
-    polygon = Polygon("annotations.json, entry 7 (x.jpg), mask 0, polygon 2", (10, 10, 700, 10, 700, 700))
-    with pytest.raises(VesselError, match=r"entry 7 \(x\.jpg\), mask 0, polygon 2: reaches x 10\.\.700"):
-        fit([polygon], (512, 512))
-
-
-@pytest.mark.parametrize("point", [(-9, 5), (5, -9), (70, 5), (5, 70)])
-def test_guard_D1_every_side_of_the_image_counts(point):
-    with pytest.raises(VesselError, match="outside the 64x64 image"):
-        fit([Polygon("f", (5, 5, 9, 9, *point))], (64, 64))
-
-
-def test_a_polygon_may_touch_the_border():
-    assert fit([Polygon("f", (-0.5, 0, 64, 0, 64, 64.5))], (64, 64)) == [[-0.5, 0, 64, 0, 64, 64.5]]
-
-
-def test_guard_D1_a_canvas_of_another_shape_is_refused():
-    with pytest.raises(VesselError, match="800x600 canvas"):
-        fit([Polygon("f", (0, 0, 9, 0, 9, 9), canvas=(600, 800))], (512, 512))
