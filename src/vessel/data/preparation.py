@@ -39,7 +39,7 @@ _SERIAL_BELOW = 40
 
 @dataclass
 class Synthetic:
-    """What `source=synthetic` paints; conf/prepare.yaml has the defaults."""
+    """The options of `source=synthetic`; conf/prepare.yaml has the defaults."""
 
     kind: str
     patients: int
@@ -92,14 +92,14 @@ def prepare(options: PrepareOptions) -> Catalog:
 
     Raises:
         BadItemsError: listing every image and label that cannot be used; nothing is written then.
-        VesselError: when the source, an option, the split or the place of the output does not do.
+        VesselError: when the source, an option, the split or the output path is unusable.
     """
     _check(options)
     console = Console()
     mapping = MappingFolder(options.identities)
     with source_folder(options) as folder:
         source = read_source(folder, layout=options.layout, phrase=options.phrase, missing=options.missing)
-        # Painted patients need no secret; a fixed salt makes the whole data set a function of its seed.
+        # Synthetic patients need no secret; a fixed salt makes the whole data set a function of its seed.
         salt = b"synthetic" if options.source == SYNTHETIC else mapping.salt()
         fingerprint = _source_fingerprint(source, options, salt)
         if unchanged := _already_there(options, fingerprint):
@@ -141,14 +141,14 @@ def _check(options: PrepareOptions) -> None:
 
 @contextmanager
 def source_folder(options: PrepareOptions) -> Iterator[Path]:
-    """The folder to read: the one named, a downloaded hub data set, or a freshly painted one that is removed again."""
+    """Yield the folder to read: as named, downloaded from the hub, or a synthetic one that is removed at the end."""
     folder = expanded(options.source)
     if options.source == SYNTHETIC:
         from vessel.data.synthetic.source import write_source
 
         wanted = options.synthetic
-        with tempfile.TemporaryDirectory() as painted:
-            folder = Path(painted) / SYNTHETIC
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary) / SYNTHETIC
             write_source(
                 folder,
                 kind=wanted.kind,
@@ -169,7 +169,7 @@ def source_folder(options: PrepareOptions) -> Iterator[Path]:
 
 
 def _source_fingerprint(source: SourceFolder, options: PrepareOptions, salt: bytes) -> str:
-    """Changes with every pixel, label and option that the data set depends on; tells nothing without the salt."""
+    """Compute a digest of every pixel, label and option of the data set; it reveals nothing without the salt."""
 
     def content(path: Path) -> str:
         return hashlib.sha256(path.read_bytes()).hexdigest()
@@ -191,7 +191,7 @@ def _source_fingerprint(source: SourceFolder, options: PrepareOptions, salt: byt
 
 
 def _already_there(options: PrepareOptions, fingerprint: str) -> Catalog | None:
-    """The data set at `out` when it came from the same source by the same options; None when the place is free."""
+    """Open the data set at `out` when it came from the same source by the same options; None when `out` is free."""
     out = options.target
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
@@ -220,7 +220,7 @@ def _make(source: SourceFolder, options: PrepareOptions, salt: bytes, making: Pa
         pseudonyms = pseudonymise(files, compile_grammar(options.identity), salt)
         identities = pseudonyms.identities
     except BadItemsError as error:
-        # Go on under numbers: images and labels are looked at too, so that all that is wrong is told at once.
+        # Continue under numbers: images and labels are checked too, so that all errors are listed at once.
         problems += error.problems
         identities = tuple(Identity("p", "v", number) for number in range(len(files)))
     make_folders(making, source.phrases)

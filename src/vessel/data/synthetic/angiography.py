@@ -18,7 +18,7 @@ Mask = NDArray[np.bool_]
 STEP = 0.012  # length of a segment
 THINNEST = 0.0035  # width at which a branch ends: one pixel of a 256-pixel frame
 SHADES = 4  # nested strokes that make the round profile of a vessel
-FINE = 4  # a frame is painted at this many times its side
+FINE = 4  # a frame is drawn at this many times its side
 SHIFT = 4  # fractional bits of OpenCV's coordinates
 
 
@@ -166,7 +166,7 @@ def _moved(run: Run, points: Array, time: float) -> Array:
 def _depth(segments: Array, widths: Array, filling: Array, size: int) -> Array:
     """Way of the rays [S, S] through contrast medium, in units of the side.
 
-    Thin segments are painted first, so that thick ones stay round.
+    Thin segments are drawn first, so that thick ones stay round.
     """
     side = size * FINE
     canvas = np.zeros((side, side), dtype=np.float32)

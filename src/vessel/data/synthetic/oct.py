@@ -1,4 +1,4 @@
-"""Synthetic intravascular OCT: pullbacks painted in polar coordinates, as the scanner records them.
+"""Synthetic intravascular OCT: pullbacks drawn in polar coordinates, as the scanner records them.
 
 Units and axes as in `anatomy`; brightness is in [0, 1] of the display's red channel. Field letters: A angles
 (A-lines), D depths, S side of the frame. Brightness, decay and speckle were fitted to real frames.
