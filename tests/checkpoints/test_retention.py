@@ -50,7 +50,7 @@ def fit(run: Path, steps: int, ckpt: Path | None = None, **kept: int) -> None:
 
 
 def savers(run: Path, **kept: int) -> list[ModelCheckpoint]:
-    """The two that `conf/callbacks/default.yaml` has, after each step."""
+    """The two that `conf/callbacks` has, after each step."""
     often = {"dirpath": run / "checkpoints", "every_n_train_steps": 1, "auto_insert_metric_name": False}
     return [
         ModelCheckpoint(filename="best-{step:06d}", monitor="score", mode="max", **often),
