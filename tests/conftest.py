@@ -1,6 +1,7 @@
 """Fixtures that several test modules share: tiny real networks, prompts and batches, and the optional shared data."""
 
 import os
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,28 @@ def shared():
         return path
 
     return find
+
+
+@pytest.fixture(scope="session")
+def golden_folder(shared, tmp_path_factory):
+    """Find the folder of a network that the public code ran: recorded, or beside a developer's checkout."""
+    from tests.golden import unpack
+
+    @cache
+    def find(network: str) -> Path:
+        if network.startswith("shared/"):
+            return shared(network.removeprefix("shared/"))
+        return unpack(network, tmp_path_factory.mktemp(network))
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def golden_network(golden_folder):
+    """Open a network that the public code ran, once for all tests of a process: none of them may change it."""
+    from tests.golden import open_golden
+
+    return cache(lambda network: open_golden(golden_folder(network)))
 
 
 @pytest.fixture(scope="session")

@@ -25,9 +25,9 @@ def test_golden_ids_with_the_real_tokenizer(shared):
 
 
 @pytest.mark.parametrize("network", ["sa2va_qwen2", "sa2va_internlm2"])
-def test_golden_prompt_lengths(shared, network):
+def test_golden_prompt_lengths(golden_folder, network):
     """What the public code counted for its three images of one, seven and thirteen tiles."""
-    folder = shared(f"golden/{network}")
+    folder = golden_folder(network)
     prompt = Prompt(str(folder), json.loads((folder / "config.json").read_text())["template"])
     cases = {case["name"]: case for case in json.loads((folder / "expected.json").read_text())["cases"]}
     for name, tiles in {"square": 1, "wide": 7, "small_gray": 13}.items():
@@ -159,11 +159,11 @@ def test_bad_input_is_refused(tmp_path, monkeypatch):
         Prompt(str(tmp_path))
 
 
-@pytest.mark.parametrize("source", [None, "tokenizer", "golden/sa2va_qwen2", "golden/sa2va_internlm2"])
+@pytest.mark.parametrize("source", [None, "shared/tokenizer", "sa2va_qwen2", "sa2va_internlm2"])
 @pytest.mark.parametrize("question", ["Where?", "In <image>, where?"])
-def test_ids_are_those_of_the_whole_text(shared, source, question):
+def test_ids_are_those_of_the_whole_text(golden_folder, source, question):
     """What a tokenizer makes of the text with every image token written out, frames and regions included."""
-    prompt = Prompt(None if source is None else str(shared(source)))
+    prompt = Prompt(None if source is None else str(golden_folder(source)))
     image = "\n".join([f"<img>{IMAGE * 20}</img>"] * 2)
     image += f"\nThere are 2 part regions in the picture: region1<vp>{IMAGE * 3}</vp>, region2<vp></vp>.\n"
     text = question.replace("<image>", image) if "<image>" in question else f"{image}\n{question}"

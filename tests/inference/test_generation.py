@@ -1,14 +1,13 @@
 """What the network says, and that its words mean the same whether they are its own or imposed."""
 
-import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 from tests.conftest import SIZES, scripted
+from tests.golden import INTERNLM2, INTERNLM2_WHOLE, NETWORKS, WITH_MASKS, cases_of
 
 from vessel.batch import Features, collate
 from vessel.data.dataset import make_sample
@@ -17,16 +16,8 @@ from vessel.data.inputs import InputImage
 from vessel.data.prompt import QUESTIONS, Prompt
 from vessel.data.questions import question_sample
 from vessel.inference.generation import Conversations, converse
-from vessel.inference.loading import load_model
-from vessel.inference.options import LoadSettings
 from vessel.inference.predictor import Predictor
 from vessel.inference.samples import asking
-from vessel.model.grounding import GroundingConfig
-
-GROUNDING = GroundingConfig(
-    embed_dim=16, heads=1, stages=(1, 2, 2, 1), global_blocks=(4,), width=64, memory_width=16, memory_layers=2,
-    memory_mlp=128,
-)  # fmt: skip
 
 
 def answer_to(network, prompt, sample, **options):
@@ -231,48 +222,48 @@ def test_an_image_is_seen_once_and_a_token_read_once_whatever_the_turns(talkativ
     assert alone <= len(read) < alone + LIMIT  # in step with the longest, not one after the other
 
 
-CASES = ("square", "wide", "small_gray")
-
-
-@pytest.fixture(scope="module", params=["sa2va_qwen2", "sa2va_internlm2"])
-def golden(request, shared):
-    """A golden network, and what the public code computed with it."""
-    folder = shared(f"golden/{request.param}")
-    cases = {case["name"]: case for case in json.loads((folder / "expected.json").read_text())["cases"]}
-    restored = load_model(str(folder), LoadSettings(grounding=GROUNDING))
-    return restored, folder / "images", cases, load_file(folder / "expected.safetensors")
+def answered(golden, name):
+    """Let a golden network speak about a case; gives the prediction, whose answer is compared with the recorded one."""
+    file = golden.folder / f"images/{name}.png"
+    target = InputImage(name, file, file.name)
+    predictor = Predictor(golden.restored, device="cpu", decode="generate")
+    [answer] = predictor.predict([target], asking([target], golden.cases[name]["text"], golden.restored))
+    assert answer.answers == (golden.cases[name]["prediction"],) == ("[SEG]<|im_end|>",)
+    return answer
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", CASES)
-def test_golden_answers_and_masks_of_generate(golden, name):
-    restored, images, cases, expected = golden
-    target = InputImage(name, images / f"{name}.png", f"{name}.png")
-    predictor = Predictor(restored, device="cpu", decode="generate")
-    [answer] = predictor.predict([target], asking([target], cases[name]["text"], restored))
-    assert answer.answers == (cases[name]["prediction"],) == ("[SEG]<|im_end|>",)
-    _, height, width = cases[name]["mask_shape"]
-    truth = np.unpackbits(expected[f"{name}.mask"].numpy(), axis=-1)[0, :, :width].astype(bool)
-    [probability] = answer.probabilities
-    assert probability.shape == truth.shape == (height, width)
+@pytest.mark.parametrize(("network", "name"), cases_of(INTERNLM2))
+def test_golden_answers_of_generate(golden_network, network, name):
+    answered(golden_network(network), name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("network", "name"), cases_of(*WITH_MASKS))
+def test_golden_answers_and_masks_of_generate(golden_network, network, name):
+    golden = golden_network(network)
+    [probability] = answered(golden, name).probabilities
+    [truth] = golden.mask(name)
+    assert probability.shape == truth.shape == tuple(golden.cases[name]["mask_shape"][1:])
     assert ((probability > 0.5).numpy() == truth).mean() >= 0.999
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", CASES)
-def test_golden_states_and_masks_forced_and_generated_are_equal(golden, name):
-    restored, images, cases, expected = golden
+@pytest.mark.parametrize(("network", "name"), [*cases_of(*NETWORKS), (INTERNLM2_WHOLE, "wide")])
+def test_golden_states_and_masks_forced_and_generated_are_equal(golden_network, network, name):
+    golden = golden_network(network)
+    restored, case, expected = golden.restored, golden.cases[name], golden.tensors
     network, prompt = restored.network, restored.prompt
-    image = read_rgb(images / f"{name}.png")
-    sample = question_sample(image, cases[name]["text"], prompt, restored.geometry)
-    assert len(sample.input_ids) == cases[name]["prompt_tokens"]
+    image = read_rgb(golden.folder / f"images/{name}.png")
+    sample = question_sample(image, case["text"], prompt, restored.geometry)
+    assert len(sample.input_ids) == case["prompt_tokens"]
     with torch.no_grad():
         said, generated = generated_states(network, prompt, sample)
         taught = taught_states(network, prompt, sample, said)
         [own] = converse(network, prompt, [sample])
         pyramid = network.pyramid(sample.frame[None])
         logits = network.masks(pyramid, torch.cat([generated, taught]), torch.tensor([0, 0]))
-    assert prompt.decode(said) == own.answers[0] == cases[name]["prediction"]
+    assert prompt.decode(said) == own.answers[0] == case["prediction"]
     assert torch.allclose(own.states, generated, rtol=1e-4, atol=1e-5)
     assert torch.allclose(generated, expected[f"{name}.seg_state"], rtol=1e-4, atol=1e-5)
     assert torch.allclose(taught, expected[f"{name}.seg_state"], rtol=1e-4, atol=1e-5)
@@ -280,16 +271,17 @@ def test_golden_states_and_masks_forced_and_generated_are_equal(golden, name):
 
 
 @pytest.mark.slow
-def test_golden_prompt_of_a_video(golden):
+@pytest.mark.parametrize("network", WITH_MASKS)
+def test_golden_prompt_of_a_video(golden_network, network):
     """Five frames, one tile each, give the state that the public code recorded."""
-    restored, images, cases, expected = golden
-    prompt, side = restored.prompt, restored.geometry.tile
-    frames = [Image.open(images / f"pullback_{i}.png").convert("RGB").resize((side, side)) for i in range(5)]
+    golden = golden_network(network)
+    restored, prompt, side = golden.restored, golden.restored.prompt, golden.restored.geometry.tile
+    frames = [Image.fromarray(golden.image(f"pullback_{i}")).resize((side, side)) for i in range(5)]
     tiles = torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)
-    ids, _ = prompt.conversation([cases["pullback"]["text"]], ["[SEG]"], 256, frames=5)
+    ids, _ = prompt.conversation([golden.cases["pullback"]["text"]], ["[SEG]"], 256, frames=5)
     with torch.no_grad():
         hidden = restored.network.mllm.model.language_model(
             inputs_embeds=restored.network.embed(ids[None], restored.network.see(tiles))
         ).last_hidden_state
     state = hidden[ids[None] == prompt.token_ids.seg]
-    assert torch.allclose(state, expected["pullback.seg_state"], rtol=1e-4, atol=1e-5)
+    assert torch.allclose(state, golden.tensors["pullback.seg_state"], rtol=1e-4, atol=1e-5)

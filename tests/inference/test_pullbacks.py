@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from tests.conftest import scripted
-from tests.golden import NETWORKS, open_golden
+from tests.golden import WITH_MASKS
 
 from vessel.batch import upsample
 from vessel.cli.options import typed
@@ -101,10 +101,10 @@ def test_each_video_of_a_data_set_is_a_pullback(oct_set):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", WITH_MASKS)
 @pytest.mark.parametrize("decode", ["generate", "forced"])
-def test_golden_pullback_from_images_to_masks(shared, monkeypatch, name, decode):
-    golden = open_golden(shared(f"golden/{name}"))
+def test_golden_pullback_from_images_to_masks(golden_network, monkeypatch, name, decode):
+    golden = golden_network(name)
     for module in ("vessel.inference.predictor", "vessel.inference.pullbacks"):
         monkeypatch.setattr(f"{module}.ANSWERS", ("[SEG]",))  # what was recorded, when it is forced
     heard = {}

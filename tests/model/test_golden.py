@@ -2,19 +2,17 @@
 
 import pytest
 import torch
-from tests.golden import NETWORKS, open_golden
+from tests.golden import INTERNLM2, NETWORKS, WITH_MASKS, cases_of
 
 from vessel.batch import upsample
 from vessel.data.transforms import cut_tiles, whole_frame
 from vessel.weights.architecture import public_names
 from vessel.weights.files import open_safetensors
 
-IMAGES = ("square", "wide", "small_gray")
 
-
-@pytest.fixture(scope="module", params=NETWORKS)
-def golden(request, shared):
-    return open_golden(shared(f"golden/{request.param}"))
+@pytest.fixture(params=NETWORKS)
+def golden(request, golden_network):
+    return golden_network(request.param)
 
 
 def test_loads_with_a_full_report(golden):
@@ -28,25 +26,39 @@ def test_loads_with_a_full_report(golden):
     )
 
 
-@pytest.mark.parametrize("case", IMAGES)
-def test_state_embedding_logits_and_mask_are_the_recorded_ones(golden, case):
+def check_state_and_embedding(golden, case):
+    """Compare both with the recorded ones; gives the image and the state for what follows from them."""
     network, prompt, geometry = golden.restored.network, golden.restored.prompt, golden.restored.geometry
     image = golden.image(case)
     tiles = cut_tiles(image, geometry)
     ids, _ = prompt.conversation([golden.cases[case]["text"]], ["[SEG]"], len(tiles) * 256)
-    with torch.no_grad():
-        embeddings = network.embed(ids[None], network.see(tiles))
-        hidden = network.mllm.model.language_model(inputs_embeds=embeddings).last_hidden_state
-        state = hidden[ids[None] == prompt.token_ids.seg]
-        embedding = network.text_hidden_fcs(state)
-        logits = network.masks(network.pyramid(whole_frame(image, geometry)[None]), state, torch.tensor([0]))
-        at_1024 = upsample(logits, 1024, (1024, 1024))
-        mask = upsample(logits, 1024, image.shape[:2]).sigmoid() > 0.5
+    embeddings = network.embed(ids[None], network.see(tiles))
+    hidden = network.mllm.model.language_model(inputs_embeds=embeddings).last_hidden_state
+    state = hidden[ids[None] == prompt.token_ids.seg]
+    embedding = network.text_hidden_fcs(state)
     asked = int((ids == prompt.token_ids.seg).nonzero()[0])
     assert asked == golden.cases[case]["prompt_tokens"]
     for name, found in {"seg_state": state, "seg_embedding": embedding}.items():
         recorded = golden.tensors[f"{case}.{name}"]
         assert (found - recorded).norm() / recorded.norm() < 1e-4, name
+    return image, state
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("name", "case"), cases_of(INTERNLM2))
+def test_state_and_embedding_are_the_recorded_ones(golden_network, name, case):
+    check_state_and_embedding(golden_network(name), case)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("name", "case"), cases_of(*WITH_MASKS))
+def test_state_embedding_logits_and_mask_are_the_recorded_ones(golden_network, name, case):
+    golden = golden_network(name)
+    network, geometry = golden.restored.network, golden.restored.geometry
+    image, state = check_state_and_embedding(golden, case)
+    logits = network.masks(network.pyramid(whole_frame(image, geometry)[None]), state, torch.tensor([0]))
+    at_1024 = upsample(logits, 1024, (1024, 1024))
+    mask = upsample(logits, 1024, image.shape[:2]).sigmoid() > 0.5
     assert (at_1024[:, 8::16, 8::16] - golden.tensors[f"{case}.logits_1024_every_16"]).abs().max() < 1e-3
     assert (mask.numpy() == golden.mask(case)).mean() >= 0.999
 

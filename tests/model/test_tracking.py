@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tests.golden import NETWORKS, open_golden
+from tests.golden import WITH_MASKS
 
 from vessel.batch import upsample
 from vessel.data.transforms import whole_frame
@@ -44,9 +44,9 @@ class Hoarder(Tracker):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NETWORKS)
-def test_golden_pullback_is_what_the_public_code_draws(shared, name):
-    golden = open_golden(shared(f"golden/{name}"))
+@pytest.mark.parametrize("name", WITH_MASKS)
+def test_golden_pullback_is_what_the_public_code_draws(golden_network, name):
+    golden = golden_network(name)
     grounding = golden.restored.network.grounding
     tracker = Tracker(grounding, golden.tensors["pullback.seg_embedding"])
     for index, truth in enumerate(golden.mask("pullback")):

@@ -193,8 +193,8 @@ def test_a_public_network_comes_out_in_another_form(exported, base, tmp_path, ca
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_the_recorded_networks_pass_the_gate(shared, out, name, capsys):
-    folder = shared(f"golden/{name}")
+def test_the_recorded_networks_pass_the_gate(golden_folder, out, name, capsys):
+    folder = golden_folder(name)
     images = str(folder / "images/square.png")
     made = export(asked(folder, out, grounding=asdict(GROUNDING), images=images))
     assert "1 of 1 answers equal" in capsys.readouterr().out

@@ -15,10 +15,10 @@ from vessel.runs.manifest import LOCAL, Manifest
 MANIFEST = Manifest(name="oct", config={}, data={"name": "set"}, phrases=("lumen",), prompt="qwen_chat", versions={})
 
 
-@pytest.mark.parametrize("source", [None, "tokenizer", "golden/sa2va_qwen2"])
-def test_a_tokenizer_is_one_of_transformers_4_and_5(shared, tmp_path, source):
+@pytest.mark.parametrize("source", [None, "shared/tokenizer", "sa2va_qwen2"])
+def test_a_tokenizer_is_one_of_transformers_4_and_5(golden_folder, tmp_path, source):
     """The public code runs with 4.49 to 4.57, where 5's class and its list of tokens are errors."""
-    prompt = Prompt(None if source is None else str(shared(source)))
+    prompt = Prompt(None if source is None else str(golden_folder(source)))
     write_tokenizer(tmp_path, prompt)
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
     assert config["tokenizer_class"] in ("PreTrainedTokenizerFast", "Qwen2Tokenizer")

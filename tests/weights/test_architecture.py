@@ -82,8 +82,8 @@ def original(mllm):
         ("sa2va_internlm2", replace(GOLDEN, family="internlm2", rms_eps=1e-5), "internlm2_chat"),
     ],
 )
-def test_golden_folders_have_the_sizes_that_their_makers_state(shared, network, language, template):
-    folder = shared(f"golden/{network}")
+def test_golden_folders_have_the_sizes_that_their_makers_state(golden_folder, network, language, template):
+    folder = golden_folder(network)
     config = read_json(folder / "config.json")
     source = open_source(str(folder))
     shapes = {name: tuple(tensor.shape) for name, tensor in source.outline().items()}

@@ -8,7 +8,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from tests.conftest import SIZES
-from tests.golden import NETWORKS, open_golden
+from tests.golden import NETWORKS
 from transformers import AutoModelForCausalLM
 
 from vessel.errors import VesselError
@@ -310,8 +310,8 @@ OF_A_FAMILY = {"internlm2": ("bias",), "qwen2": ("attention_dropout", "use_slidi
 
 
 @pytest.fixture(params=NETWORKS)
-def golden(request, shared):
-    return open_golden(shared(f"golden/{request.param}"))
+def golden(request, golden_network):
+    return golden_network(request.param)
 
 
 def test_config_of_the_recorded_networks_says_what_theirs_says(golden):
