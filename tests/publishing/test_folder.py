@@ -71,6 +71,7 @@ def test_guard_I6_an_export_carries_what_was_searched_on_validation(tiny_run, tm
     decision = Decision(0.4, 0.2, Cleanup(min_size=9), ("flip_lr",))
     data = run.manifest.data["fingerprint"], run.manifest.data["split_hash"]
     Stored(run.manifest.fingerprint, decision, *data).write(tmp_path / "run" / DECISION_FILE)
+    run = load_model(str(tmp_path / "run"))
     write_export(tmp_path, run, layout="native", dtype="fp32", code=[])
     assert load_model(str(tmp_path)).decision == decision
     assert load_model(str(tmp_path)).decision_source == "searched on validation, stored with the weights"
