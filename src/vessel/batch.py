@@ -1,4 +1,4 @@
-"""What travels between loader, network, losses and metrics. torch only.
+"""The dataclasses that travel between loader, network, losses and metrics; they need torch only.
 
 Shape letters: B images, K phrases of one image, N = sum of K over the batch (every phrase is one `[SEG]`),
 T tiles of one image, L tokens, P supervised tokens, S side of the SAM2 frame, H W native image size.
@@ -27,7 +27,7 @@ class TokenIds:
 
 @dataclass(frozen=True)
 class InputGeometry:
-    """How an image is shown to the network; data and network take it from the same place.
+    """The sizes in which an image enters the network; data and network take them from here.
 
     Attributes:
         tile: side of a tile for the vision encoder, pixels.
@@ -43,7 +43,7 @@ class InputGeometry:
 
 
 class Pyramid(NamedTuple):
-    """What SAM2's image encoder makes of B frames, before anything that trains when the encoder does not.
+    """The feature pyramid of SAM2's image encoder for B frames, before anything that trains when the encoder does not.
 
     Attributes:
         high: [B, C, S/4, S/4].
@@ -57,7 +57,7 @@ class Pyramid(NamedTuple):
 
 
 class Features(NamedTuple):
-    """What the frozen encoders make of one image.
+    """The outputs of the frozen encoders for one image.
 
     Attributes:
         seen: [T, P, v], features of its tiles before the projector.
@@ -160,7 +160,7 @@ class Batch:
 
 
 class Output(NamedTuple):
-    """What the network computes for a batch; a tuple, as DeepSpeed looks for tensors in nothing else.
+    """The outputs of the network for a batch; a tuple, as DeepSpeed looks for tensors in nothing else.
 
     Attributes:
         mask_logits: float32 [N, h, w], a quarter of the SAM2 frame a side; of a U-Net the whole frame.
@@ -176,7 +176,7 @@ class Output(NamedTuple):
 
 
 class StepOutput(NamedTuple):
-    """What `validation_step` and `test_step` of the task hand to callbacks; a tuple as `Output`.
+    """The outputs of `validation_step` and `test_step` for callbacks; a tuple as `Output`.
 
     Attributes:
         loss: scalar.

@@ -29,7 +29,7 @@ def main() -> None:
 
 
 def commands(home: Path, options: Sequence[str] = ()) -> tuple[tuple[str, ...], ...]:
-    """What a user would type after `python`, in order.
+    """List the commands as a user would type them after `python`, in order.
 
     Args:
         home: folder of everything that is made.

@@ -76,7 +76,7 @@ class JsonLines(Logger):
 
 
 def wandb_environment() -> list[tuple[str, str]]:
-    """What variables of the environment make W&B show: the name of each, and its value."""
+    """List the environment variables that W&B shows: the name of each, and its value."""
     return [(f"the environment variable {name}", os.environ[name]) for name in _SHOWN if name in os.environ]
 
 

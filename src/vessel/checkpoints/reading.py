@@ -24,17 +24,17 @@ _DAMAGE = (BadZipFile, EOFError, NotImplementedError, RuntimeError, ValueError, 
 
 
 def part_of(path: Path) -> Path:
-    """Where a checkpoint is while it is being written."""
+    """Return the path of a checkpoint while it is being written."""
     return path.with_name(f".{path.name}{_PART}")
 
 
 def aside_of(path: Path) -> Path:
-    """Where the folder that a new one replaces is for a moment."""
+    """Return the path that a folder has for a moment while a new one replaces it."""
     return path.with_name(f".{path.name}{_ASIDE}")
 
 
 def is_leftover(path: Path) -> bool:
-    """Whether a save that was cut short left it, and nobody shall take it for a checkpoint."""
+    """Tell whether a file or folder was left by an interrupted save, and is no checkpoint."""
     return path.name.startswith(".") and path.suffix in (_PART, _ASIDE)
 
 
@@ -102,7 +102,7 @@ def newest_good(run: Path) -> tuple[Path | None, list[str]]:
 
 
 def fault(path: Path) -> str | None:
-    """Why a checkpoint, a file or a folder of all ranks' files, cannot be gone on with; None for a good one.
+    """Find the fault of a checkpoint, a file or a folder of all ranks' files; None for a good one.
 
     Every byte is read once and compared with the checksum that was written beside it, a megabyte at a time.
     """
@@ -157,7 +157,7 @@ def _step(path: Path) -> int | str:
 
 
 def _damage(path: Path, *, tensors: bool = True) -> str | None:
-    """Why a checkpoint is not what was written, by the checksums in its files; None when it is."""
+    """Find damage by the checksums in the files of a checkpoint; None when it is what was written."""
     for file in sorted(path.rglob("*.pt")) if path.is_dir() else (path,):
         named = "" if file == path else f"{file.name}: "
         try:

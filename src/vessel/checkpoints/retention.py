@@ -1,4 +1,4 @@
-"""Which checkpoints of a run may go, and how one goes without being taken for a good one on its way."""
+"""Removal of checkpoints that a run no longer needs; one that is half removed is never taken for a good one."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def discard_superseded(run: Path, resumed: Path, callbacks: Iterable[Callback]) 
 
 
 def _paths(callbacks: Mapping[str, Any]) -> list[str]:
-    """What the savers of a run held when a checkpoint was written."""
+    """List the checkpoints that the savers of a run held when a checkpoint was written."""
     # Keys of savers, of subclasses too: `ModelCheckpoint{'monitor': ...}`.
     states = [state for name, state in callbacks.items() if "Checkpoint{" in name]
     kept = [path for state in states for path in state.get("best_k_models", {})]

@@ -36,7 +36,7 @@ def checkpoint_bytes(parameters: Iterable[nn.Parameter], *, keep_frozen: bool, s
 
 
 def planned(callbacks: Iterable[Callback]) -> int:
-    """How many checkpoints lie on the disk at once at the most: those that are kept, and the one being written."""
+    """Count the checkpoints that lie on the disk at once at most: those that are kept, and the one being written."""
     savers = [callback for callback in callbacks if isinstance(callback, ModelCheckpoint)]
     kept = sum(abs(saver.save_top_k) + bool(saver.save_last) for saver in savers)  # -1 keeps all: their number is open
     return kept + 1 if kept else 0

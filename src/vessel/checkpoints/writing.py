@@ -143,7 +143,7 @@ def _drop(part: Path) -> None:
 
 
 def _refusal(path: Path, error: Exception, begun: int) -> VesselError | None:
-    """What to tell of an error of the disk; None for any other."""
+    """Turn an error of the disk into one for the user; None for any other error."""
     chain: list[BaseException] = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
         chain.append(cause)

@@ -47,7 +47,7 @@ class Frame:
 
 @dataclass(frozen=True)
 class Split:
-    """Who trains, who chooses, who tests.
+    """The ids of the images of each part: train, val and test, and of each fold.
 
     Attributes:
         unit: `patient`, `block` or `frame`.

@@ -107,7 +107,7 @@ class VesselDataset(Dataset[Sample]):
 
     @property
     def is_finite(self) -> bool:
-        """Whether an image looks like one of a known number of images, however often it is served."""
+        """Tell whether augmentation makes a limited number of pictures of an image, however often it is served."""
         return self.augmentation is None or self.augmentation.variants is not None
 
     def looks(self, position: int) -> Sequence[NDArray[np.uint8]]:

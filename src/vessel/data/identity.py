@@ -1,4 +1,4 @@
-"""Who is on an image: file names parsed into patient, video and frame, and pseudonyms in their place."""
+"""Identities: file names parsed into patient, video and frame, and pseudonyms in their place."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ HOSPITAL_ID = re.compile(r"(?<!\d)\d{10}(?!\d)")
 
 @dataclass(frozen=True)
 class RawIdentity:
-    """What a file name says.
+    """Patient, video and frame as a file name has them.
 
     Attributes:
         patient: text that holds the name or the hospital id.
@@ -116,7 +116,7 @@ def pseudonym(key: str, salt: bytes) -> str:
 
 @dataclass(frozen=True)
 class Pseudonyms:
-    """What `pseudonymise` decided.
+    """The result of `pseudonymise`.
 
     Attributes:
         identities: one for each file.

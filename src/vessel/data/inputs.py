@@ -1,4 +1,4 @@
-"""What a prediction is asked for: image files by any way to name them, and phrases."""
+"""Inputs of a prediction: image files by any way to name them, and phrases."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the mapping from pseudonyms to names lies, and how it is read."""
+"""The mapping from names to pseudonyms: its folder beside the data set, read and written."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MAPPING_FILE = "mapping.json"
 
 
 def mapping_folder(out: Path) -> Path:
-    """Where the mapping of the data set `out` is unless the user chose another place."""
+    """Return the folder of the mapping of the data set `out`, unless the user chose another one."""
     return out.with_name(out.name + ".identity")
 
 
@@ -38,7 +38,7 @@ def read_mapping(folder: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class MappingFolder:
-    """Where raw names and their pseudonyms are kept: outside the data set, readable by the owner only."""
+    """A folder of raw names and their pseudonyms: outside the data set, readable by the owner only."""
 
     path: Path
 

@@ -1,4 +1,4 @@
-"""What a data set looks like as a whole: its statistics and a contact sheet of overlays."""
+"""Overview of a data set: its statistics and a contact sheet of overlays."""
 
 from __future__ import annotations
 

@@ -155,7 +155,7 @@ class Prompt:
         return torch.tensor(ids), torch.tensor(labels)
 
     def is_over(self, ids: Sequence[int]) -> bool:
-        """Whether generated ids end an answer: by their last token, or by a stop word that takes several."""
+        """Tell whether generated ids end an answer: by their last token, or by a stop word that takes several."""
         if not ids:
             return False
         if ids[-1] in self._last or not self._spelt_out:

@@ -62,7 +62,7 @@ class Written:
 
 @dataclass(frozen=True)
 class Origin:
-    """What a data set is, apart from its frames.
+    """Facts of a data set apart from its frames.
 
     Attributes:
         name: what reports call the data set.

@@ -54,7 +54,7 @@ class _Node:
         return node
 
     def ends(self, text: str) -> bool:
-        """Whether the words up to here, which are written as `text`, are a name or a stem."""
+        """Tell whether the words up to here, which are written as `text`, are a name or a stem."""
         return self.anyhow or len(text) == self.length or (self.exact is not None and text in self.exact)
 
 
@@ -182,7 +182,7 @@ def _joined(parts: Sequence[str]) -> Iterator[list[str]]:
 
 
 def _in_a_number(text: str, start: int, end: int) -> bool:
-    """Whether text[start:end] is digits of a decimal number."""
+    """Tell whether text[start:end] is digits of a decimal number."""
     if not text[start:end].isdecimal():
         return False
     return text[max(start - 1, 0) : start] == "." or re.match(r"\.\d", text[end : end + 2]) is not None

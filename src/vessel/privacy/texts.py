@@ -21,7 +21,7 @@ _SVG_ID = re.compile(r"\bC[0-9a-f]+_[0-9a-f]+_[0-9a-f]{10}\b")  # matplotlib's, 
 
 
 def texts_of(folder: Path) -> Iterator[tuple[str, str]]:
-    """What there is to read in the files of a folder: the name of each, and its text where it has one.
+    """Read the texts of the files of a folder: the name of each, and its text where it has one.
 
     Left out are tensors, a tokenizer's own vocabulary (its added tokens are not), numbers in JSON, which are counts and
     scores, and pictures embedded in a page. Of pictures it is the text that their files carry.
@@ -32,7 +32,7 @@ def texts_of(folder: Path) -> Iterator[tuple[str, str]]:
 
 
 def text_of(file: Path) -> str:
-    """What `texts_of` reads in one file."""
+    """Read the text of one file, as `texts_of` does."""
     suffix = file.suffix.lower()
     if suffix == ".safetensors" or file.name in _NAME_IS_ALL:
         return ""

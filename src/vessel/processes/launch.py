@@ -230,7 +230,7 @@ def _tell(failures: Mapping[int, ProcessFailure], run: Path) -> None:
 
 
 def _order(failure: ProcessFailure) -> tuple[int, float]:
-    """What is told first: an error of its own before an echo before an end that was asked for, then by time (Unix)."""
+    """Order failures: an error of its own before an echo before an end that was asked for, then by time (Unix)."""
     note = failure.error_file_data
     if "told" in note:
         return (1 if note["echo"] else 0), float(note["time"])
@@ -239,7 +239,7 @@ def _order(failure: ProcessFailure) -> tuple[int, float]:
 
 
 def _stopped(code: int) -> bool:
-    """Whether a rank ended as a signal asked it to."""
+    """Tell whether a rank ended as a signal asked it to."""
     return code in STOP_CODES.values() or -code in STOP_CODES
 
 

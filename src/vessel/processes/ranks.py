@@ -52,7 +52,7 @@ def this_rank() -> Rank:
 
 
 def device_count(devices: Any, accelerator: str) -> int:
-    """How many devices of this node a trainer takes, as Lightning counts them.
+    """Count the devices of this node that a trainer takes, as Lightning does.
 
     Args:
         devices: `trainer.devices`: a number, a list, such a list as text, `auto` or -1.

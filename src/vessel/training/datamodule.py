@@ -155,7 +155,7 @@ class VesselDataModule(LightningDataModule):
         return self._training
 
     def state_dict(self) -> dict[str, Any]:
-        """Where training stands after its last optimizer step, in numbers that hold for any number of ranks.
+        """Return the position of training after its last optimizer step, in numbers that hold for any number of ranks.
 
         Returns:
             `epoch`; `served`, samples of it over all ranks; `validation_due`, whether a validation comes first;
@@ -183,7 +183,7 @@ class VesselDataModule(LightningDataModule):
             )
 
     def place(self, state_dict: dict[str, Any]) -> TrainingPosition:
-        """What `state_dict` says, in batches of this run."""
+        """Turn the content of `state_dict` into a position in batches of this run."""
         sampler, epoch = self.training_sampler(), state_dict["epoch"]
         sampler.begin(epoch, state_dict["served"])
         validated, rest = divmod(state_dict["validated"], sampler.cut.together)

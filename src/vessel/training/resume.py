@@ -1,4 +1,4 @@
-"""Where Lightning's loops stand: read when a checkpoint is written, set in a checkpoint that is loaded.
+"""The position of Lightning's loops: read when a checkpoint is written, set in a checkpoint that is loaded.
 
 Lightning goes on by counters of batches and epochs, and takes from their differences at which moment the checkpoint was
 written. Those counters hold for one number of ranks, count batches of a step that was not finished, and differ with the

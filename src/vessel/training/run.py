@@ -80,7 +80,7 @@ def train(config: DictConfig) -> float | None:
 
 
 def _limits(config: DictConfig) -> dict[str, str]:
-    """When training ends by itself."""
+    """Return the limits at which training ends by itself."""
     keys = ("max_epochs", "max_steps", "max_time")
     return {key: str(config.trainer.get(key)) for key in keys}
 

@@ -1,4 +1,4 @@
-"""Which sample is served when: one permutation of the epoch, cut over ranks, never drawn by a worker."""
+"""The order of samples: one permutation of the epoch, divided over ranks, never drawn by a worker."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _WINDOW, _RUN = 512, 32
 
 @dataclass(frozen=True)
 class Cut:
-    """How an epoch is cut into optimizer steps, batches and ranks.
+    """The division of an epoch into optimizer steps, batches and ranks.
 
     Attributes:
         rank, ranks: this process and the number of processes.
@@ -40,7 +40,7 @@ class Cut:
         return self.together * self.accumulated
 
     def per_rank(self, samples: int) -> int:
-        """What each rank serves of `samples`: as much as every other one and, with accumulation, whole steps."""
+        """Count what each rank serves of `samples`: as much as every other one and, with accumulation, whole steps."""
         whole = self.batch * self.accumulated if self.accumulated > 1 else 1
         return math.ceil(samples / (self.ranks * whole)) * whole
 

@@ -93,6 +93,6 @@ def _settle_prompt(config: DictConfig, entries: Sequence[Weights]) -> None:
 
 
 def sources(config: DictConfig) -> list[Weights]:
-    """What training starts from, as given."""
+    """List the weights that training starts from, as given."""
     plain: Any = OmegaConf.to_container(config, resolve=True)
     return Weights.listed(plain["weights"])

@@ -1,4 +1,4 @@
-"""What one rank holds, under ZeRO, of values, gradient and moments of a parameter that trains.
+"""The shard of a rank under ZeRO: values, gradient and moments of a parameter that trains.
 
 DeepSpeed keeps them flat and in float32, several parameters in one tensor. Where nothing is cut, a rank holds it all.
 """
@@ -17,8 +17,8 @@ from vessel.weights.zero import MOMENTS, Parts, Saved
 
 
 @dataclass(frozen=True)
-class Share:
-    """Where a rank's part of a parameter lies in what DeepSpeed's optimizer holds.
+class Shard:
+    """The position of a rank's shard of a parameter in what DeepSpeed's optimizer holds.
 
     Attributes:
         group, at: which of its flat tensors, and the place in it.
@@ -40,11 +40,11 @@ class Share:
 
 
 def values(parameter: nn.Parameter) -> Tensor:
-    """What this rank's optimizer updates of a parameter, flat; nothing where other ranks hold it all."""
+    """Return what this rank's optimizer updates of a parameter, flat; nothing where other ranks hold it all."""
     if not _is_shared(parameter):
         return parameter.detach().flatten()
     owner: Any = parameter
-    share = share_of(parameter)
+    share = shard_of(parameter)
     if share is None:
         return torch.empty(0, device=parameter.device)
     if is_partitioned(parameter):
@@ -60,27 +60,27 @@ def gradient(parameter: nn.Parameter) -> Tensor | None:
     if parameter.grad is not None or not _is_shared(parameter):
         return parameter.grad
     owner: Any = parameter
-    if share_of(parameter) is None:
+    if shard_of(parameter) is None:
         return torch.empty(0, device=parameter.device)
     if is_partitioned(parameter):
         return owner._z3_optimizer.get_local_fp32_grad_for_param(parameter)
     return owner._hp_mapping.get_lp_grad_fragment(owner._index_in_param_group)
 
 
-def share_of(parameter: nn.Parameter) -> Share | None:
-    """Where this rank's part of a parameter is that DeepSpeed trains; None when it has none."""
+def shard_of(parameter: nn.Parameter) -> Shard | None:
+    """Find this rank's shard of a parameter that DeepSpeed trains; None when it has none."""
     owner: Any = parameter
     if is_partitioned(parameter):
         optimizer = owner._z3_optimizer
         group, at, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
         start = size * optimizer._get_param_partition_rank(parameter)
         count = min(size, owner.ds_numel - start)
-        return Share(group, at, start, count) if count > 0 else None
+        return Shard(group, at, start, count) if count > 0 else None
     mapping = owner._hp_mapping
     if mapping is None:
         return None
     here, there = mapping.hp_fragment_address, mapping.lp_fragment_address
-    return Share(mapping.param_group_index, here.start, there.start, here.numel)
+    return Shard(mapping.param_group_index, here.start, there.start, here.numel)
 
 
 @torch.no_grad()
@@ -129,7 +129,7 @@ def _fresh_state(flat: Tensor, steps: int) -> dict[str, Tensor]:
 def _take_trained(
     saved: Saved, name: str, parameter: nn.Parameter, flat: Sequence[Tensor], states: Sequence[Mapping[str, Tensor]]
 ) -> None:
-    trained, share = saved.trained[name], share_of(parameter)
+    trained, share = saved.trained[name], shard_of(parameter)
     if share is None or trained.values.shape != whole_shape(parameter):
         return
     share.of(flat[share.group]).copy_(share.out_of(trained.values))
@@ -150,5 +150,5 @@ def _take_frozen(parts: Parts, parameter: nn.Parameter) -> None:
 
 
 def _is_shared(parameter: nn.Parameter) -> bool:
-    """Whether DeepSpeed trains it."""
+    """Tell whether DeepSpeed trains a parameter."""
     return hasattr(parameter, "_z3_optimizer") or hasattr(parameter, "_hp_mapping")

@@ -1,4 +1,4 @@
-"""What a reader of a source layout provides, and what it gets: the files of a folder in, labels by image out."""
+"""The interface of a reader of a source layout: the files of a folder in, labels by image out."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ class Feature(NamedTuple):
         return float(np.exp(-(((position - self.centre) / self.half_length) ** 2)))
 
     def present(self, position: float) -> bool:
-        """Whether a frame at this position shows the feature."""
+        """Tell whether a frame at this position shows the feature."""
         return abs(position - self.centre) < self.half_length
 
 

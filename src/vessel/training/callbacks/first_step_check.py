@@ -83,7 +83,7 @@ class FirstStepCheck(Callback):
 
 
 def signs(groups: Groups, arrived: Collection[str]) -> Tensor:
-    """What this rank can tell of gradients.
+    """Collect what this rank knows of gradients.
 
     Args:
         groups: all of them.
@@ -134,7 +134,7 @@ def check_gradients(groups: Groups, signs: Tensor) -> None:
 
 
 def changes(groups: Groups, before: Fingerprint) -> Tensor:
-    """Which parameters differ from their fingerprint: int64 [P] of 0 and 1, as far as this rank holds them."""
+    """Find the parameters that differ from their fingerprint: int64 [P] of 0 and 1, as far as this rank holds them."""
     after = fingerprint(groups)
     return torch.tensor([after[name] != before[name] for name, _ in _members(groups)], dtype=torch.int64)
 

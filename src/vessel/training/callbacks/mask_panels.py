@@ -82,7 +82,7 @@ class MaskPanels(Callback):
         self._panels = []
 
     def _place(self, name: str, video: str) -> int | None:
-        """Where among the kept panels an image belongs, None for nowhere."""
+        """Return the position of an image among the kept panels; None where it has none."""
         if any(panel.id == name for panel in self._panels):
             return None
         if self._chosen:

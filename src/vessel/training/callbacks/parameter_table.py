@@ -1,4 +1,4 @@
-"""What is trained and what is not: printed, written to the run folder and logged."""
+"""A table of the parameters that train and those that do not: printed, written to the run folder and logged."""
 
 from __future__ import annotations
 

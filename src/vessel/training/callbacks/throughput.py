@@ -1,4 +1,4 @@
-"""How fast the run is, and how many samples one optimizer step really sees."""
+"""Speed of the run, and the number of samples that one optimizer step really sees."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""When the optimizer really steps."""
+"""Batches at whose end the optimizer really steps."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from lightning.pytorch import Trainer
 
 
 def is_update(trainer: Trainer) -> bool:
-    """Whether the batch in hand completes an optimizer step.
+    """Tell whether the present batch completes an optimizer step.
 
     DeepSpeed counts accumulated batches itself, so that Lightning calls the optimizer's hooks at each of them.
     """
