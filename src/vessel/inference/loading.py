@@ -225,18 +225,16 @@ def _prompt(config: Mapping[str, Any], tokenizer: str | None) -> Prompt:
 def _plan(
     manifest: Manifest, prompt: Prompt, reading: LoadSettings, weights: Sequence[Weights], *, lora: Lora | None = None
 ) -> NetworkPlan:
-    config = manifest.config
-    parts = OmegaConf.create({k: config[k] for k in ("model", "lora")})
-    plan = NetworkPlan(
-        sizes=instantiate(parts.model),
+    fields = {} if lora is None else {"lora": lora}
+    plan = NetworkPlan.from_config(
+        manifest.config,
         tokens=prompt.token_ids,
         new_tokens=prompt.new_tokens,
         phrases=manifest.phrases,
-        lora=instantiate(parts.lora) if lora is None else lora,
-        trainable=config["trainable"],
         weights=weights,
         frozen_dtype=reading.dtype,
         compile=reading.compile,
+        **fields,
     )
     _check_memory(plan)
     return plan

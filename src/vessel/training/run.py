@@ -1,4 +1,4 @@
-"""A training run put together from its configuration."""
+"""Put a training run together from its configuration, and train."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from vessel.checkpoints.reading import find_checkpoint, newest_good, read_checkpoint
+from vessel.checkpoints.reading import read_checkpoint
 from vessel.checkpoints.retention import discard_superseded
 from vessel.checkpoints.space import checkpoint_bytes, planned, require_checkpoint_space
 from vessel.checkpoints.writing import WholeFiles
@@ -33,20 +33,16 @@ from vessel.files import size_on_disk
 from vessel.loggers import JsonLines, PrivateWandb, wandb_environment
 from vessel.memory_plan.request import require_memory, show
 from vessel.model.network import Network, NetworkConfig
-from vessel.paths import expanded
 from vessel.privacy.scanner import Scanner
-from vessel.runs.manifest import EXPORT_MANIFEST, Manifest, read_result, without_places, write_result
-from vessel.runs.record import differing
+from vessel.runs.manifest import Manifest, read_result, without_places, write_result
 from vessel.training.callbacks.order import ordered
 from vessel.training.datamodule import VesselDataModule
+from vessel.training.resumption import continued, find_start, require_same_engine
 from vessel.training.settings import check, settled, sources
 from vessel.training.task import VesselTask
 from vessel.weights.build import NetworkPlan
 from vessel.weights.checks import require_same_base
-from vessel.weights.digests import fingerprint
 from vessel.weights.report import LoadReport
-from vessel.weights.sources import open_source
-from vessel.weights.zero import is_zero
 
 
 def train(config: DictConfig) -> float | None:
@@ -75,7 +71,7 @@ def train(config: DictConfig) -> float | None:
     seed_everything(config.seed, workers=True, verbose=False)
     best = _fit(config, run)
     rank_zero_only(write_result)(run, {"best": best, "limits": _limits(config)})
-    _say_what_is_next(run, best)
+    _print_next_command(run, best)
     return best
 
 
@@ -87,19 +83,28 @@ def _limits(config: DictConfig) -> dict[str, str]:
 
 def _fit(config: DictConfig, run: Path) -> float | None:
     """Put the parts together and train them; the best value of the monitored metric."""
-    resumed = _beginning(config, run)
+    resumed = find_start(config, run)
     parent = None if resumed is None else Manifest.from_dict(read_checkpoint(resumed)["vessel"])
     config = settled(config, parent)
     prompt = instantiate(config.prompt)
     sizes = instantiate(config.model)
     data = _data_module(config, prompt, sizes)
-    plan = _network_plan(config, sizes, prompt, data.phrases)
+    plan = NetworkPlan.from_config(
+        config,
+        tokens=prompt.token_ids,
+        new_tokens=prompt.new_tokens,
+        phrases=data.phrases,
+        weights=sources(config),
+        activation_checkpointing=config.activation_checkpointing,
+        compile=config.compile,
+        frozen_dtype=torch.bfloat16 if str(config.trainer.precision).startswith("bf16") else torch.float32,
+    )
     manifest = _manifest(config, data)
     scanner = Scanner.beside(data.catalog.root)
-    told = json.dumps(without_places(manifest.as_dict()), ensure_ascii=False)
-    scanner.require_clean([("the configuration", told), *wandb_environment()], doing="training, which tells it to all,")
+    text = json.dumps(without_places(manifest.as_dict()), ensure_ascii=False)
+    scanner.require_clean([("the configuration", text), *wandb_environment()], doing="training, which writes it down,")
     if resumed is not None and parent is not None:
-        manifest = _going_on(manifest, parent, resumed, run)
+        manifest = continued(manifest, parent, resumed, run)
     rank_zero_only(manifest.write)(run)
     rank_zero_only(prompt.save)(run / "tokenizer")
 
@@ -110,7 +115,7 @@ def _fit(config: DictConfig, run: Path) -> float | None:
         plan.require_learning(network)
         _require_room(network, trainer, run, keep_frozen=task.keep_frozen)
         known = replace(manifest, weights=tuple(report.summary() for report in plan.reports))
-        _tell(plan.reports)
+        _print_reports(plan.reports)
         rank_zero_only(known.write)(run)
         task.manifest = known.as_dict()
         return network
@@ -123,7 +128,7 @@ def _fit(config: DictConfig, run: Path) -> float | None:
         manifest=manifest.as_dict(),
     )
     trainer = _trainer(config, run)
-    _require_same_engine(resumed, trainer)
+    require_same_engine(resumed, trainer)
     if resumed is not None and resumed.is_relative_to(run):
         rank_zero_only(discard_superseded)(run, resumed, trainer.callbacks)  # type: ignore[attr-defined]
     for logger in trainer.loggers:
@@ -137,10 +142,10 @@ def _fit(config: DictConfig, run: Path) -> float | None:
 
 
 @rank_zero_only
-def _say_what_is_next(run: Path, best: float | None) -> None:
-    told = "nothing was validated" if best is None else f"best on validation: {best:.3f}"
-    place = os.path.relpath(run)
-    line = f"\nrun: {place} ({told}); next: python -m vessel.evaluate ckpt={place}"
+def _print_next_command(run: Path, best: float | None) -> None:
+    result = "nothing was validated" if best is None else f"best on validation: {best:.3f}"
+    path = os.path.relpath(run)
+    line = f"\nrun: {path} ({result}); next: python -m vessel.evaluate ckpt={path}"
     Console().print(line, soft_wrap=True, markup=False, highlight=False)
 
 
@@ -154,30 +159,15 @@ def _data_module(config: DictConfig, prompt: Prompt, sizes: NetworkConfig) -> Ve
     return data
 
 
-def _network_plan(config: DictConfig, sizes: NetworkConfig, prompt: Prompt, phrases: Sequence[str]) -> NetworkPlan:
-    return NetworkPlan(
-        sizes=sizes,
-        tokens=prompt.token_ids,
-        new_tokens=prompt.new_tokens,
-        phrases=phrases,
-        lora=instantiate(config.lora),
-        trainable=config.trainable,
-        weights=sources(config),
-        activation_checkpointing=config.activation_checkpointing,
-        compile=config.compile,
-        frozen_dtype=torch.bfloat16 if str(config.trainer.precision).startswith("bf16") else torch.float32,
-    )
-
-
 @rank_zero_only
-def _tell(reports: Sequence[LoadReport]) -> None:
-    """Print what loads did."""
+def _print_reports(reports: Sequence[LoadReport]) -> None:
+    """Print the table of each load of weights."""
     for report in reports:
         Console().print(report.table())
 
 
 def _quieten_libraries() -> None:
-    """Lightning's hints and device lists would come twice, by its handlers and by Hydra's; real warnings stay."""
+    """Silence hints that would come twice, by Lightning's handlers and by Hydra's; real warnings stay."""
     warnings.filterwarnings("ignore", message=".*treespec, LeafSpec", category=FutureWarning)
     # Metrics are reduced by torchmetrics already, and a run that goes on has files in its folder.
     for known in (".*sync_dist=True", ".*exists and is not empty"):
@@ -192,7 +182,7 @@ def _quieten_libraries() -> None:
 
 
 def _manifest(config: DictConfig, data: VesselDataModule) -> Manifest:
-    """Facts of the run."""
+    """Collect the facts of the run."""
     relative = OmegaConf.merge(config, {"run": "."})  # loggers and callbacks name the run's folder
     plain: Any = OmegaConf.to_container(relative, resolve=True)
     facts = data.catalog.manifest
@@ -205,25 +195,6 @@ def _manifest(config: DictConfig, data: VesselDataModule) -> Manifest:
         prompt=data.prompt.name,
     )
     return manifest
-
-
-def _going_on(manifest: Manifest, parent: Manifest, resumed: Path, run: Path) -> Manifest:
-    """A run that goes on must have the data, split and phrases of the one before; it may be that very run."""
-    same = ("fingerprint", "split_hash", "fold")
-    parted = [key for key in same if parent.data.get(key) != manifest.data.get(key)]
-    if parted or parent.phrases != manifest.phrases:
-        raise VesselError(
-            f"ckpt={resumed}: {', '.join(parted) or 'phrases'} of that run differ from this one's: patients it was "
-            "trained on could be validated on; go on with its own data set, split and phrases"
-        )
-    if resumed.is_relative_to(run):
-        if manifest.config["resume"] == "auto" and (others := differing(parent.config, manifest.config)):
-            told = ", ".join(others)
-            raise VesselError(f"{run}: trained with other settings: {told}; resume={run} goes on with these")
-        return replace(manifest, created=parent.created, parent=parent.parent)
-    return replace(
-        manifest, parent={"name": parent.name, "fingerprint": fingerprint(open_source(str(resumed)).tensors())}
-    )
 
 
 def _require_room(network: Network, trainer: Trainer, run: Path, *, keep_frozen: bool) -> None:
@@ -254,39 +225,3 @@ def _trainer(config: DictConfig, run: Path) -> Trainer:
         raise
     trainer.strategy.checkpoint_io = WholeFiles()
     return trainer
-
-
-def _beginning(config: DictConfig, run: Path) -> Path | None:
-    """The checkpoint to go on from: of this very folder where the run is resumed, else the one that is named."""
-    if config.resume is not None:
-        found, skipped = newest_good(run)
-        if found is None and config.resume != "auto":
-            reasons = "".join(f"\n  {reason}" for reason in skipped) or " it has none"
-            raise VesselError(f"resume={config.resume}: no good checkpoint to go on from;{reasons}")
-        _tell_skipped(run, found, skipped)
-        if found is not None:
-            return found
-    if config.ckpt is None:
-        return None
-    path = expanded(config.ckpt)
-    if (path / EXPORT_MANIFEST).is_file():
-        raise VesselError(
-            f"ckpt={config.ckpt}: an export has no optimizer to go on with; start from it with weights=[{config.ckpt}]"
-        )
-    return find_checkpoint(path, ("last", "best")) if path.is_dir() else path
-
-
-@rank_zero_only
-def _tell_skipped(run: Path, found: Path | None, skipped: Sequence[str]) -> None:
-    for reason in skipped:
-        print(f"passed over {reason}")
-    if skipped and found is None:
-        print(f"no good checkpoint in {os.path.relpath(run)}: training begins anew")
-
-
-def _require_same_engine(resumed: Path | None, trainer: Trainer) -> None:
-    if resumed is not None and is_zero(resumed) and not isinstance(trainer.strategy, DeepSpeedStrategy):
-        raise VesselError(
-            f"{resumed}: written under ZeRO, whose optimizer only ZeRO takes over: go on with trainer=zero3, on one "
-            f"device with trainer.devices=1 too; or begin with its weights, weights=[...,{resumed}]"
-        )

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
+from hydra.utils import instantiate
 from torch import Tensor, nn
 
 from vessel.batch import TokenIds
@@ -28,7 +30,7 @@ from vessel.weights.sources import EMBEDDING, HEAD, WeightSource, covers, open_s
 
 @dataclass
 class NetworkPlan:
-    """How to make a network; `reports` fills when it is made.
+    """A network to be made; `reports` fills when it is made.
 
     Attributes:
         sizes: shape of the network.
@@ -57,6 +59,22 @@ class NetworkPlan:
     compile: bool = False
     reports: list[LoadReport] = field(default_factory=list)
     seg_is_trained: bool = False
+
+    @classmethod
+    def from_config(
+        cls, config: Mapping[str, Any], *, tokens: TokenIds, new_tokens: range, **fields: Any
+    ) -> NetworkPlan:
+        """Make the plan of a training configuration.
+
+        Args:
+            config: `model`, `lora` and `trainable` of it are read; as Hydra composed it, or as a manifest holds it.
+            tokens: ids that the prompt uses.
+            new_tokens: ids of the tokens added to the base vocabulary.
+            fields: the other fields, and what shall stand in place of the configuration's.
+        """
+        stated = {"lora": instantiate(config["lora"]), "trainable": config["trainable"]}
+        sizes = instantiate(config["model"])
+        return cls(sizes=sizes, tokens=tokens, new_tokens=new_tokens, **{**stated, **fields})
 
     def build(self) -> Network:
         """Make the network; under ZeRO-3 partitioned over the ranks, all of which call this.
