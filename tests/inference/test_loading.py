@@ -88,9 +88,7 @@ def test_guard_I4_a_network_too_large_for_the_memory_is_refused_before_it_is_rea
     folder = public()
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=2_000_000))
     monkeypatch.setattr("vessel.weights.build.NetworkPlan.build", lambda _: pytest.fail("it was built"))
-    with pytest.raises(
-        VesselError, match=r"dtype=bf16.*network\.dtype"
-    ):
+    with pytest.raises(VesselError, match=r"dtype=bf16.*network\.dtype"):
         load_model(str(folder), READING)
 
 
