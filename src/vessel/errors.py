@@ -49,7 +49,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def user_message(error: BaseException) -> str | None:
-    """What a `VesselError` says, also one that other libraries wrapped, or that a disk is full; None for others."""
+    """Return the message of a `VesselError`, even if a library wrapped it, or of a full disk; None for others."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, VesselError):
         if isinstance(cause, OSError) and cause.errno in DISK_FULL:

@@ -35,7 +35,7 @@ def _alone(monkeypatch, tmp_path):
 
 @pytest.fixture
 def settled(monkeypatch):
-    """What `settle` adds to a command line."""
+    """Return what `settle` adds to a command line."""
 
     def run(*options: str) -> list[str]:
         monkeypatch.setattr(sys, "argv", ["vessel.train", *options])

@@ -42,5 +42,5 @@ def store(tmp_path) -> Iterator[Store]:
 
 @pytest.fixture
 def network(plan):
-    """Whose adapters and decoder train."""
+    """A network whose adapters and decoder train."""
     return plan(lora=Lora(r=2), trainable="lora").build()

@@ -61,7 +61,7 @@ def without(train_tiny, tmp_path_factory):
 
 @pytest.fixture
 def encodings(monkeypatch):
-    """How often this process has run each encoder."""
+    """Count the runs of each encoder in this process."""
     counted: Counter[str] = Counter()
     own = {name: getattr(Sa2VA, name) for name in ("see", "pyramid")}
     for name in own:

@@ -1,4 +1,4 @@
-"""What decides features is in the name of their group, and what encodes them is the network's own code."""
+"""The name of a namespace holds all that decides features, and the network's own code encodes them."""
 
 import copy
 from dataclasses import replace

@@ -121,7 +121,7 @@ def test_without_a_group_nothing_is_found(tmp_path):
 
 
 def test_a_kill_at_any_moment_leaves_whole_files_only(store):
-    """What was there is there, what was written is whole or absent; the next to come clears the rest."""
+    """Kill a writer: earlier files stay, what was written is whole or absent, and the next user clears the rest."""
     kept, call, found = "1" * 64, 1, []
     store.put(kept, features(1))
     while killed(lambda: store.put(KEY, features()), call):

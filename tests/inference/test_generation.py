@@ -1,4 +1,4 @@
-"""What the network says, and that its words mean the same whether they are its own or imposed."""
+"""Generated answers; their masks are the same whether the answers are generated or imposed."""
 
 from dataclasses import replace
 

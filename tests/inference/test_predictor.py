@@ -241,7 +241,7 @@ def test_guard_I7_answers_too_long_for_the_memory_are_asked_for_image_by_image(r
 
 
 def ask_freely(restored, scans, question, answers, *, regions=None):
-    """What comes of a question when the network answers these words, image by image."""
+    """Return the results of a question when the network answers these words, image by image."""
     hook = scripted(restored.network, *(restored.prompt.tokenizer(answer).input_ids for answer in answers))
     targets = [target for target in find_images(str(scans)) if target.id != "scan 2"][: len(answers)]
     predictor = Predictor(restored, device="cpu", decode="generate")

@@ -122,7 +122,7 @@ def test_golden_pullback_from_images_to_masks(golden_network, monkeypatch, name,
 
 
 def embeddings(predictor, ids, tiles):
-    """What the `[SEG]` of a conversation mean, [N, C]."""
+    """Return the embeddings of the `[SEG]` of a conversation, [N, C]."""
     network = predictor.network
     embeddings = network.embed(ids[None], network.see(tiles))
     hidden = network.mllm.model.language_model(inputs_embeds=embeddings).last_hidden_state[0]

@@ -9,7 +9,7 @@ from vessel.inference.tta import FLIPS, SCALES, TURNS, VIEWS, averaged, changed,
 
 
 def seen(image, view):
-    """What a network that marks bright red pixels would say about a view: probabilities [1, h, w]."""
+    """Imitate a network that marks bright red pixels of a variant: probabilities [1, h, w]."""
     return torch.from_numpy(changed(image, view)[..., 0] / 255.0).float()[None]
 
 

@@ -1,4 +1,4 @@
-"""What a rank holds for good, against real optimizers and against the arithmetic of ZeRO."""
+"""Compare what a rank holds for good with real optimizers and with the arithmetic of ZeRO."""
 
 import math
 

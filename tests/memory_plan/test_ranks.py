@@ -1,4 +1,4 @@
-"""What two real ranks of DeepSpeed hold, against the plan of their configuration."""
+"""Compare what two real ranks of DeepSpeed hold with the plan of their configuration."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""What a step is planned to keep, against what the same step really keeps on the CPU."""
+"""Compare what a step is planned to keep with what the same step really keeps on the CPU."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""What leaves: shown, uploaded. The hub is a small one on this machine."""
+"""Upload to a small hub on this machine, and the list of what leaves."""
 
 import json
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer

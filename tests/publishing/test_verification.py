@@ -1,4 +1,4 @@
-"""What an export may differ in, and what not."""
+"""Differences that an export may have, and those that it may not."""
 
 from dataclasses import replace
 

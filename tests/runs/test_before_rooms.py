@@ -1,4 +1,4 @@
-"""What was written before the packages were drawn still works: a run, an export and a data set of commit e131f52."""
+"""A run, an export and a data set of commit e131f52, from before the packages were drawn, still work."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""Where the configuration tree lies: inside an installed package, or at the top of a checkout."""
+"""Locate the configuration tree: inside an installed package, or at the top of a checkout."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What frozen encoders make of the images, computed once and served in every later epoch and run."""
+"""Compute the features of frozen encoders once, and serve them in every later epoch and run."""
 
 from __future__ import annotations
 

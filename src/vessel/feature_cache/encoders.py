@@ -119,7 +119,7 @@ def cache_namespace(network: Sa2VA, geometry: InputGeometry, **facts: str) -> st
 
 
 def is_cut(network: Sa2VA) -> bool:
-    """Whether the ranks hold parts of the encoders, so that all have to run them together (ZeRO-3)."""
+    """Return True if the ranks hold parts of the encoders, so that all have to run them together (ZeRO-3)."""
     encoders = network.mllm.model.vision_tower, network.grounding.image_encoder
     return any(is_partitioned(tensor) for _, tensor in _tensors(encoders))
 
@@ -130,7 +130,7 @@ def _tensors(encoders: Sequence[nn.Module]) -> Iterator[tuple[str, Tensor]]:
 
 
 def _settings(encoder: nn.Module) -> list[str]:
-    """What modules compute with beside tensors, such as windows and numbers of heads; without DeepSpeed's own marks."""
+    """List what modules compute with beside tensors, such as windows and numbers of heads; without DeepSpeed's."""
     found = []
     for name, module in encoder.named_modules():
         own = {

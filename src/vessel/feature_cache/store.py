@@ -53,11 +53,11 @@ class Store:
         return set()
 
     def holds(self, key: str) -> bool:
-        """Whether there is a file, good or not."""
+        """Return True if there is a file, good or not."""
         return self._file(key).exists()
 
     def get(self, key: str) -> Features | None:
-        """What is kept of an image, mapped into memory; None where nothing is, or nothing good.
+        """Map what is kept of an image into memory; None where nothing is, or nothing good.
 
         A damaged file is removed, so that it is written anew.
 

@@ -12,7 +12,7 @@ from vessel.errors import VesselError
 
 @dataclass(frozen=True)
 class Cleanup:
-    """What is done to a mask, in this order; the defaults do nothing.
+    """The steps that clean a mask up, in this order; the defaults do nothing.
 
     Attributes:
         opening: radius in pixels of an opening, which removes what is thinner.

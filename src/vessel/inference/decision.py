@@ -25,7 +25,7 @@ AUTO = "auto"
 
 @dataclass(frozen=True)
 class Decision:
-    """How a mask comes from probabilities.
+    """The threshold and post-processing that make a mask of probabilities.
 
     Attributes:
         threshold: a pixel above it is vessel.
@@ -98,14 +98,14 @@ class CleanupOptions:
 
     @property
     def told(self) -> dict[str, Any]:
-        """What is not left to validation."""
+        """Return the options that are not left to validation."""
         return {name: value for name, value in vars(self).items() if value != AUTO}
 
 
 def decided_by_user(
     chosen: Decision, *, threshold: Any, hysteresis: Any, cleanup: CleanupOptions, tta: Any
 ) -> Decision:
-    """What validation chose, but for what the user says.
+    """Combine what validation chose with the user's options, which come first.
 
     A threshold of the user's is taken alone: the hysteresis belongs to the threshold that it was chosen with.
 
@@ -181,7 +181,7 @@ class Stored:
 
 
 def decision_for(manifest: Manifest, run: Path | None) -> tuple[Decision, str]:
-    """What was decided for some weights, and where that comes from, in words.
+    """Read what was decided for some weights, and describe where that comes from.
 
     Args:
         manifest: of the weights, with their fingerprint.

@@ -1,4 +1,4 @@
-"""What the network says: greedy decoding as the public code does it, for several conversations at a time.
+"""Generate answers by greedy decoding, as the public code does, for several conversations at a time.
 
 Letters: B conversations, L tokens, d width of the language model.
 """
@@ -176,7 +176,7 @@ class _Talk:
         return self.prompt.conversation(asked, self.answers, self.image_tokens, frames=self.frames)
 
     def result(self, states: Tensor) -> Spoken:
-        """What came of it, by the states [N, d] of the `[SEG]` in its answers."""
+        """Build the result from the states [N, d] of the `[SEG]` in the answers."""
         found = [answer.count(self.prompt.token_ids.seg) for answer in self.answers]
         asked, at = self.sample.phrases, tuple(sum(found[:turn]) if n else None for turn, n in enumerate(found))
         owners = tuple(phrase for phrase, n in zip(asked, found, strict=False) for _ in range(n))

@@ -94,7 +94,7 @@ class LoadedModel:
 
     @property
     def tuned(self) -> bool:
-        """Whether vessel trained it; of a public network neither phrases nor data are known."""
+        """Tell networks that vessel trained from public ones, of which neither phrases nor data are known."""
         return bool(self.manifest.phrases)
 
     @property
@@ -114,7 +114,7 @@ class LoadedModel:
 
     @property
     def decision_source(self) -> str:
-        """Where the decision comes from, in words; says so when the run keeps one that is not for these weights."""
+        """Describe where the decision comes from, also when the run keeps one that is not for these weights."""
         return self._chosen[1]
 
 

@@ -16,7 +16,7 @@ from vessel.weights.export import DTYPES
 
 @dataclass(frozen=True)
 class LoadSettings:
-    """How a network is to be read.
+    """The settings for loading a network.
 
     Attributes:
         dtype: of parameters that a run did not train.
@@ -33,7 +33,7 @@ class LoadSettings:
 
 @dataclass
 class NetworkOptions:
-    """What the user says of it: `network.*` of evaluate and predict, whose `--help` explains each."""
+    """The options `network.*` of evaluate and predict, whose `--help` explains each."""
 
     dtype: str
     device_map: Any
@@ -42,7 +42,7 @@ class NetworkOptions:
     compile: bool = False
 
     def reading(self, device: torch.device) -> LoadSettings:
-        """How to read for a device; `auto` is bf16 on a GPU, as the public code, and fp32 on a CPU.
+        """Return the settings for a device; `auto` is bf16 on a GPU, as the public code, and fp32 on a CPU.
 
         Raises:
             VesselError: an unknown dtype or size.

@@ -27,7 +27,7 @@ class Failure:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the network says about an image.
+    """The network's results for an image.
 
     Attributes:
         target: the image.

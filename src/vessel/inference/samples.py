@@ -1,4 +1,4 @@
-"""What the network is asked: the samples of images and of their views, loaded one by one.
+"""Load the samples of images, and of their variants for test-time augmentation, one by one.
 
 What cannot be read becomes a `Failure` with its reason; nothing stands in for it.
 """
@@ -27,14 +27,14 @@ from vessel.inference.tta import changed
 def without_truth(
     targets: Sequence[InputImage], phrases: Sequence[str], restored: LoadedModel
 ) -> Callable[[int], Sample]:
-    """What loads the sample of a target by its index."""
+    """Return a function that loads the sample of an input image by its index, without ground truth."""
     return partial(_read_sample, targets, phrases, restored.prompt, restored.geometry)
 
 
 def asking(
     targets: Sequence[InputImage], question: str, restored: LoadedModel, *, regions: Path | None = None
 ) -> Callable[[int], Sample]:
-    """What loads the sample of a target, with a free question, by its index; it has no phrases yet.
+    """Return a function that loads the sample of an input image by its index: a free question, without phrases.
 
     Args:
         targets: the images.

@@ -1,4 +1,4 @@
-"""Whether a run fits a GPU, and when it does not, which settings would help and by how much: each is planned itself."""
+"""Check that a run fits a GPU; if not, list the settings that would help and by how much. Each is planned itself."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def require_room(plan: MemoryPlan, gpu_gb: float) -> None:
 
 
 def advice(plan: MemoryPlan, gpu_gb: float) -> str:
-    """What each setting would take alone, the most helpful first; and, if none is enough, several together."""
+    """Describe what each setting would take alone, the most helpful first; if none is enough, also several together."""
     found = []
     for option, setup in alternatives(plan.setup):
         try:

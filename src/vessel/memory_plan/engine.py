@@ -1,4 +1,4 @@
-"""How a trainer spreads training over devices, and what each of them holds for good."""
+"""Derive from a trainer how training is spread over devices, and what each of them holds for good."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _MOMENTS = 2  # of AdamW, in the dtype of the parameter; its fused step takes no
 
 @dataclass(frozen=True)
 class Engine:
-    """What of a trainer decides about memory; the sizes are elements, the defaults Lightning's and DeepSpeed's.
+    """The settings of a trainer that decide about memory; sizes are elements, defaults Lightning's and DeepSpeed's.
 
     Attributes:
         precision: as the trainer has it.
@@ -78,7 +78,7 @@ class Engine:
 
     @property
     def how(self) -> How:
-        """How it runs a step."""
+        """Return the settings of a step."""
         mixed = self.precision.endswith("mixed") and self.stage == 0
         return How(
             autocast=self.dtype if mixed else None,
@@ -95,7 +95,7 @@ class Engine:
             parameter.data = parameter.data.to(torch.float32 if mixed and parameter.requires_grad else self.dtype)
 
     def states(self, network: nn.Module) -> States:
-        """What a rank holds of a prepared network between two steps, and what an update takes beside it."""
+        """Count what a rank holds of a prepared network between two steps, and what an update takes beside it."""
         everything = list(network.parameters())
         trained = [p for p in everything if p.requires_grad]
         buffers = sum(buffer.nbytes for buffer in network.buffers())

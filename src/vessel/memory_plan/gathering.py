@@ -65,7 +65,7 @@ def _buffer(fetched: Sequence[tuple[int, int]]) -> int:
 
 
 def _soon(uses: Uses, now: int, ahead: int, reuse: int) -> set[int]:
-    """What is fetched ahead already, or used again before `reuse` elements have gone by."""
+    """Find what is fetched ahead already, or used again before `reuse` elements have gone by."""
     found, passed = {key for own in uses[now + 1 : ahead] for key, _ in own}, 0
     for own in uses[now + 1 :]:
         if passed >= reuse:

@@ -1,4 +1,4 @@
-"""Which tensors are alive: the bytes of every storage that operators make, followed on tensors without content."""
+"""Count the tensors that are alive: the bytes of every storage that operators make, on tensors without content."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Live(TorchDispatchMode):
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """What is made inside belongs to the part of that name."""
+        """Count what is made inside as the part of that name."""
         self._parts.append(name)
         try:
             yield

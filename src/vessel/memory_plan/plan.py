@@ -29,7 +29,7 @@ _SMALL = 0.002  # share of the whole below which a part has no row of its own
 
 @dataclass(frozen=True)
 class Images:
-    """What of the data decides about memory.
+    """The properties of the data that decide about memory.
 
     Attributes:
         size: largest native (H, W).
@@ -41,7 +41,7 @@ class Images:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """What stands for the phrases."""
+        """Return phrases that stand for those of the data."""
         return tuple(f"blood vessel {i}" for i in range(self.phrases))
 
 
@@ -75,7 +75,7 @@ class Setup:
 
 @dataclass(frozen=True)
 class Work:
-    """What a plan measured.
+    """The memory that a plan measured.
 
     Attributes:
         network: without content, in the dtypes of training.
@@ -117,7 +117,7 @@ class MemoryPlan:
         return self.total / GB
 
     def fits(self, gpu_gb: float) -> bool:
-        """Whether a GPU of that size has room for it."""
+        """Return True if a GPU of that size has room for it."""
         return self.gigabytes <= gpu_gb
 
     def verdict(self, gpu_gb: float) -> str:

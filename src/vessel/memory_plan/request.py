@@ -64,7 +64,7 @@ def _plan(config: DictConfig, gpu_gb: float) -> MemoryPlan:
 
 
 def setup_of(config: DictConfig) -> Setup:
-    """What of a training configuration decides about memory; of the data what is known."""
+    """Read the settings that decide about memory from a training configuration, and of the data what is known."""
     sizes = instantiate(config.model)
     setup = Setup(
         sizes=sizes,

@@ -1,4 +1,4 @@
-"""What a GPU does otherwise than the meta device: attention that keeps no scores, autocast, DeepSpeed's linear layer.
+"""Imitate a GPU where the meta device differs: attention that keeps no scores, autocast, DeepSpeed's linear layer.
 
 The meta device knows shapes only. Its attention would be the naive one with all scores, autocast passes it by, and
 questions about values have no answer. This mode stands in for the three, in terms of what is kept for the backward
@@ -68,7 +68,7 @@ class OnGpu(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def forget_casts(self) -> None:
-        """What autocast does at the end of the forward pass; the graph still holds the casts that it needs."""
+        """Drop the casts, as autocast does after the forward pass; the graph still holds those that it needs."""
         self._casts.clear()
 
     def _cast(self, func: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:

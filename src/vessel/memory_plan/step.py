@@ -24,7 +24,7 @@ LOSSES = "activations: losses"
 
 @dataclass(frozen=True)
 class How:
-    """How a step is run.
+    """The settings of a training step.
 
     Attributes:
         autocast: as in `OnGpu`.

@@ -61,7 +61,7 @@ def predict(options: PredictOptions) -> Mapping[str, Any]:
 
 
 def _processes(options: PredictOptions, items: int) -> int:
-    """How many processes share the images or pullbacks, of which there is one at least.
+    """Return the number of processes that divide the images or pullbacks, of which there is one at least.
 
     Raises:
         VesselError: there are not so many GPUs.
@@ -116,7 +116,7 @@ def _predict_share(
 
 
 def _device(options: PredictOptions, index: int, of: int) -> torch.device:
-    """Where a share is computed; on a CPU the shares divide the cores."""
+    """Return the device that computes a shard; on a CPU the shards divide the cores."""
     device = choose_device(options.device)
     if of > 1 and device.type == "cuda":
         return torch.device("cuda", index)
@@ -151,7 +151,7 @@ def _require_language(options: PredictOptions, restored: LoadedModel) -> None:
 
 
 def _phrases(options: PredictOptions, restored: LoadedModel, console: Console) -> tuple[str, ...]:
-    """What to look for; nothing with a free question."""
+    """Return the phrases to segment; none with a free question."""
     if options.question is not None:
         check_question(options.question, restored.prompt)
         return ()
@@ -178,7 +178,7 @@ def _loader(
 
 
 def _decision(options: PredictOptions, restored: LoadedModel, console: Console) -> tuple[Decision, str]:
-    """What validation chose, but for what the user says; and where it comes from, in words."""
+    """Combine what validation chose with the user's options, and describe where it comes from."""
     alone = "video=true" if options.video else f"decode={options.decode}" if options.decode != "forced" else None
     if alone and options.tta not in (AUTO, None, []):
         raise VesselError(f"tta= with {alone}: several predictions make no one answer; use decode=forced without video")

@@ -1,4 +1,4 @@
-"""What can be said against the options of vessel.predict before anything heavy is imported."""
+"""Check the options of vessel.predict before anything heavy is imported."""
 
 from __future__ import annotations
 

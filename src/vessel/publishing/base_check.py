@@ -1,4 +1,4 @@
-"""What an export must be to its base: another in all that trained."""
+"""Check that an export differs from its base in all that trained."""
 
 from __future__ import annotations
 

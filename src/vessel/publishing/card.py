@@ -21,7 +21,7 @@ HOW_TO_GET_CODE = (
 
 @dataclass(frozen=True)
 class Facts:
-    """What a card tells.
+    """The contents of a model card.
 
     Attributes:
         manifest: of the export, without places of this machine.

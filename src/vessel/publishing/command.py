@@ -39,7 +39,7 @@ _SPARE_BYTES = 100 * 10**6  # tokenizer, texts, and room for the system to breat
 
 @dataclass
 class Origin:
-    """What the checkpoint itself does not say; as in vessel.predict."""
+    """Return the settings that the checkpoint does not hold, as in vessel.predict."""
 
     base: Any
     grounding: Any
@@ -211,7 +211,7 @@ def _write(
 
 
 def _reading_of_the_export(restored: LoadedModel, options: ExportOptions) -> LoadSettings:
-    """What the export's own files do not say."""
+    """Return the settings that the export's own files do not hold."""
     base = restored.base if options.layout == "adapter" else ()
     return LoadSettings(base=base, grounding=None if restored.tuned else restored.sa2va_sizes.grounding)
 

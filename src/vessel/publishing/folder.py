@@ -30,7 +30,7 @@ _KEPT = ("name", "seed", "model", "prompt", "lora", "trainable", "weights", "los
 
 @dataclass(frozen=True)
 class Written:
-    """What was written.
+    """The files of an export, as written.
 
     Attributes:
         tensors: their number; read back, each equals the one in memory.

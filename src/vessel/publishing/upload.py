@@ -1,4 +1,4 @@
-"""What leaves the machine: shown, and put on the Hugging Face hub."""
+"""List what leaves the machine, and upload it to the Hugging Face hub."""
 
 from __future__ import annotations
 

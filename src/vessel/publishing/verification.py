@@ -1,5 +1,4 @@
-"""The proof of an export: a fresh process loads the folder, and what it draws and says is compared with the training
-network's.
+"""Verify an export: load the folder in a fresh process, and compare masks and answers with the training network's.
 
 `python -m vessel.publishing.verification FOLDER EXCHANGE` is that process; `vessel.export` starts it.
 """
@@ -62,7 +61,7 @@ class Said:
 
 @dataclass(frozen=True)
 class Account:
-    """What a network makes of some images.
+    """The results of a network for some images.
 
     Attributes:
         maps: probabilities by image, float32 [K, H, W], in the order of the phrases.

@@ -26,7 +26,7 @@ EXPORT_MANIFEST = "vessel.json"
 
 @dataclass(frozen=True)
 class Manifest:
-    """What somebody needs to know, or to repeat, what made some weights. Plain JSON values only.
+    """The record that it takes to understand, or repeat, what made some weights. Plain JSON values only.
 
     Attributes:
         name: of the run.
@@ -59,7 +59,7 @@ class Manifest:
 
     @property
     def network(self) -> str:
-        """Which network it is: `sa2va`, or a baseline, `sam2_prompt` or `unet`."""
+        """Return the kind of network: `sa2va`, or a baseline, `sam2_prompt` or `unet`."""
         return _SIZES.get(str((self.config.get("model") or {}).get("_target_")), "sa2va")
 
     def as_dict(self) -> dict[str, Any]:
@@ -94,7 +94,7 @@ class Manifest:
 
 
 def read_result(run: Path) -> dict[str, Any] | None:
-    """What a run left that came to its end; None for one that did not."""
+    """Read what a run left that came to its end; None for one that did not."""
     file = run / RESULT
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 

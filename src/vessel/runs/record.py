@@ -45,7 +45,7 @@ FREE = (
 
 
 def differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What two configurations have set otherwise, as `key=value (there other)`, of keys in `FREE` nothing.
+    """List the differences of two configurations, as `key=value (there other)`, without the keys in `FREE`.
 
     Args:
         before: plain and nested, of the run that is there.
