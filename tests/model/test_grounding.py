@@ -33,7 +33,7 @@ def test_dense_position_is_sam2s_own(plan):
 
 
 def test_prompt_tokens_are_sam2s_padding_then_the_language(plan):
-    """What SAM2's own prompt encoder gives without a click is what `decode` builds by itself."""
+    """Compare with SAM2's own prompt encoder: without a click it gives what `decode` builds by itself."""
     encoder = plan().build().grounding.sam_prompt_encoder
     points = torch.zeros(1, 1, 2), -torch.ones(1, 1, dtype=torch.int32)
     sparse, dense = encoder(points=points, boxes=None, masks=None)

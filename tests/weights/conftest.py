@@ -37,7 +37,7 @@ def sam2(network, tmp_path):
 
 
 def same(one, two, part=""):
-    """Whether all tensors whose name holds `part` are equal; at least one must be there."""
+    """Return True if all tensors whose name holds `part` are equal; at least one must be there."""
     state, other = one.state_dict(), two.state_dict()
     names = [name for name in other if part in name]
     return bool(names) and all(torch.equal(state[name], other[name]) for name in names)

@@ -120,6 +120,6 @@ def as_training_code_holds_it(network: Sa2VA, rank: int) -> nn.Module:
 
 
 def training_state(tree: nn.Module) -> dict[str, torch.Tensor]:
-    """What the training code saves: adapters, saved modules, projector, mask decoder and projection of `[SEG]`."""
+    """Make the state of the training code: adapters, saved modules, projector, mask decoder, projection of `[SEG]`."""
     kept = ("lora_", "modules_to_save", "mlp1", "sam_mask_decoder", "text_hidden_fcs")
     return {name: tensor.clone() for name, tensor in tree.state_dict().items() if any(part in name for part in kept)}

@@ -1,4 +1,4 @@
-"""What is compared before any tensor is read: order, sizes that no tensor shows, adapters, and who knows `[SEG]`."""
+"""Checks before any tensor is read: order, sizes that no tensor shows, adapters, and who knows `[SEG]`."""
 
 import json
 import re
@@ -201,7 +201,7 @@ def test_a_part_of_a_base_after_what_was_trained_is_refused(network, load, tmp_p
 
 @pytest.fixture
 def seg(plan, internvl, sam2):
-    """Whether `[SEG]` is known after sources on top of an InternVL and a SAM 2.0."""
+    """Return True if `[SEG]` is known after sources on top of an InternVL and a SAM 2.0."""
 
     def known(*sources, base=(internvl, sam2), tokens="full"):
         weights = Weights.listed([s if isinstance(s, dict) else str(s) for s in (*base, *sources)])

@@ -1,4 +1,4 @@
-"""What does not fit is refused, with the remedy, and changes nothing."""
+"""Refusals of what does not fit: they name the remedy and change nothing."""
 
 import json
 

@@ -89,18 +89,18 @@ class Grounding(SAM2Base):
         return self.features(self.pyramid(frames))
 
     def pyramid(self, frames: Tensor) -> Pyramid:
-        """What the image encoder makes of normalised frames [B, 3, S, S]; no graph is kept through a frozen one."""
+        """Encode normalised frames [B, 3, S, S] into a feature pyramid; a frozen encoder keeps no graph."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and trains(self.image_encoder)):
             # its upsampling returns float32 whatever it is given
             return Pyramid(*(level.to(frames.dtype) for level in self.image_encoder(frames)["backbone_fpn"]))
 
     def features(self, pyramid: Pyramid) -> FrameFeatures:
-        """What the mask decoder reads, by two layers of its own."""
+        """Prepare a pyramid for the mask decoder, by two layers of the decoder's own."""
         decoder = self.sam_mask_decoder
         return FrameFeatures(pyramid.top, (decoder.conv_s0(pyramid.high), decoder.conv_s1(pyramid.middle)))
 
     def checkpoint_blocks(self) -> None:
-        """Where gradients are wanted, keep only what enters each block of the image encoder."""
+        """Keep only the input of each block of the image encoder where gradients are wanted."""
         for block in self.image_encoder.trunk.blocks:
             # the method alone: a wrapping module would change the names of tensors
             block.forward = partial(_recomputed, block.forward)
@@ -164,7 +164,7 @@ class Grounding(SAM2Base):
 
 
 def trains(module: nn.Module) -> bool:
-    """Whether any parameter of it gets a gradient."""
+    """Return True if any of its parameters gets a gradient."""
     return any(p.requires_grad for p in module.parameters())
 
 

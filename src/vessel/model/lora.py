@@ -76,7 +76,7 @@ def add_lora(network: Network, lora: Lora, *, new_tokens: range, seg_is_trained:
 
 
 def is_adapter(name: str) -> bool:
-    """Whether a tensor belongs to an adapter or to a trained copy of embedding or head."""
+    """Return True for a tensor of an adapter or of a trained copy of embedding or head."""
     return bool(_OF_ADAPTERS.search(name))
 
 
@@ -124,7 +124,7 @@ def adapter_state(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def adapter_config(network: Sa2VA, *, base: str | None, revision: str | None) -> LoraConfig:
-    """What peft needs to put those adapters into the language model alone.
+    """Build the configuration with which peft puts those adapters into the language model alone.
 
     Args:
         network: with adapters.

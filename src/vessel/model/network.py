@@ -1,4 +1,4 @@
-"""What a network is to the task, the callbacks, the memory plan and prediction, whichever of the three it is."""
+"""The interface of all three networks for the task, the callbacks, the memory plan and prediction."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Network(nn.Module):
         )
 
     def emitted(self, output: Output) -> Tensor:
-        """Whether the language model itself would have chosen `[SEG]`: bool [N], or [0] where there is none."""
+        """Mark where the language model itself would have chosen `[SEG]`: bool [N], or [0] where there is none."""
         raise NotImplementedError
 
     def trainable_groups(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
@@ -101,7 +101,7 @@ class NetworkConfig(Protocol):
 
     @property
     def geometry(self) -> InputGeometry:
-        """How images must be cut and resized for this network."""
+        """Return the sizes to which images are cut and resized for this network."""
 
     def build(self, tokens: TokenIds, phrases: Sequence[str]) -> Network:
         """The network with random weights, on the current device.

@@ -38,7 +38,7 @@ class Sa2VAConfig:
 
     @property
     def geometry(self) -> InputGeometry:
-        """How images must be cut and resized for this network."""
+        """Return the sizes to which images are cut and resized for this network."""
         return InputGeometry(self.vision.tile, self.vision.tokens_per_tile, self.max_tiles, self.grounding.frame)
 
     def build(self, tokens: TokenIds, phrases: Sequence[str]) -> Sa2VA:
@@ -88,7 +88,7 @@ class Sa2VA(Network):
         )
 
     def see(self, tiles: Tensor) -> Tensor:
-        """What the vision encoder makes of tiles uint8 [T, 3, t, t]: [T, P, v], four patches a feature, not projected.
+        """Encode tiles uint8 [T, 3, t, t] into features [T, P, v], four patches a feature, not projected.
 
         No graph is kept through a frozen one.
         """
@@ -137,7 +137,7 @@ class Sa2VA(Network):
         ).last_hidden_state
 
     def pyramid(self, frames: Tensor) -> Pyramid:
-        """What SAM2's image encoder makes of frames uint8 [B, 3, S, S]."""
+        """Encode frames uint8 [B, 3, S, S] by SAM2's image encoder."""
         here = self.grounding.no_mem_embed
         return self.grounding.pyramid(normalise(frames.to(here.device)).to(here.dtype))
 
@@ -176,7 +176,7 @@ class Sa2VA(Network):
         return Pyramid(*(torch.cat(levels) for levels in zip(*images, strict=True)))
 
     def emitted(self, output: Output) -> Tensor:
-        """Whether the language model itself would have chosen `[SEG]` where the answer holds it: bool [N]."""
+        """Mark where the language model itself would have chosen the `[SEG]` of the answer: bool [N]."""
         at_seg = (output.lm_targets == self.tokens.seg).to(output.lm_logits.device)
         return output.lm_logits[at_seg].argmax(-1) == self.tokens.seg
 

@@ -79,7 +79,7 @@ class Tracker:
         return {"maskmem_features": features.bfloat16(), "maskmem_pos_enc": position}
 
     def _pointer(self, tokens: Tensor, ious: Tensor, appears: Tensor) -> Tensor:
-        """What the memory calls the object, [N, C]; a fixed vector where there is none."""
+        """Compute the memory's pointer to the object, [N, C]; a fixed vector where there is none."""
         pointer = self.grounding.obj_ptr_proj(best_candidate(tokens, ious))
         return torch.where(appears > 0, pointer, self.grounding.no_obj_ptr.to(pointer.dtype))
 

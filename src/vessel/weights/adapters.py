@@ -1,4 +1,4 @@
-"""What `adapter_config.json` says, and which of it vessel computes: plain LoRA and nothing beside it."""
+"""The settings of `adapter_config.json`, and a refusal of all that is not plain LoRA."""
 
 from __future__ import annotations
 

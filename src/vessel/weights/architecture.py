@@ -1,4 +1,4 @@
-"""What a public folder holds: sizes, names and template, from its `config.json` and the shapes of its tensors."""
+"""The contents of a public folder: sizes, names and template, from its `config.json` and the shapes of its tensors."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def public_names(sizes: LanguageConfig) -> PublicNames:
 
 
 def language_family(keys: Iterable[str]) -> Language:
-    """Which language model public names belong to."""
+    """Return the family of language model that public names belong to."""
     return "internlm2" if any(".wqkv." in key for key in keys) else "qwen2"
 
 
@@ -101,7 +101,7 @@ def read_template(config: Config) -> str:
 
 
 def _is_native(config: Config) -> bool:
-    """Whether transformers wrote it for its own InternVL."""
+    """Return True if transformers wrote it for its own InternVL."""
     return bool(config.get("text_config"))
 
 

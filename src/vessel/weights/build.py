@@ -229,7 +229,7 @@ class NetworkPlan:
         self.reports.append(load(network, source, self.names, tokens=tokens, keep=self._dtype, ranks=ranks))
 
     def _dtype(self, name: str, stored: torch.dtype) -> torch.dtype:
-        """What trains keeps all its digits until it is adapted."""
+        """Choose the dtype: weights that train keep all their digits until they are adapted."""
         return stored if parameter_group(name) in trained_by(self.trainable) else self.frozen_dtype
 
 

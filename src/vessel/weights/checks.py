@@ -1,4 +1,4 @@
-"""What is known of sources before any tensor is read: whether they follow each other, and belong to this network."""
+"""Checks of sources before any tensor is read: their order, and that they belong to this network."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def require_same_base(then: Sequence[Mapping[str, Any]], now: Sequence[LoadRepor
 
 
 def know_seg(sources: Sequence[WeightSource], names: PublicNames, vocabulary: int) -> bool:
-    """Whether the rows of `[SEG]`, in embedding and head, come from a source that trained them.
+    """Return True if the rows of `[SEG]`, in embedding and head, come from a source that trained them.
 
     Args:
         sources: in the order of loading.
@@ -147,7 +147,7 @@ def know_seg(sources: Sequence[WeightSource], names: PublicNames, vocabulary: in
 
 
 def _has_rows(name: str, tensor: Tensor, table: str, vocabulary: int) -> bool:
-    """Whether a tensor gives rows of added tokens: a whole table, its trained copy, or those rows by themselves."""
+    """Return True for a tensor with rows of added tokens: a whole table, its trained copy, or those rows alone."""
     if not name.startswith(table.removesuffix("weight")):
         return False
     if any(part in name for part in ("lora_", ".base_layer.", ".original_module.")):

@@ -60,7 +60,7 @@ def native_config(sizes: Sa2VAConfig, tokens: TokenIds, *, template: str, dtype:
 
 
 def limits_of_public_code(sizes: Sa2VAConfig) -> list[str]:
-    """What the public code fixes in its source and this network has otherwise: sentences, none for a public network."""
+    """List in sentences what the public code fixes and this network has otherwise; none for a public network."""
     limits = []
     if (sizes.vision.tile, sizes.max_tiles) != (_PUBLIC_TILE, _PUBLIC_TILES):
         limits.append(

@@ -76,7 +76,7 @@ Keep = Callable[[str, torch.dtype], torch.dtype]
 
 @dataclass
 class _Plan:
-    """What a load will do: rows to take of each tensor (None: all), and what does not fit."""
+    """The plan of a load: rows to take of each tensor (None: all), and what does not fit."""
 
     rows: dict[str, int | None]
     unexpected: list[str]

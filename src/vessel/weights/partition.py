@@ -47,7 +47,7 @@ class Ranks:
 
     @property
     def is_first(self) -> bool:
-        """Whether this is rank 0, whose content every other one gets."""
+        """Return True on rank 0, whose content every other rank gets."""
         from deepspeed import comm
 
         return bool(comm.get_rank(group=self._context.ds_process_group) == 0)
@@ -134,7 +134,7 @@ def whole_shape(tensor: Tensor) -> tuple[int, ...]:
 
 
 def is_partitioned(tensor: Tensor) -> bool:
-    """Whether this rank holds a part of it only, as under ZeRO-3."""
+    """Return True if this rank holds only a part of it, as under ZeRO-3."""
     return hasattr(tensor, "ds_id")
 
 

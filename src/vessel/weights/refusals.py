@@ -1,4 +1,4 @@
-"""Why a source is refused, each with the remedy that fits: from what a load would do, before it does it."""
+"""Refusals of a source, each with the remedy that fits: from the plan of a load, before it is carried out."""
 
 from __future__ import annotations
 

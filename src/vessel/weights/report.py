@@ -1,4 +1,4 @@
-"""What a load of weights did, module by module: for people, and for the manifest."""
+"""The outcome of a load of weights, module by module: for people, and for the manifest."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rich.table import Table
 
 @dataclass(frozen=True)
 class ModuleReport:
-    """What became of a module's tensors.
+    """The outcome of a load for the tensors of one module.
 
     Attributes:
         module: such as `grounding.mask_decoder`.
@@ -37,7 +37,7 @@ class ModuleReport:
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What a load did, made from the load itself.
+    """The outcome of a load, made from the load itself.
 
     Attributes:
         source: as it was named.

@@ -1,4 +1,4 @@
-"""Where weights come from: a folder, a file or a hub id, recognised by what it holds and never by its name."""
+"""Sources of weights: a folder, a file or a hub id, recognised by its contents and never by its name."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class WeightSource:
     revision: str | None = None
 
     def takes(self, module: str) -> bool:
-        """Whether a module of that name, such as `mllm.language`, is asked for."""
+        """Return True if a module of that name, such as `mllm.language`, is to be taken."""
         return not self.entry.partial or covers(self.entry.partial, module)
 
     @property
@@ -144,7 +144,7 @@ def _ties(config: Any) -> bool:
 
 
 def covers(modules: Sequence[str], module: str) -> bool:
-    """Whether a module is one of these or lies within one."""
+    """Return True if a module is one of these or lies within one."""
     return any(module == asked or module.startswith(f"{asked}.") for asked in modules)
 
 

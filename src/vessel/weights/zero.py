@@ -78,7 +78,7 @@ class Trained:
 
 @dataclass(frozen=True)
 class Saved:
-    """What a folder holds.
+    """The contents of a folder.
 
     Attributes:
         trained, frozen, buffers: tensors by name.
@@ -100,12 +100,12 @@ class Saved:
 
 
 def is_zero(folder: Path) -> bool:
-    """Whether DeepSpeed wrote this folder."""
+    """Return True if DeepSpeed wrote this folder."""
     return any((folder / name).is_file() for name in (LATEST, _SCRIPT))
 
 
 def written(checkpoint: Path) -> float:
-    """When a checkpoint, a file or a folder of DeepSpeed, was written: seconds of the clock.
+    """Return the time at which a checkpoint, a file or a folder of DeepSpeed, was written, in seconds of the clock.
 
     A folder that is written over in place keeps its own time.
     """
@@ -114,7 +114,7 @@ def written(checkpoint: Path) -> float:
 
 
 def open_zero(folder: Path) -> TensorFiles:
-    """What trained, in float32, with buffers and whatever frozen parameters were saved; one tensor at a time in memory.
+    """Open what trained, in float32, with buffers and saved frozen parameters; one tensor at a time in memory.
 
     Raises:
         VesselError: a file is missing or damaged, or the ranks' files do not belong together.
@@ -189,7 +189,7 @@ def _state(file: Path, key: str) -> Mapping[str, Any]:
 
 
 def _inner(optimizer: Mapping[str, Any]) -> str:
-    """Where stage 2 or stage 3 keeps the state of torch's optimizer."""
+    """Return the state of torch's optimizer from where stage 2 or stage 3 keeps it."""
     return "base_optimizer_state" if "base_optimizer_state" in optimizer else "optimizer_state_dict"
 
 
