@@ -84,8 +84,8 @@ def told(case: Case) -> str:
     trains = f"LoRA r={case.lora.r}, trained copies of embedding and head" if case.lora.r else "every parameter trains"
     return (
         f"language model {own.width} wide, {own.layers} layers, vocabulary {own.vocabulary:,}; vision encoder "
-        f"{seeing.width} wide, {seeing.layers} layers, tiles of {seeing.tile} pixels; SAM2 at {drawing.frame} pixels; "
-        f"{trains}; {case.images} images a training step, {case.phrases} phrase each"
+        f"{seeing.width} wide, {seeing.layers} layers, tiles of {seeing.tile_size} pixels; SAM2 at "
+        f"{drawing.frame_size} pixels; {trains}; {case.images} images a training step, {case.phrases} phrase each"
     )
 
 

@@ -36,7 +36,7 @@ from vessel.data.transforms import QuarterTurns, cut_tiles, whole_frame
 
 OUT = Path("outputs/bench")
 SIDE, BATCH = 512, 4
-VIEWS = InputGeometry(tile=448, tokens_per_tile=256, max_tiles=12, frame=1024)
+VIEWS = InputGeometry(tile_size=448, tokens_per_tile=256, max_tiles=12, frame_size=1024)
 PHRASES = tuple(f"phrase {number}" for number in range(4))
 WHOLE, COLLATE = "an image, all of it", f"its share of collating {BATCH}"
 

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_iter
 
-from vessel.batch import Batch, Pyramid
+from vessel.batch import Batch, FeaturePyramid
 from vessel.losses import Loss, lm_loss
 from vessel.model.sa2va import Sa2VA
 
 VISION, PROJECTOR, LANGUAGE, HEAD = "vision encoder", "projector and embedding", "language model", "LM head, its loss"
 SAM2, DECODER, LOSSES = "SAM2 image encoder", "mask decoder", "mask losses"
-Result = Tensor | Pyramid
+Result = Tensor | FeaturePyramid
 Pieces = dict[str, Callable[[], Result]]
 
 
@@ -26,7 +26,7 @@ def step_loss(network: Sa2VA, batch: Batch, loss_function: Loss) -> Tensor:
     """Loss of a whole training step, a scalar, as `vessel.training.task` computes it."""
     assert batch.masks is not None
     output = network(batch)
-    losses = dict(loss_function(output.mask_logits, batch.masks, network.frame))
+    losses = dict(loss_function(output.mask_logits, batch.masks, network.frame_size))
     targets = output.lm_targets.to(output.lm_logits.device)
     losses["lm_loss"] = loss_function.lm_weight * lm_loss(output.lm_logits, targets)
     return torch.stack(list(losses.values())).sum()
@@ -52,9 +52,9 @@ def pieces(network: Sa2VA, batch: Batch, loss_function: Loss) -> Pieces:
     """
     own, truth = network.mllm.model, batch.masks
     assert truth is not None
-    pyramid = Pyramid(*map(_alone, network.pyramid(batch.frames)))
-    seen = _alone(network.see(batch.tiles))
-    embedded = _alone(network.embed(batch.input_ids, seen, batch.regions))
+    pyramid = FeaturePyramid(*map(_alone, network.encode_frame(batch.frames)))
+    tile_features = _alone(network.encode_tiles(batch.tiles))
+    embedded = _alone(network.embed(batch.input_ids, tile_features, batch.regions))
     reads = batch.attention_mask.to(embedded.device)
 
     def language() -> Tensor:
@@ -66,15 +66,15 @@ def pieces(network: Sa2VA, batch: Batch, loss_function: Loss) -> Pieces:
     supervised = (batch.labels[:, 1:] != -100).nonzero(as_tuple=True)
     targets = batch.labels[:, 1:][supervised].to(hidden.device)
     answers, of_seg = (_alone(hidden[tuple(i.to(hidden.device) for i in place)]) for place in (supervised, at_seg))
-    logits = _alone(network.masks(pyramid, of_seg, at_seg[0]))
+    logits = _alone(network.decode_masks(pyramid, of_seg, at_seg[0]))
     return {
-        VISION: lambda: network.see(batch.tiles),
-        PROJECTOR: lambda: network.embed(batch.input_ids, seen, batch.regions),
+        VISION: lambda: network.encode_tiles(batch.tiles),
+        PROJECTOR: lambda: network.embed(batch.input_ids, tile_features, batch.regions),
         LANGUAGE: language,
         HEAD: lambda: lm_loss(network.mllm.lm_head(answers), targets),
-        SAM2: lambda: network.pyramid(batch.frames),
-        DECODER: lambda: network.masks(pyramid, of_seg, at_seg[0]),
-        LOSSES: lambda: torch.stack(list(loss_function(logits, truth, network.frame).values())).sum(),
+        SAM2: lambda: network.encode_frame(batch.frames),
+        DECODER: lambda: network.decode_masks(pyramid, of_seg, at_seg[0]),
+        LOSSES: lambda: torch.stack(list(loss_function(logits, truth, network.frame_size).values())).sum(),
     }
 
 

@@ -51,7 +51,7 @@ def forward(network: Sa2VA, batch: Batch) -> Forward:
     """Specification 3.1 to 3.4."""
     assert batch.features is None, "the reference keeps no features"
     hidden = network.mllm.model.language_model(
-        inputs_embeds=network.embed(batch.input_ids, network.see(batch.tiles), batch.regions),
+        inputs_embeds=network.embed(batch.input_ids, network.encode_tiles(batch.tiles), batch.regions),
         attention_mask=batch.attention_mask,
         output_hidden_states=True,
         use_cache=False,
@@ -84,11 +84,11 @@ def draw(network: Sa2VA, frames: Tensor, prompts: Tensor, copies: Tensor) -> Ten
         copies: int64 [B], prompts of each frame.
     """
     grounding = network.grounding
-    features = grounding.features(network.pyramid(frames))
+    features = grounding.features(network.encode_frame(frames))
     top, *high = (level.repeat_interleave(copies, dim=0) for level in (features.top, *features.high))
     masks, ious, *_ = grounding.candidates(grounding.without_memory(top), (high[0], high[1]), prompts)
     # SAM2 brings every candidate to the size of the frame; training has no use for it.
-    F.interpolate(masks, (network.frame, network.frame), mode="bilinear", align_corners=False)
+    F.interpolate(masks, (network.frame_size, network.frame_size), mode="bilinear", align_corners=False)
     return best_candidate(masks, ious)
 
 
@@ -106,7 +106,7 @@ def losses(network: Sa2VA, batch: Batch, loss_function: NativeLoss) -> dict[str,
     drawn = torch.zeros_like(made.mask_logits[: len(filled)]).index_add(0, made.slots, made.mask_logits) / filled
     words = made.lm_logits[:, :-1].reshape(-1, made.lm_logits.shape[-1])
     lm = F.cross_entropy(words, batch.labels[:, 1:].reshape(-1), ignore_index=-100)
-    return {**loss_function(drawn, batch.masks, network.frame), "lm_loss": loss_function.lm_weight * lm}
+    return {**loss_function(drawn, batch.masks, network.frame_size), "lm_loss": loss_function.lm_weight * lm}
 
 
 @torch.no_grad()
@@ -119,7 +119,8 @@ def taught(network: Sa2VA, prompt: Prompt, sample: Sample) -> list[Tensor]:
     for turn in range(1, len(sample.phrases) + 1):
         ids, _ = prompt.encode(sample.phrases[:turn], _image_tokens(network, sample))
         hidden = network.mllm.model.language_model(
-            inputs_embeds=network.embed(ids[None].to(network.mllm.device), network.see(sample.tiles)), use_cache=False
+            inputs_embeds=network.embed(ids[None].to(network.mllm.device), network.encode_tiles(sample.tiles)),
+            use_cache=False,
         ).last_hidden_state[0]
         drawn.append(_shown(network, sample, hidden[ids.to(hidden.device) == network.tokens.seg][-1]))
     return drawn
@@ -136,7 +137,7 @@ def spoken(network: Sa2VA, prompt: Prompt, sample: Sample, *, max_new_tokens: in
     drawn = []
     for turn in range(1, len(questions) + 1):
         ids, _ = prompt.conversation(questions[:turn], answers, _image_tokens(network, sample))
-        embeddings = network.embed(ids[None].to(network.mllm.device), network.see(sample.tiles))
+        embeddings = network.embed(ids[None].to(network.mllm.device), network.encode_tiles(sample.tiles))
         made = network.mllm.generate(  # type: ignore[misc]  # transformers annotates self by a protocol
             inputs_embeds=embeddings,
             attention_mask=torch.ones(embeddings.shape[:2], dtype=torch.int64, device=embeddings.device),
@@ -162,4 +163,4 @@ def _image_tokens(network: Sa2VA, sample: Sample) -> int:
 def _shown(network: Sa2VA, sample: Sample, state: Tensor) -> Tensor:
     prompts = network.text_hidden_fcs(state[None])
     logits = draw(network, sample.frame[None], prompts, torch.ones(1, dtype=torch.int64, device=prompts.device))
-    return upsample(logits, network.frame, sample.size)[0].sigmoid()
+    return upsample(logits, network.frame_size, sample.size)[0].sigmoid()

@@ -68,8 +68,8 @@ class Case:
             patient="p",
             video="v",
             phrases=PHRASES[:phrases],
-            tiles=noise(1, 3, geometry.tile, geometry.tile),
-            frame=noise(3, geometry.frame, geometry.frame),
+            tiles=noise(1, 3, geometry.tile_size, geometry.tile_size),
+            frame=noise(3, geometry.frame_size, geometry.frame_size),
             input_ids=ids,
             labels=labels,
             size=(SIDE, SIDE),
@@ -86,9 +86,9 @@ SMALL = Case(
     "small",
     Sa2VAConfig(
         LanguageConfig(width=512, layers=8, heads=8, kv_heads=2, mlp=1408, vocabulary=151_679, context=4096),
-        VisionConfig(tile=448, width=192, layers=4, heads=4, mlp=768),
+        VisionConfig(tile_size=448, width=192, layers=4, heads=4, mlp=768),
         GroundingConfig(
-            frame=512, embed_dim=24, heads=1, stages=(1, 2, 3, 1), windows=(8, 4, 8, 4), global_blocks=(4,),
+            frame_size=512, embed_dim=24, heads=1, stages=(1, 2, 3, 1), windows=(8, 4, 8, 4), global_blocks=(4,),
             width=128, memory_width=16, memory_layers=1, memory_mlp=256,
         ),
         max_tiles=1,
@@ -100,9 +100,9 @@ ENCODERS = Case(
     "encoders",
     Sa2VAConfig(
         LanguageConfig(width=128, layers=4, heads=4, kv_heads=2, mlp=352, vocabulary=512, context=4096),
-        VisionConfig(tile=448, width=256, layers=8, heads=4, mlp=1024),
+        VisionConfig(tile_size=448, width=256, layers=8, heads=4, mlp=1024),
         GroundingConfig(
-            frame=512, embed_dim=32, heads=1, stages=(1, 2, 7, 2), windows=(8, 4, 8, 4), global_blocks=(5, 7),
+            frame_size=512, embed_dim=32, heads=1, stages=(1, 2, 7, 2), windows=(8, 4, 8, 4), global_blocks=(5, 7),
             width=64, memory_width=16, memory_layers=1, memory_mlp=128,
         ),
         max_tiles=1,

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from vessel.batch import Batch, Features, Pyramid, Sample
+from vessel.batch import Batch, FeaturePyramid, Features, Sample
 from vessel.data.prompt import Prompt
 from vessel.memory_plan.plan import Images, Setup, batch_of
 from vessel.model.lora import Lora
@@ -75,8 +75,10 @@ def with_features(network: Sa2VA, batch: Batch, setup: Setup, device: torch.devi
     made = []
     for tiles, frame in zip(batch.tiles.split(setup.tiles), batch.frames, strict=True):
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            seen, pyramid = network.see(tiles), network.pyramid(frame[None])
-            made.append(Features(seen, Pyramid(*pyramid)).map(lambda tensor: tensor.to("cpu", low(device))))
+            tile_features, pyramid = network.encode_tiles(tiles), network.encode_frame(frame[None])
+            made.append(
+                Features(tile_features, FeaturePyramid(*pyramid)).map(lambda tensor: tensor.to("cpu", low(device)))
+            )
     known = replace(batch, tiles=batch.tiles[:0], frames=batch.frames[:0], features=tuple(made))
     return known.pin_memory() if device.type == "cuda" else known
 
@@ -101,8 +103,8 @@ def sample_for(setup: Setup, prompt: Prompt, *, phrases: int = 1, tiles: int | N
         patient="",
         video="",
         phrases=names,
-        tiles=_pixels((tiles, 3, geometry.tile, geometry.tile)),
-        frame=_pixels((3, geometry.frame, geometry.frame)),
+        tiles=_pixels((tiles, 3, geometry.tile_size, geometry.tile_size)),
+        frame=_pixels((3, geometry.frame_size, geometry.frame_size)),
         input_ids=ids,
         labels=labels,
         size=setup.images.size,

@@ -21,9 +21,9 @@ from vessel.weights.build import NetworkPlan  # noqa: E402
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 SIZES = Sa2VAConfig(
     LanguageConfig(width=32, layers=2, heads=4, kv_heads=2, mlp=64, vocabulary=512, context=2048),
-    VisionConfig(tile=56, width=16, layers=1, heads=2, mlp=32),
+    VisionConfig(tile_size=56, width=16, layers=1, heads=2, mlp=32),
     GroundingConfig(
-        frame=64, embed_dim=8, heads=1, stages=(1, 2, 2, 1), windows=(4, 4, 4, 2), global_blocks=(4,), width=32,
+        frame_size=64, embed_dim=8, heads=1, stages=(1, 2, 2, 1), windows=(4, 4, 4, 2), global_blocks=(4,), width=32,
         memory_width=8, memory_layers=1, memory_mlp=32,
     ),
     max_tiles=1,
@@ -132,10 +132,10 @@ def make_batch(prompt):
                     video=f"p{i}_v1",
                     phrases=tuple(asked),
                     tiles=torch.randint(
-                        0, 256, (1, 3, geometry.tile, geometry.tile), generator=generator, dtype=torch.uint8
+                        0, 256, (1, 3, geometry.tile_size, geometry.tile_size), generator=generator, dtype=torch.uint8
                     ),
                     frame=torch.randint(
-                        0, 256, (3, geometry.frame, geometry.frame), generator=generator, dtype=torch.uint8
+                        0, 256, (3, geometry.frame_size, geometry.frame_size), generator=generator, dtype=torch.uint8
                     ),
                     input_ids=ids,
                     labels=labels,
@@ -174,8 +174,8 @@ def oct_set(tmp_path_factory) -> Path:
 
 
 TINY_NETWORK = (
-    "model.language.width=32", "model.language.mlp=64", "model.vision.tile=56", "model.vision.width=16",
-    "model.vision.layers=1", "model.vision.heads=2", "model.vision.mlp=32", "model.grounding.frame=64",
+    "model.language.width=32", "model.language.mlp=64", "model.vision.tile_size=56", "model.vision.width=16",
+    "model.vision.layers=1", "model.vision.heads=2", "model.vision.mlp=32", "model.grounding.frame_size=64",
     "model.grounding.embed_dim=8", "model.grounding.stages=[1,2,2,1]", "model.grounding.windows=[4,4,4,2]",
     "model.grounding.width=32", "model.grounding.memory_width=8", "model.grounding.memory_mlp=32",
 )  # fmt: skip

@@ -16,7 +16,8 @@ LAYERS = (
     ("errors", "batch", "plotting"),
     ("paths", "losses", "metrics", "hub"),
     ("files", "model"),
-    ("data", "weights", "runs"),
+    ("runs",),  # below the weights, which read what a run has written under old names
+    ("data", "weights"),
     ("privacy", "checkpoints", "processes"),
     ("loggers", "cli", "inference", "memory_plan"),
     ("reporting", "training", "prediction"),

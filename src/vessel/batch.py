@@ -30,19 +30,19 @@ class InputGeometry:
     """The sizes in which an image enters the network; data and network take them from here.
 
     Attributes:
-        tile: side of a tile for the vision encoder, pixels.
+        tile_size: side of a tile for the vision encoder, pixels.
         tokens_per_tile: image tokens that the vision encoder makes of one tile.
         max_tiles: tiles of an image at most, thumbnail not counted.
-        frame: side S of the SAM2 frame, pixels.
+        frame_size: side S of the SAM2 frame, pixels.
     """
 
-    tile: int
+    tile_size: int
     tokens_per_tile: int
     max_tiles: int
-    frame: int
+    frame_size: int
 
 
-class Pyramid(NamedTuple):
+class FeaturePyramid(NamedTuple):
     """The feature pyramid of SAM2's image encoder for B frames, before anything that trains when the encoder does not.
 
     Attributes:
@@ -60,16 +60,16 @@ class Features(NamedTuple):
     """The outputs of the frozen encoders for one image.
 
     Attributes:
-        seen: [T, P, v], features of its tiles before the projector.
+        tile_features: [T, P, v], features of its tiles before the projector.
         pyramid: of its frame alone, B = 1.
     """
 
-    seen: Tensor
-    pyramid: Pyramid
+    tile_features: Tensor
+    pyramid: FeaturePyramid
 
     def map(self, move: Callable[[Tensor], Tensor]) -> Features:
         """The same with every tensor moved."""
-        return Features(move(self.seen), Pyramid(*map(move, self.pyramid)))
+        return Features(move(self.tile_features), FeaturePyramid(*map(move, self.pyramid)))
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import torch
 from bench.speech import saying, standard_answer
 
 from bench import reference
-from vessel.batch import Features, Pyramid, Sample
+from vessel.batch import FeaturePyramid, Features, Sample
 from vessel.losses import NativeLoss, lm_loss
 from vessel.model.lora import Lora
 
@@ -45,7 +45,7 @@ def batch(make_batch):
 
 def product(network, batch):
     output = network(batch)
-    losses = dict(OBJECTIVE(output.mask_logits, batch.masks, network.frame))
+    losses = dict(OBJECTIVE(output.mask_logits, batch.masks, network.frame_size))
     return losses | {"lm_loss": OBJECTIVE.lm_weight * lm_loss(output.lm_logits, output.lm_targets)}
 
 
@@ -59,7 +59,7 @@ def gradients(network, losses):
 def with_features(network, batch):
     """The first image's features in place of its pixels, as a cache that misses the second would have it."""
     with torch.no_grad():
-        known = Features(network.see(batch.tiles[:1]), Pyramid(*network.pyramid(batch.frames[:1])))
+        known = Features(network.encode_tiles(batch.tiles[:1]), FeaturePyramid(*network.encode_frame(batch.frames[:1])))
     return replace(batch, tiles=batch.tiles[1:], frames=batch.frames[1:], features=(known, None))
 
 

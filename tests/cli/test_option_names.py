@@ -18,6 +18,9 @@ from vessel.runs.old_names import present_option
         ("train", "sweep=optuna", "sweeper=optuna"),
         ("train", "sweep=slurm", "launcher=slurm"),
         ("train", "lora=none", "lora.r=0"),
+        ("train", "model.grounding.frame=64,128", "model.grounding.frame_size=64,128"),
+        ("train", "++model.vision.tile=56", "++model.vision.tile_size=56"),
+        ("train", "model.frame=64", "model.frame_size=64"),
         ("train", "lora=r8,r16", "lora.r=8,16"),
         ("predict", "views=[flip_lr,flip_ud]", "tta=[flip_lr,flip_ud]"),
         ("predict", "low=0.2", "hysteresis=0.2"),
@@ -35,7 +38,8 @@ def test_an_old_name_is_answered_with_the_new_one(verb, old, new):
 @pytest.mark.parametrize(
     "option",
     ["lora=default", "lora.r=8", "lora=r8,r9", "lora=[r8", "sweep=", "sweeper=tpe", "~logger.csv", "name=lora=r8",
-     "views=1", "--config-dir", "loss=sa2va", "activation_checkpointing=true", "low"],
+     "views=1", "--config-dir", "loss=sa2va", "activation_checkpointing=true", "low",
+     "model.grounding.width=32", "frame=64"],
 )  # fmt: skip
 def test_other_words_are_hydras_to_read(option):
     assert present_option(option, "train") == option

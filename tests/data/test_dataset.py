@@ -12,7 +12,7 @@ from vessel.data.transforms import QuarterTurns
 from vessel.errors import VesselError
 from vessel.training.datamodule import VesselDataModule
 
-VIEWS = InputGeometry(tile=56, tokens_per_tile=4, max_tiles=1, frame=64)
+VIEWS = InputGeometry(tile_size=56, tokens_per_tile=4, max_tiles=1, frame_size=64)
 
 
 @pytest.fixture

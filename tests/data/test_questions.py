@@ -12,8 +12,8 @@ from vessel.data.masks import write_mask
 from vessel.data.questions import check_question, question_sample, read_regions
 from vessel.errors import VesselError
 
-VIEWS = InputGeometry(tile=56, tokens_per_tile=4, max_tiles=4, frame=64)
-PUBLIC = InputGeometry(tile=448, tokens_per_tile=256, max_tiles=12, frame=1024)
+VIEWS = InputGeometry(tile_size=56, tokens_per_tile=4, max_tiles=4, frame_size=64)
+PUBLIC = InputGeometry(tile_size=448, tokens_per_tile=256, max_tiles=12, frame_size=1024)
 
 
 def picture(height, width, seed=0):
@@ -104,7 +104,7 @@ def test_a_region_is_its_features_of_the_thumbnail_once_more(plan, prompt):
     assert len(sample.tiles) == 5
     assert "region1<vp><IMG_CONTEXT><IMG_CONTEXT></vp>, region2<vp>" in prompt.decode(sample.input_ids.tolist())
     with torch.no_grad():
-        embeddings = network.embed(sample.input_ids[None], network.see(sample.tiles), [sample.regions])
+        embeddings = network.embed(sample.input_ids[None], network.encode_tiles(sample.tiles), [sample.regions])
     images = embeddings[sample.input_ids[None] == prompt.token_ids.image]
     assert len(images) == 5 * 4 + 3
     assert torch.equal(images[20:], images[16:20][[0, 3, 1]])
@@ -119,9 +119,9 @@ def test_regions_of_a_batch_are_those_of_each_image(plan, prompt):
     ]
     batch = collate(samples, prompt.token_ids.pad).to("cpu")
     with torch.no_grad():
-        together = network.embed(batch.input_ids, network.see(batch.tiles), batch.regions)
+        together = network.embed(batch.input_ids, network.encode_tiles(batch.tiles), batch.regions)
         for row, sample in zip(together, samples, strict=True):
-            alone = network.embed(sample.input_ids[None], network.see(sample.tiles), [sample.regions])[0]
+            alone = network.embed(sample.input_ids[None], network.encode_tiles(sample.tiles), [sample.regions])[0]
             assert torch.allclose(row[: len(alone)], alone, atol=1e-6)
 
 
@@ -130,7 +130,7 @@ def test_guard_T2_regions_must_be_those_of_the_prompt(plan, prompt):
     sample = question_sample(picture(50, 50), "What is region1?", prompt, VIEWS, regions=corners([0, 3]))
     for other in (None, [corners([0])], [corners([0, 3], [1])]):
         with pytest.raises(VesselError, match="6 image tokens but the vision encoder made"):
-            network.embed(sample.input_ids[None], network.see(sample.tiles), other)
+            network.embed(sample.input_ids[None], network.encode_tiles(sample.tiles), other)
 
 
 def test_samples_with_and_without_regions_do_not_mix(prompt):

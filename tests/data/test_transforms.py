@@ -15,12 +15,12 @@ TILINGS = {
     (2048, 2048): ((3, 3), 10), (640, 480): ((4, 3), 13), (1024, 768): ((4, 3), 13), (1280, 720): ((4, 2), 9),
     (3504, 2336): ((3, 2), 7),
 }  # fmt: skip
-PUBLIC = InputGeometry(tile=448, tokens_per_tile=256, max_tiles=12, frame=1024)
+PUBLIC = InputGeometry(tile_size=448, tokens_per_tile=256, max_tiles=12, frame_size=1024)
 
 
 @pytest.mark.parametrize(("size", "expected"), TILINGS.items())
 def test_golden_table_of_tilings(size, expected):
-    grid = tile_grid(*size, tile=448, max_tiles=12)
+    grid = tile_grid(*size, tile_size=448, max_tiles=12)
     tiles = grid[0] * grid[1]
     assert (grid, tiles + (tiles > 1)) == expected
 
@@ -36,17 +36,17 @@ def test_golden_table_of_image_tokens():
 def test_each_of_the_35_grids_belongs_to_images_of_its_shape():
     grids = [(i, j) for i in range(1, 13) for j in range(1, 13) if i * j <= 12]
     assert len(grids) == 35
-    assert [tile_grid(448 * i, 448 * j, tile=448, max_tiles=12) for i, j in grids] == grids
+    assert [tile_grid(448 * i, 448 * j, tile_size=448, max_tiles=12) for i, j in grids] == grids
 
 
 def test_a_larger_grid_of_the_same_shape_wants_more_than_half_its_pixels():
     """2 x 2 tiles of 448 hold 802,816 pixels: 633^2 is less than half of them, 634^2 is more."""
-    assert tile_grid(633, 633, tile=448, max_tiles=12) == (1, 1)
-    assert tile_grid(634, 634, tile=448, max_tiles=12) == (2, 2)
+    assert tile_grid(633, 633, tile_size=448, max_tiles=12) == (1, 1)
+    assert tile_grid(634, 634, tile_size=448, max_tiles=12) == (2, 2)
 
 
 def test_tiles_run_row_by_row_with_the_thumbnail_last():
-    geometry = InputGeometry(tile=8, tokens_per_tile=4, max_tiles=4, frame=16)
+    geometry = InputGeometry(tile_size=8, tokens_per_tile=4, max_tiles=4, frame_size=16)
     image = np.zeros((16, 16, 3), np.uint8)
     image[:8, :8], image[:8, 8:], image[8:, :8], image[8:, 8:] = 10, 20, 30, 40
     tiles = cut_tiles(image, geometry)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tests.checkpoints.conftest import small_disk  # noqa: F401  # a fixture
 
-from vessel.batch import Features, Pyramid
+from vessel.batch import FeaturePyramid, Features
 from vessel.feature_cache.groups import Hold
 from vessel.feature_cache.store import Store
 from vessel.model.lora import Lora
@@ -22,12 +22,12 @@ def features(seed: int = 0, *, tiles: int = 2, dtype: torch.dtype = torch.float3
     def drawn(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator).to(dtype)
 
-    return Features(drawn(tiles, 2, 3), Pyramid(*(drawn(1, 2, side * n, side * n) for n in (4, 2, 1))))
+    return Features(drawn(tiles, 2, 3), FeaturePyramid(*(drawn(1, 2, side * n, side * n) for n in (4, 2, 1))))
 
 
 def equal(one: Features, two: Features) -> bool:
     """Bit by bit, dtype and shape included."""
-    pairs = zip((one.seen, *one.pyramid), (two.seen, *two.pyramid), strict=True)
+    pairs = zip((one.tile_features, *one.pyramid), (two.tile_features, *two.pyramid), strict=True)
     return all(a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs)
 
 

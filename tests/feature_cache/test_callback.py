@@ -12,7 +12,7 @@ import torch
 from tests.conftest import SIZES, TINY_NETWORK
 from tests.launching import ROOT, on_ranks
 
-from vessel.batch import Features, Pyramid, collate
+from vessel.batch import FeaturePyramid, Features, collate
 from vessel.checkpoints.reading import find_checkpoint, read_checkpoint
 from vessel.data.images import read_rgb
 from vessel.errors import VesselError
@@ -121,7 +121,7 @@ def test_a_panel_shows_an_image_whose_frame_is_not_in_the_batch(oct_set, prompt)
     """And of the others the right one."""
     data = VesselDataModule(str(oct_set), prompt=prompt, geometry=SIZES.geometry)
     samples = [data.dataset("val")[i] for i in range(3)]
-    known = Features(torch.zeros(1, 4, 64), Pyramid(*torch.zeros(3, 1)))
+    known = Features(torch.zeros(1, 4, 64), FeaturePyramid(*torch.zeros(3, 1)))
     samples[1] = replace(samples[1], features=known, tiles=samples[1].tiles[:0], frame=torch.empty(3, 0, 0).byte())
     batch = collate(samples, prompt.token_ids.pad)
     for index, frame in enumerate(data.dataset("val").frames[:3]):

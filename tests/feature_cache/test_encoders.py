@@ -8,7 +8,7 @@ import torch
 from tests.conftest import SIZES
 from tests.feature_cache.conftest import equal
 
-from vessel.batch import Features, Pyramid
+from vessel.batch import FeaturePyramid, Features
 from vessel.errors import VesselError
 from vessel.feature_cache.encoders import Picture, blank, cache_namespace, complete, encoded, require_frozen, sizes_of
 from vessel.model.network import Network
@@ -22,14 +22,16 @@ def picture(seed: int, tiles: int) -> Picture:
     def drawn(*shape: int) -> torch.Tensor:
         return torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
 
-    return Picture(f"{seed}", drawn(tiles, 3, VIEWS.tile, VIEWS.tile), drawn(3, VIEWS.frame, VIEWS.frame))
+    return Picture(
+        f"{seed}", drawn(tiles, 3, VIEWS.tile_size, VIEWS.tile_size), drawn(3, VIEWS.frame_size, VIEWS.frame_size)
+    )
 
 
 def test_pictures_are_encoded_together_as_alone(network):
     pictures = [picture(0, 1), picture(1, 3), picture(2, 2)]
     for one, features in zip(pictures, encoded(network, pictures), strict=True):
-        seen, pyramid = network.see(one.tiles), network.pyramid(one.frame[None])
-        for found, expected in zip((features.seen, *features.pyramid), (seen, *pyramid), strict=True):
+        seen, pyramid = network.encode_tiles(one.tiles), network.encode_frame(one.frame[None])
+        for found, expected in zip((features.tile_features, *features.pyramid), (seen, *pyramid), strict=True):
             torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
             assert not found.requires_grad
 
@@ -38,7 +40,7 @@ def test_sizes_are_told_by_tile_and_by_image(network):
     [one] = encoded(network, [blank(VIEWS)])
     per_tile, per_image = sizes_of(one)
     [three] = encoded(network, [picture(0, 3)])
-    nbytes = sum(tensor.nbytes for tensor in (three.seen, *three.pyramid))
+    nbytes = sum(tensor.nbytes for tensor in (three.tile_features, *three.pyramid))
     assert nbytes <= 3 * per_tile + per_image <= nbytes + 2000
 
 
@@ -78,7 +80,7 @@ def test_whatever_changes_features_changes_the_group(network, change):
 def test_views_and_whatever_else_is_named_change_the_group(network):
     groups = {
         cache_namespace(network, geometry)
-        for geometry in (VIEWS, replace(VIEWS, max_tiles=6), replace(VIEWS, frame=128))
+        for geometry in (VIEWS, replace(VIEWS, max_tiles=6), replace(VIEWS, frame_size=128))
     }
     groups |= {cache_namespace(network, VIEWS, device=device) for device in ("cpu", "cuda")}
     assert len(groups) == 5
@@ -142,7 +144,7 @@ def test_a_batch_is_completed_as_the_network_would(network, make_batch, known):
 
 def test_a_complete_batch_runs_the_encoders_all_the_same(network, make_batch):
     """As another rank may need them."""
-    whole, known = make_batch([["lumen"]]), Features(torch.ones(1), Pyramid(*torch.ones(3)))
+    whole, known = make_batch([["lumen"]]), Features(torch.ones(1), FeaturePyramid(*torch.ones(3)))
     batch = replace(whole, features=(known,), tiles=whole.tiles[:0], frames=whole.frames[:0])
     asked: list[int] = []
     completed = complete(batch, network, lambda pictures: [asked.append(len(pictures))])

@@ -101,7 +101,7 @@ def test_all_outcomes_of_quarter_turns_are_found_again_by_the_loader(network, st
         found, shown = turned[index], plain[index]
         assert found.features is not None
         [wanted] = encoded(network, [Picture("", shown.tiles, shown.frame)])
-        assert float((found.features.seen - wanted.seen).abs().max()) < 1e-5
+        assert float((found.features.tile_features - wanted.tile_features).abs().max()) < 1e-5
         assert float((found.features.pyramid.high - wanted.pyramid.high).abs().max()) < 1e-5
         assert (len(found.tiles), found.frame.numel()) == (0, 0)
         assert found.input_ids.tolist() == shown.input_ids.tolist()

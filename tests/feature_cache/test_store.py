@@ -38,7 +38,7 @@ def test_what_was_put_is_got_bit_by_bit(store, dtype, tiles):
 
 def test_parts_of_a_batch_and_other_strides_are_written_whole(store):
     whole = features(tiles=4)
-    turned = whole._replace(seen=whole.seen.transpose(1, 2)[1:3])
+    turned = whole._replace(tile_features=whole.tile_features.transpose(1, 2)[1:3])
     store.put(KEY, turned)
     assert equal(store.get(KEY), turned)
     assert file_of(store).stat().st_size < 1500

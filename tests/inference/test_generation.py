@@ -29,7 +29,7 @@ def answer_to(network, prompt, sample, **options):
 
 def generated_states(network, prompt, sample):
     """Ids of the answer, and the states [N, d] of its `[SEG]` while it was generated, as the public code takes them."""
-    embeddings = network.embed(sample.input_ids[None], network.see(sample.tiles))
+    embeddings = network.embed(sample.input_ids[None], network.encode_tiles(sample.tiles))
     output = network.mllm.generate(
         inputs_embeds=embeddings, attention_mask=torch.ones(embeddings.shape[:2], dtype=torch.int64),
         max_new_tokens=16, do_sample=False, eos_token_id=prompt.token_ids.eos, pad_token_id=prompt.token_ids.pad,
@@ -42,7 +42,7 @@ def generated_states(network, prompt, sample):
 
 def taught_states(network, prompt, sample, answer):
     ids = torch.cat([sample.input_ids, torch.tensor(answer)])[None]
-    embeddings = network.embed(ids, network.see(sample.tiles))
+    embeddings = network.embed(ids, network.encode_tiles(sample.tiles))
     hidden = network.mllm.model.language_model(inputs_embeds=embeddings).last_hidden_state
     return hidden[ids == prompt.token_ids.seg]
 
@@ -56,7 +56,7 @@ def speaking(plan, prompt):
     answer = [prompt.token_ids.seg, prompt.token_ids.eos]
     ids = torch.cat([sample.input_ids, torch.tensor(answer[:1])])[None]
     with torch.no_grad():
-        embeddings = network.embed(ids, network.see(sample.tiles))
+        embeddings = network.embed(ids, network.encode_tiles(sample.tiles))
         hidden = network.mllm.model.language_model(inputs_embeds=embeddings).last_hidden_state
         # A unit vector agrees best with its own direction.
         network.mllm.lm_head.weight.zero_()
@@ -113,7 +113,7 @@ def test_image_tokens_are_never_said(plan, prompt, asked):
 
 
 def language(network, sample, ids):
-    embeddings = network.embed(ids[None], network.see(sample.tiles))
+    embeddings = network.embed(ids[None], network.encode_tiles(sample.tiles))
     return network.mllm.model.language_model(inputs_embeds=embeddings).last_hidden_state[0]
 
 
@@ -179,7 +179,7 @@ def test_what_is_known_of_an_image_is_not_computed_again(talkative, prompt):
     network, samples = talkative
     expected = converse(network, prompt, samples, max_new_tokens=LIMIT)
     with torch.no_grad():
-        known = Features(network.see(samples[1].tiles), network.pyramid(samples[1].frame[None]))
+        known = Features(network.encode_tiles(samples[1].tiles), network.encode_frame(samples[1].frame[None]))
     stored = replace(samples[1], tiles=samples[1].tiles[:0], frame=samples[1].frame[:, :0, :0], features=known)
     seen = []
     network.mllm.model.vision_tower.register_forward_hook(lambda _, __, output: seen.append(len(output[0])))
@@ -261,8 +261,8 @@ def test_golden_states_and_masks_forced_and_generated_are_equal(golden_network, 
         said, generated = generated_states(network, prompt, sample)
         taught = taught_states(network, prompt, sample, said)
         [own] = converse(network, prompt, [sample])
-        pyramid = network.pyramid(sample.frame[None])
-        logits = network.masks(pyramid, torch.cat([generated, taught]), torch.tensor([0, 0]))
+        pyramid = network.encode_frame(sample.frame[None])
+        logits = network.decode_masks(pyramid, torch.cat([generated, taught]), torch.tensor([0, 0]))
     assert prompt.decode(said) == own.answers[0] == case["prediction"]
     assert torch.allclose(own.states, generated, rtol=1e-4, atol=1e-5)
     assert torch.allclose(generated, expected[f"{name}.seg_state"], rtol=1e-4, atol=1e-5)
@@ -275,13 +275,13 @@ def test_golden_states_and_masks_forced_and_generated_are_equal(golden_network, 
 def test_golden_prompt_of_a_video(golden_network, network):
     """Five frames, one tile each, give the state that the public code recorded."""
     golden = golden_network(network)
-    restored, prompt, side = golden.restored, golden.restored.prompt, golden.restored.geometry.tile
+    restored, prompt, side = golden.restored, golden.restored.prompt, golden.restored.geometry.tile_size
     frames = [Image.fromarray(golden.image(f"pullback_{i}")).resize((side, side)) for i in range(5)]
     tiles = torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)
     ids, _ = prompt.conversation([golden.cases["pullback"]["text"]], ["[SEG]"], 256, frames=5)
     with torch.no_grad():
         hidden = restored.network.mllm.model.language_model(
-            inputs_embeds=restored.network.embed(ids[None], restored.network.see(tiles))
+            inputs_embeds=restored.network.embed(ids[None], restored.network.encode_tiles(tiles))
         ).last_hidden_state
     state = hidden[ids[None] == prompt.token_ids.seg]
     assert torch.allclose(state, golden.tensors["pullback.seg_state"], rtol=1e-4, atol=1e-5)

@@ -105,6 +105,8 @@ def test_wrong_network_options_are_refused():
         NetworkOptions("fp8", None, None, None).reading(torch.device("cpu"))
     with pytest.raises(VesselError, match=r"embed_dims"):
         NetworkOptions("auto", None, None, {"embed_dims": 3}).reading(torch.device("cpu"))
+    with pytest.raises(VesselError, match=r"'frame'.* frame_size,"):
+        NetworkOptions("auto", None, None, {"frame": 64}).reading(torch.device("cpu"))
 
 
 @pytest.mark.parametrize(

@@ -83,7 +83,7 @@ def test_same_probabilities_as_the_network_gives(restored, scans):
     batch = collate([make_sample(image, PHRASES, restored.prompt, restored.geometry)], restored.prompt.token_ids.pad)
     with torch.no_grad():
         logits = restored.network(batch).mask_logits[:, None]
-    side = restored.geometry.frame
+    side = restored.geometry.frame_size
     full = torch.nn.functional.interpolate(logits, (side, side), mode="bilinear")
     expected = torch.nn.functional.interpolate(full, image.shape[:2], mode="bilinear")[:, 0].sigmoid()
     answer = ask(restored, scans)[0]

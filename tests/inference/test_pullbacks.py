@@ -124,7 +124,7 @@ def test_golden_pullback_from_images_to_masks(golden_network, monkeypatch, name,
 def embeddings(predictor, ids, tiles):
     """Return the embeddings of the `[SEG]` of a conversation, [N, C]."""
     network = predictor.network
-    embeddings = network.embed(ids[None], network.see(tiles))
+    embeddings = network.embed(ids[None], network.encode_tiles(tiles))
     hidden = network.mllm.model.language_model(inputs_embeds=embeddings).last_hidden_state[0]
     return network.text_hidden_fcs(hidden[ids == predictor.prompt.token_ids.seg])
 
@@ -142,7 +142,7 @@ def test_masks_are_those_of_one_conversation_and_one_memory(predictor, tmp_path)
         tracker = Tracker(network.grounding, embeddings(predictor, ids, tiles))
         for answer, image in zip(answers, images, strict=True):
             seen = network.grounding.encode(normalise(whole_frame(image, geometry)[None]))
-            expected = upsample(tracker.step(seen), geometry.frame, image.shape[:2]).sigmoid()
+            expected = upsample(tracker.step(seen), geometry.frame_size, image.shape[:2]).sigmoid()
             assert torch.allclose(torch.stack(answer.probabilities), expected, atol=1e-5)
             assert answer.sample.phrases == PHRASES
 

@@ -21,8 +21,8 @@ from vessel.model.sa2va import build_sa2va
 SMALL = replace(
     SIZES,
     language=replace(SIZES.language, width=96, layers=5, mlp=256),
-    vision=replace(SIZES.vision, tile=112, width=64, layers=4, mlp=256),
-    grounding=replace(SIZES.grounding, frame=256, embed_dim=24, stages=(1, 2, 4, 1)),
+    vision=replace(SIZES.vision, tile_size=112, width=64, layers=4, mlp=256),
+    grounding=replace(SIZES.grounding, frame_size=256, embed_dim=24, stages=(1, 2, 4, 1)),
 )
 
 
@@ -64,7 +64,7 @@ def really_kept(setup, plan, prompt):
     )
     with Kept([*network.parameters(), *network.buffers()]) as kept:
         output = network(batch)
-        losses = setup.loss_function(output.mask_logits, batch.masks, network.frame)
+        losses = setup.loss_function(output.mask_logits, batch.masks, network.frame_size)
         total = sum(losses.values()) + lm_loss(output.lm_logits, output.lm_targets)
     total.backward()
     # SAM2 remembers the positions of its pyramid from the first frame on
@@ -93,7 +93,7 @@ SETUPS = {
     ),
     "U-Net": replace(
         SETUP,
-        sizes=UNetConfig("resnet18", frame=128),
+        sizes=UNetConfig("resnet18", frame_size=128),
         lora=Lora(r=0),
         trainable="all",
         images=Images((64, 64), 3),
@@ -146,8 +146,9 @@ def _parts(network, device):
     sizes = SIZES
     network.to_empty(device=device)
     with torch.device(device):
+        tile_size = sizes.vision.tile_size
         calls = {
-            "vision": (network.mllm.model.vision_tower, (torch.empty(1, 3, sizes.vision.tile, sizes.vision.tile),)),
+            "vision": (network.mllm.model.vision_tower, (torch.empty(1, 3, tile_size, tile_size),)),
             "projector": (network.mllm.model.multi_modal_projector, (torch.empty(1, 4, sizes.vision.width * 4),)),
             "language": (_Reads(network.mllm.model.language_model), (torch.empty(1, 30, sizes.language.width),)),
             "encoder": (network.grounding.image_encoder, (torch.empty(1, 3, 64, 64),)),

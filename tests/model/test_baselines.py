@@ -76,7 +76,7 @@ def test_there_are_no_words(baseline, make_batch, sizes):
 @BOTH
 def test_of_tiles_the_smallest_is_cut(sizes):
     assert cut_tiles(torch.zeros(480, 640, 3, dtype=torch.uint8).numpy(), sizes.geometry).shape == (1, 3, 1, 1)
-    assert sizes.geometry.frame == 64
+    assert sizes.geometry.frame_size == 64
 
 
 @BOTH
@@ -93,7 +93,7 @@ def test_another_phrase_and_another_resolution_are_refused(baseline, make_batch,
 def test_guard_T11_every_group_learns_and_no_tensor_is_left_out(baseline, make_batch, sizes):
     """Also of a batch that does not ask for every phrase."""
     network, batch = baseline(sizes).build().train(), make_batch([["cap"], ["cap"]])
-    sum(NativeLoss()(network(batch).mask_logits, batch.masks, network.frame).values()).backward()
+    sum(NativeLoss()(network(batch).mask_logits, batch.masks, network.frame_size).values()).backward()
     groups = network.trainable_groups()
     arrived = {name for members in groups.values() for name, parameter in members if parameter.grad is not None}
     check_gradients(groups, signs(groups, arrived))
@@ -189,7 +189,7 @@ def test_adapters_have_no_place(baseline, sizes):
 @pytest.mark.parametrize(
     ("sizes", "told"),
     [
-        (replace(UNET, frame=100), r"model\.frame=100.*a multiple of 32"),
+        (replace(UNET, frame_size=100), r"model\.frame_size=100.*a multiple of 32"),
         (replace(UNET, encoder="resnet19"), r"model\.encoder=resnet19"),
         (replace(UNET, decoder=(16, 8)), r"model\.decoder=\[16, 8\]"),
     ],
@@ -218,8 +218,8 @@ def test_layers_are_computed_again_where_they_can_be(baseline, make_batch):
 
 
 def test_other_settings_for_a_baseline_are_those_that_it_has():
-    for sizes, frame in ((UNET, "model.frame=512"), (PROMPTED, "model.grounding.frame=512")):
-        setup = Setup(sizes.with_frame(1024)[1], Lora(r=0), "all", NativeLoss(), Engine(), batch_size=2)
+    for sizes, frame in ((UNET, "model.frame_size=512"), (PROMPTED, "model.grounding.frame_size=512")):
+        setup = Setup(sizes.with_frame_size(1024)[1], Lora(r=0), "all", NativeLoss(), Engine(), batch_size=2)
         options = [option for option, _ in alternatives(setup)]
         assert f"{frame} (coarser masks)" in options
         assert not [option for option in options if "tiles" in option or "lora" in option]

@@ -32,7 +32,7 @@ def check_state_and_embedding(golden, case):
     image = golden.image(case)
     tiles = cut_tiles(image, geometry)
     ids, _ = prompt.conversation([golden.cases[case]["text"]], ["[SEG]"], len(tiles) * 256)
-    embeddings = network.embed(ids[None], network.see(tiles))
+    embeddings = network.embed(ids[None], network.encode_tiles(tiles))
     hidden = network.mllm.model.language_model(inputs_embeds=embeddings).last_hidden_state
     state = hidden[ids[None] == prompt.token_ids.seg]
     embedding = network.text_hidden_fcs(state)
@@ -56,7 +56,7 @@ def test_state_embedding_logits_and_mask_are_the_recorded_ones(golden_network, n
     golden = golden_network(name)
     network, geometry = golden.restored.network, golden.restored.geometry
     image, state = check_state_and_embedding(golden, case)
-    logits = network.masks(network.pyramid(whole_frame(image, geometry)[None]), state, torch.tensor([0]))
+    logits = network.decode_masks(network.encode_frame(whole_frame(image, geometry)[None]), state, torch.tensor([0]))
     at_1024 = upsample(logits, 1024, (1024, 1024))
     mask = upsample(logits, 1024, image.shape[:2]).sigmoid() > 0.5
     assert (at_1024[:, 8::16, 8::16] - golden.tensors[f"{case}.logits_1024_every_16"]).abs().max() < 1e-3

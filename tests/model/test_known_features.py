@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from vessel.batch import Features, Pyramid, Sample, collate
+from vessel.batch import FeaturePyramid, Features, Sample, collate
 from vessel.losses import NativeLoss, lm_loss
 from vessel.model.lora import Lora
 
@@ -21,7 +21,10 @@ def samples(prompt, plan):
 
     def make(name, count, phrases):
         ids, labels = prompt.encode(phrases, count * geometry.tokens_per_tile)
-        tiles, frame = pixels(count, 3, geometry.tile, geometry.tile), pixels(3, geometry.frame, geometry.frame)
+        tiles, frame = (
+            pixels(count, 3, geometry.tile_size, geometry.tile_size),
+            pixels(3, geometry.frame_size, geometry.frame_size),
+        )
         masks = pixels(len(phrases), 24, 20) > 127
         return Sample(name, "p", "v", tuple(phrases), tiles, frame, ids, labels, (24, 20), masks)
 
@@ -31,7 +34,7 @@ def samples(prompt, plan):
 def without_pixels(network, sample):
     """The sample with features in place of tiles and frame."""
     with torch.no_grad():
-        features = Features(network.see(sample.tiles), network.pyramid(sample.frame[None]))
+        features = Features(network.encode_tiles(sample.tiles), network.encode_frame(sample.frame[None]))
     return replace(sample, tiles=sample.tiles[:0], frame=sample.frame[:, :0, :0], features=features)
 
 
@@ -39,7 +42,7 @@ def learnt(network, batch):
     """Losses of a batch, and the gradients of what trains."""
     network.zero_grad()
     output = network(batch)
-    losses = dict(NativeLoss()(output.mask_logits, batch.masks, network.frame))
+    losses = dict(NativeLoss()(output.mask_logits, batch.masks, network.frame_size))
     losses["lm_loss"] = lm_loss(output.lm_logits, output.lm_targets)
     sum(losses.values()).backward()
     gradients = {name: p.grad.clone() for name, p in network.named_parameters() if p.grad is not None}
@@ -76,7 +79,7 @@ def test_encoders_do_not_run_on_what_is_known(plan, samples, prompt):
 def test_features_that_are_not_those_of_the_prompt_are_noticed(plan, samples, prompt):
     network = plan().build().eval()
     wrong = without_pixels(network, samples[1])
-    wrong = replace(wrong, features=wrong.features._replace(seen=wrong.features.seen[:1]))
+    wrong = replace(wrong, features=wrong.features._replace(tile_features=wrong.features.tile_features[:1]))
     with pytest.raises(ValueError, match="12 image tokens but the vision encoder made 4 features"):
         network(collate([wrong], prompt.token_ids.pad))
 
@@ -86,8 +89,8 @@ def test_a_batch_moves_whole(plan, samples, prompt):
     batch = collate([samples[0], without_pixels(network, samples[1])], prompt.token_ids.pad).to("meta")
     nothing, known = batch.features
     assert nothing is None
-    assert isinstance(known.pyramid, Pyramid)
-    assert all(tensor.is_meta for tensor in (known.seen, *known.pyramid))
+    assert isinstance(known.pyramid, FeaturePyramid)
+    assert all(tensor.is_meta for tensor in (known.tile_features, *known.pyramid))
 
 
 @pytest.mark.slow

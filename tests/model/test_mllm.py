@@ -16,7 +16,7 @@ INTERNLM2 = LanguageConfig(
     width=48, layers=2, heads=6, kv_heads=2, mlp=80, vocabulary=64, context=32, family="internlm2", rms_eps=1e-5,
     rope_theta=1000.0,
 )  # fmt: skip
-VISION = VisionConfig(tile=56, width=24, layers=2, heads=3, mlp=40)
+VISION = VisionConfig(tile_size=56, width=24, layers=2, heads=3, mlp=40)
 VISION_6B = replace(VISION, norm="rms_norm", qk_norm=True, qkv_bias=False)
 
 

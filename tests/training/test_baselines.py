@@ -17,9 +17,9 @@ from vessel.training.run import train
 pytestmark = pytest.mark.slow
 
 SMALL = {
-    "unet": ("model.encoder=tu-test_resnet", "model.decoder=[16,16,8,8,8]", "model.frame=64"),
+    "unet": ("model.encoder=tu-test_resnet", "model.decoder=[16,16,8,8,8]", "model.frame_size=64"),
     "sam2_prompt": (
-        "model.grounding.frame=64", "model.grounding.embed_dim=8", "model.grounding.stages=[1,2,2,1]",
+        "model.grounding.frame_size=64", "model.grounding.embed_dim=8", "model.grounding.stages=[1,2,2,1]",
         "model.grounding.windows=[4,4,4,2]", "model.grounding.width=32", "model.grounding.memory_width=8",
         "model.grounding.memory_mlp=32",
     ),

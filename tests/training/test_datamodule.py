@@ -11,7 +11,7 @@ from vessel.training.datamodule import VesselDataModule
 from vessel.training.resume import TrainingPosition
 from vessel.training.sampler import Cut
 
-VIEWS = InputGeometry(tile=56, tokens_per_tile=4, max_tiles=1, frame=64)
+VIEWS = InputGeometry(tile_size=56, tokens_per_tile=4, max_tiles=1, frame_size=64)
 
 
 @pytest.fixture

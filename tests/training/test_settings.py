@@ -18,6 +18,8 @@ def settled_prompt(*overrides: str) -> dict:
 def test_an_old_key_in_a_file_is_answered_with_the_new_one():
     with pytest.raises(VesselError, match="objective is now called loss"):
         check(_configuration("train", ["data.root=x", "run=x", "+objective.dice_weight=1"]))
+    with pytest.raises(VesselError, match=r"model\.grounding\.frame is now called model\.grounding\.frame_size"):
+        check(_configuration("train", ["data.root=x", "run=x", "+model.grounding.frame=64"]))
 
 
 def test_a_folder_called_weights_or_auto_is_no_tokenizer(tmp_path, monkeypatch):

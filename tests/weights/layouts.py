@@ -25,12 +25,12 @@ LANGUAGE_CONFIG = {
 }  # fmt: skip
 VISION_CONFIG = {
     "hidden_size": _VISION.width, "num_hidden_layers": _VISION.layers, "num_attention_heads": _VISION.heads,
-    "intermediate_size": _VISION.mlp, "image_size": _VISION.tile, "patch_size": _VISION.patch, "qkv_bias": True,
+    "intermediate_size": _VISION.mlp, "image_size": _VISION.tile_size, "patch_size": _VISION.patch, "qkv_bias": True,
     "qk_normalization": False, "norm_type": "layer_norm", "layer_norm_eps": 1e-6,
 }  # fmt: skip
 # config.json of a Sa2VA of the sizes that unit tests use.
 CONFIG = {
-    "model_type": "sa2va_chat", "template": "qwen_chat", "force_image_size": _VISION.tile, "downsample_ratio": 0.5,
+    "model_type": "sa2va_chat", "template": "qwen_chat", "force_image_size": _VISION.tile_size, "downsample_ratio": 0.5,
     "ps_version": "v2", "select_layer": -1, "min_dynamic_patch": 1, "max_dynamic_patch": 1, "use_thumbnail": True,
     "llm_config": LANGUAGE_CONFIG, "vision_config": VISION_CONFIG,
 }  # fmt: skip

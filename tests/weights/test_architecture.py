@@ -169,7 +169,7 @@ def test_public_sam2_is_what_its_package_and_the_configuration_say(compose, size
     trunk = defaults | theirs["image_encoder"]["trunk"]
     memory, encoder = theirs["memory_attention"], theirs["memory_encoder"]
     expected = {
-        "frame": theirs["image_size"], "embed_dim": trunk["embed_dim"], "heads": trunk["num_heads"],
+        "frame_size": theirs["image_size"], "embed_dim": trunk["embed_dim"], "heads": trunk["num_heads"],
         "stages": trunk["stages"], "windows": trunk["window_spec"], "global_blocks": trunk["global_att_blocks"],
         "background": trunk["window_pos_embed_bkg_spatial_size"], "width": memory["d_model"],
         "memory_width": encoder["out_dim"], "memory_layers": memory["num_layers"],

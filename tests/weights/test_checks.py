@@ -173,6 +173,27 @@ def test_guard_W1_sizes_of_a_run_are_compared(network, load, tmp_path, part, cha
     load(base, {"source": str(run), "partial": ["text_hidden_fcs"]})
 
 
+@pytest.mark.parametrize(
+    ("frame", "tile"), [(SIZES.grounding.frame_size, 56), (128, 56), (SIZES.grounding.frame_size, 112)]
+)
+def test_guard_W1_sizes_of_a_run_with_names_of_before_are_compared(network, load, tmp_path, frame, tile):
+    saved = torch.load(write_run(tmp_path / "old.ckpt", network, SIZES), weights_only=True)
+    model = saved["vessel"]["config"]["model"]
+    for part, old, new, value in (("grounding", "frame", "frame_size", frame), ("vision", "tile", "tile_size", tile)):
+        name = {"grounding": "vessel.model.grounding.GroundingSizes", "vision": "vessel.model.mllm.VisionSizes"}[part]
+        del model[part][new]
+        model[part] |= {"_target_": name, old: value}
+    torch.save(saved, tmp_path / "old.ckpt")
+    base = write_sa2va(tmp_path / "base", network)
+    if (frame, tile) == (SIZES.grounding.frame_size, SIZES.vision.tile_size):
+        loaded, _ = load(base, tmp_path / "old.ckpt")
+        assert same(loaded, network)
+        return
+    wrong = "grounding.frame_size" if frame == 128 else "vision.tile_size"
+    with pytest.raises(VesselError, match=re.escape(f"model.{wrong} is")):
+        load(base, tmp_path / "old.ckpt")
+
+
 def test_a_run_without_configuration_is_refused(network, load, tmp_path):
     torch.save({"state_dict": {"network.a": torch.zeros(1)}, "vessel": {}}, tmp_path / "a.ckpt")
     with pytest.raises(VesselError, match=r"its manifest has no config\.model"):

@@ -42,8 +42,11 @@ def make_sample(
     if features is None:
         tiles, frame = cut_tiles(image, geometry), whole_frame(image, geometry)
     else:
-        tiles, frame = torch.empty(0, 3, geometry.tile, geometry.tile, dtype=torch.uint8), torch.empty(3, 0, 0).byte()
-    count = len(tiles) if features is None else len(features.seen)
+        tiles, frame = (
+            torch.empty(0, 3, geometry.tile_size, geometry.tile_size, dtype=torch.uint8),
+            torch.empty(3, 0, 0).byte(),
+        )
+    count = len(tiles) if features is None else len(features.tile_features)
     ids, labels = prompt.encode(phrases, count * geometry.tokens_per_tile, draw=draw)
     height, width = image.shape[:2]
     return Sample(

@@ -24,7 +24,7 @@ os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # it would ask the netwo
 
 
 @lru_cache(maxsize=1024)  # a data set has few sizes
-def tile_grid(width: int, height: int, *, tile: int, max_tiles: int) -> tuple[int, int]:
+def tile_grid(width: int, height: int, *, tile_size: int, max_tiles: int) -> tuple[int, int]:
     """Columns and rows of tiles whose shape is nearest to the image's (InternVL's dynamic tiling).
 
     Of grids with equally near shapes the larger one is taken only when the image has more than half its pixels.
@@ -33,7 +33,7 @@ def tile_grid(width: int, height: int, *, tile: int, max_tiles: int) -> tuple[in
     best, best_difference = (1, 1), float("inf")
     for columns, rows in sorted(grids, key=lambda grid: (grid[0] * grid[1], grid)):
         difference = abs(width / height - columns / rows)
-        is_tie = difference == best_difference and width * height > 0.5 * tile * tile * columns * rows
+        is_tie = difference == best_difference and width * height > 0.5 * tile_size * tile_size * columns * rows
         if difference < best_difference or is_tie:
             best, best_difference = (columns, rows), difference
     return best
@@ -41,15 +41,15 @@ def tile_grid(width: int, height: int, *, tile: int, max_tiles: int) -> tuple[in
 
 def tile_count(width: int, height: int, geometry: InputGeometry) -> int:
     """Tiles that an image is cut into, thumbnail counted."""
-    columns, rows = tile_grid(width, height, tile=geometry.tile, max_tiles=geometry.max_tiles)
+    columns, rows = tile_grid(width, height, tile_size=geometry.tile_size, max_tiles=geometry.max_tiles)
     return columns * rows + (columns * rows > 1)
 
 
 def cut_tiles(image: NDArray[np.uint8], geometry: InputGeometry) -> Tensor:
     """Tiles of an RGB image [H, W, 3], row by row, then a thumbnail when there is more than one: uint8 [T, 3, t, t]."""
-    side = geometry.tile
+    side = geometry.tile_size
     height, width = image.shape[:2]
-    columns, rows = tile_grid(width, height, tile=side, max_tiles=geometry.max_tiles)
+    columns, rows = tile_grid(width, height, tile_size=side, max_tiles=geometry.max_tiles)
     resized = _resize(image, columns * side, rows * side)
     tiles = resized.view(3, rows, side, columns, side).permute(1, 3, 0, 2, 4).reshape(-1, 3, side, side)
     return tiles if len(tiles) == 1 else torch.cat([tiles, _resize(image, side, side)[None]])
@@ -57,7 +57,7 @@ def cut_tiles(image: NDArray[np.uint8], geometry: InputGeometry) -> Tensor:
 
 def whole_frame(image: NDArray[np.uint8], geometry: InputGeometry) -> Tensor:
     """The whole image as SAM2 sees it, aspect ratio not kept: uint8 [3, S, S]."""
-    return _resize(image, geometry.frame, geometry.frame)
+    return _resize(image, geometry.frame_size, geometry.frame_size)
 
 
 def _resize(image: NDArray[np.uint8], width: int, height: int) -> Tensor:

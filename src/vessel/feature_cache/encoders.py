@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vessel.batch import Batch, Features, InputGeometry, Pyramid
+from vessel.batch import Batch, FeaturePyramid, Features, InputGeometry
 from vessel.errors import VesselError
 from vessel.model.grounding import trains
 from vessel.model.network import Network
@@ -21,7 +21,7 @@ from vessel.model.sa2va import Sa2VA
 from vessel.weights.digests import digests
 from vessel.weights.partition import gathered, is_partitioned
 
-_FORMAT = 1  # to be counted up when tiles, frames, `see` or `pyramid` come out differently
+_FORMAT = 2  # to be counted up when tiles, frames, `encode_tiles` or `encode_frame` come out differently
 _HEADER = 1024  # of a file, about
 _LIBRARIES = ("torch", "transformers", "sam2", "pillow")  # what cuts, resizes and computes
 
@@ -42,7 +42,7 @@ class Picture(NamedTuple):
 
 def blank(geometry: InputGeometry) -> Picture:
     """A black image of one tile."""
-    tile, frame = (torch.zeros(3, side, side, dtype=torch.uint8) for side in (geometry.tile, geometry.frame))
+    tile, frame = (torch.zeros(3, side, side, dtype=torch.uint8) for side in (geometry.tile_size, geometry.frame_size))
     return Picture("", tile[None], frame)
 
 
@@ -66,16 +66,16 @@ def require_frozen(network: Network) -> Sa2VA:
 def encoded(network: Sa2VA, pictures: Sequence[Picture]) -> list[Features]:
     """Features of each picture, on the network's device."""
     with torch.no_grad():
-        seen = network.see(torch.cat([picture.tiles for picture in pictures]))
-        pyramid = network.pyramid(torch.stack([picture.frame for picture in pictures]))
-    parts = seen.split([len(picture.tiles) for picture in pictures])
+        tile_features = network.encode_tiles(torch.cat([picture.tiles for picture in pictures]))
+        pyramid = network.encode_frame(torch.stack([picture.frame for picture in pictures]))
+    parts = tile_features.split([len(picture.tiles) for picture in pictures])
     levels = zip(*(level.split(1) for level in pyramid), strict=True)
-    return [Features(one, Pyramid(*own)) for one, own in zip(parts, levels, strict=True)]
+    return [Features(one, FeaturePyramid(*own)) for one, own in zip(parts, levels, strict=True)]
 
 
 def sizes_of(features: Features) -> tuple[int, int]:
     """Bytes that a tile takes in a file, and whatever else an image takes."""
-    return features.seen[:1].nbytes, sum(level.nbytes for level in features.pyramid) + _HEADER
+    return features.tile_features[:1].nbytes, sum(level.nbytes for level in features.pyramid) + _HEADER
 
 
 def complete(batch: Batch, network: Sa2VA, encode: Callable[[Sequence[Picture]], Sequence[Features]]) -> Batch:
@@ -106,7 +106,7 @@ def cache_namespace(network: Sa2VA, geometry: InputGeometry, **facts: str) -> st
     encoders = network.mllm.model.vision_tower, network.grounding.image_encoder
     plain: Mapping[str, Any] = {
         "format": _FORMAT,
-        "views": repr(geometry),
+        "geometry": repr(geometry),
         "libraries": {name: version(name) for name in _LIBRARIES},
         "settings": [_settings(encoder) for encoder in encoders],
         **facts,

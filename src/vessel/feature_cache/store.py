@@ -13,12 +13,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from vessel.batch import Features, Pyramid
+from vessel.batch import FeaturePyramid, Features
 from vessel.errors import DISK_FULL, VesselError
 from vessel.files import readable, write_file
 
 SUFFIX = ".safetensors"
-NAMES = ("seen", *Pyramid._fields)
+NAMES = ("tile_features", *FeaturePyramid._fields)
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +83,7 @@ class Store:
         if wrong:
             self._discard(file, f"not what was written: {', '.join(wrong)}")
             return None
-        return Features(tensors["seen"], Pyramid(*(tensors[level] for level in Pyramid._fields)))
+        return Features(tensors["tile_features"], FeaturePyramid(*(tensors[level] for level in FeaturePyramid._fields)))
 
     def put(self, key: str, features: Features) -> None:
         """Keep the features of an image.
@@ -92,7 +92,7 @@ class Store:
             VesselError: the disk is full, or refuses to take it; nothing of it stays there.
         """
         file = self._file(key)
-        tensors = dict(zip(NAMES, (features.seen, *features.pyramid), strict=True))
+        tensors = dict(zip(NAMES, (features.tile_features, *features.pyramid), strict=True))
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         content = save(tensors, {name: self._checksum(key, name, tensor) for name, tensor in tensors.items()})
         try:

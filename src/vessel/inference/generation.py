@@ -43,7 +43,7 @@ class Conversations:
         self._cache = DynamicCache(config=network.mllm.model.language_model.config)
         self._lengths = torch.zeros(len(batch), dtype=torch.int64)  # of what was read
         self._is_token = torch.zeros(len(batch), 0, dtype=torch.bool)  # what of the cache is no padding
-        self._unseen = network.seen(batch)
+        self._unseen = network.tile_features(batch)
         self._regions = batch.regions and tuple(held.to(self._unseen.device) for held in batch.regions)
 
     @torch.inference_mode()

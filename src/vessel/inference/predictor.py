@@ -173,7 +173,7 @@ class Predictor:
         self.network.require_frames(batch)
         images = [i for i, phrases in enumerate(batch.phrases) for _ in phrases]
         of_image, nothing = torch.tensor(images), torch.empty(0, dtype=torch.int64)
-        logits = self.sa2va.masks(self.sa2va.pyramids(batch), states, of_image)
+        logits = self.sa2va.decode_masks(self.sa2va.frame_pyramid(batch), states, of_image)
         return Output(logits, of_image, lm_logits=logits.new_empty(0, 0), lm_targets=nothing)
 
     @property

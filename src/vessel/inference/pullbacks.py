@@ -171,7 +171,7 @@ def _listen(predictor: Predictor, sample: Sample, *, frames: int) -> tuple[Tenso
         states = told.states
         if states is None:
             batch = collate([told.sample], predictor.prompt.token_ids.pad).to(predictor.device)
-            hidden = network.language_states(batch)[0]
+            hidden = network.hidden_states(batch)[0]
             is_seg = told.sample.input_ids == seg
             states = hidden[is_seg]
             emitted = network.mllm.lm_head(hidden[:-1][is_seg[1:]]).argmax(-1) == seg

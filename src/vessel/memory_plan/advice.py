@@ -72,8 +72,8 @@ def alternatives(setup: Setup) -> Iterator[tuple[str, Setup]]:
         yield "trainer.precision=bf16-mixed", replace(setup, engine=replace(engine, precision="bf16-mixed"))
     for option, other in _other_engines(engine):
         yield option, replace(setup, engine=other)
-    if sizes.geometry.frame > 512:
-        option, half = sizes.with_frame(sizes.geometry.frame // 2)
+    if sizes.geometry.frame_size > 512:
+        option, half = sizes.with_frame_size(sizes.geometry.frame_size // 2)
         yield f"{option} (coarser masks)", replace(setup, sizes=half)
 
 

@@ -137,7 +137,7 @@ class MemoryPlan:
             f"activation_checkpointing={str(setup.activation_checkpointing).lower()}",
             f"a GPU's batch: {setup.batch_size} x ({width} x {height} px, {setup.tiles} tile(s), "
             f"{setup.images.phrases} phrase(s), {self.work.tokens} tokens)",
-            f"frames of {setup.sizes.geometry.frame} px",
+            f"frames of {setup.sizes.geometry.frame_size} px",
         ]
         if self.host:
             told.append(f"in the host's memory, for each GPU: {self.host / GB:.1f} GB")
@@ -229,8 +229,8 @@ def batch_of(setup: Setup, prompt: Prompt) -> Batch:
         videos=names,
         phrases=(images.names,) * count,
         sizes=(images.size,) * count,
-        tiles=pixels(count * setup.tiles, 3, geometry.tile, geometry.tile),
-        frames=pixels(count, 3, geometry.frame, geometry.frame),
+        tiles=pixels(count * setup.tiles, 3, geometry.tile_size, geometry.tile_size),
+        frames=pixels(count, 3, geometry.frame_size, geometry.frame_size),
         input_ids=ids.expand(count, -1),
         attention_mask=attention,
         labels=labels.expand(count, -1),

@@ -92,7 +92,7 @@ def run_step(network: Network, batch: Batch, loss_function: Loss, how: How) -> S
         output = network(batch)
         with live.part(LOSSES):
             assert batch.masks is not None
-            losses = dict(loss_function(output.mask_logits, batch.masks, network.frame))
+            losses = dict(loss_function(output.mask_logits, batch.masks, network.frame_size))
             losses["lm_loss"] = lm_loss(output.lm_logits, output.lm_targets.to(output.lm_logits.device))
             loss = torch.stack(list(losses.values())).sum()
         del output, losses

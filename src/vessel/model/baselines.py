@@ -27,14 +27,14 @@ class Baseline(Network):
     """A network whose phrases are a fixed list.
 
     Args:
-        frame: side S of the frames that it takes, pixels.
+        frame_size: side S of the frames that it takes, pixels.
         phrases: K of the run, in order.
     """
 
     phrases: tuple[str, ...]
 
-    def __init__(self, frame: int, phrases: Sequence[str]) -> None:
-        super().__init__(frame, phrases)
+    def __init__(self, frame_size: int, phrases: Sequence[str]) -> None:
+        super().__init__(frame_size, phrases)
 
     def forward(self, batch: Batch) -> Output:
         """Masks of a batch; there are no words to learn.
@@ -96,7 +96,7 @@ class PromptedSam2Config:
     @property
     def geometry(self) -> InputGeometry:
         """A frame; of tiles, which it does not look at, the smallest."""
-        return _without_tiles(self.grounding.frame)
+        return _without_tiles(self.grounding.frame_size)
 
     def build(self, tokens: TokenIds, phrases: Sequence[str]) -> PromptedSam2:
         """The network with random weights."""
@@ -104,9 +104,9 @@ class PromptedSam2Config:
             network = PromptedSam2(build_grounding(self.grounding), phrases)
         return _on_the_current_device(network)
 
-    def with_frame(self, side: int) -> tuple[str, PromptedSam2Config]:
+    def with_frame_size(self, size: int) -> tuple[str, PromptedSam2Config]:
         """The same at another resolution, after the option that says so."""
-        return f"model.grounding.frame={side}", replace(self, grounding=replace(self.grounding, frame=side))
+        return f"model.grounding.frame_size={size}", replace(self, grounding=replace(self.grounding, frame_size=size))
 
 
 class PromptedSam2(Baseline):
@@ -151,18 +151,18 @@ class UNetConfig:
     Attributes:
         encoder: as segmentation-models-pytorch calls it; weights of the ResNets are read from local files.
         decoder: channels of its five stages, the deepest first.
-        frame: side of the input frame and of the masks, pixels, a multiple of 32.
+        frame_size: side of the input frame and of the masks, pixels, a multiple of 32.
     """
 
     encoder: str = "resnet34"
     decoder: Sequence[int] = (256, 128, 64, 32, 16)
-    frame: int = 512
+    frame_size: int = 512
     loads: ClassVar[tuple[str, ...]] = ("unet.encoder",)
 
     @property
     def geometry(self) -> InputGeometry:
         """A frame; of tiles, which it does not look at, the smallest."""
-        return _without_tiles(self.frame)
+        return _without_tiles(self.frame_size)
 
     def build(self, tokens: TokenIds, phrases: Sequence[str]) -> UNet:
         """The network with random weights; nothing is downloaded.
@@ -170,8 +170,10 @@ class UNetConfig:
         Raises:
             VesselError: the package is not there, or a size is none that it builds.
         """
-        if self.frame % _STRIDE:
-            raise VesselError(f"model.frame={self.frame}: a U-Net halves it five times; give a multiple of {_STRIDE}")
+        if self.frame_size % _STRIDE:
+            raise VesselError(
+                f"model.frame_size={self.frame_size}: a U-Net halves it five times; give a multiple of {_STRIDE}"
+            )
         try:
             from segmentation_models_pytorch import Unet
         except ModuleNotFoundError as error:
@@ -187,12 +189,12 @@ class UNetConfig:
                 raise VesselError(
                     f"model.encoder={self.encoder} model.decoder={list(self.decoder)}: {error}"
                 ) from error
-            network = UNet(unet, self.frame, phrases)
+            network = UNet(unet, self.frame_size, phrases)
         return _on_the_current_device(network)
 
-    def with_frame(self, side: int) -> tuple[str, UNetConfig]:
+    def with_frame_size(self, size: int) -> tuple[str, UNetConfig]:
         """The same at another resolution, after the option that says so."""
-        return f"model.frame={side}", replace(self, frame=side)
+        return f"model.frame_size={size}", replace(self, frame_size=size)
 
 
 class UNet(Baseline):
@@ -200,12 +202,12 @@ class UNet(Baseline):
 
     Args:
         unet: from images [B, 3, S, S] to logits [B, K, S, S].
-        frame: side S of the frames that it takes, pixels.
+        frame_size: side S of the frames that it takes, pixels.
         phrases: K of the run, in order.
     """
 
-    def __init__(self, unet: nn.Module, frame: int, phrases: Sequence[str]) -> None:
-        super().__init__(frame, phrases)
+    def __init__(self, unet: nn.Module, frame_size: int, phrases: Sequence[str]) -> None:
+        super().__init__(frame_size, phrases)
         self.unet = unet
 
     def draw(self, frames: Tensor, images: Tensor, phrases: Tensor) -> Tensor:
@@ -233,7 +235,7 @@ class UNet(Baseline):
         """
         raise VesselError(
             "activation_checkpointing=true: layers of a U-Net are not computed twice, as its batch normalisation would "
-            "count a batch twice; leave it false. A smaller data.batch_size or model.frame needs less memory"
+            "count a batch twice; leave it false. A smaller data.batch_size or model.frame_size needs less memory"
         )
 
 
@@ -242,5 +244,5 @@ def _on_the_current_device(network: _N) -> _N:
     return network if device.type == "cpu" else network.to(device)  # on the CPU it may be without content already
 
 
-def _without_tiles(frame: int) -> InputGeometry:
-    return InputGeometry(tile=1, tokens_per_tile=1, max_tiles=1, frame=frame)
+def _without_tiles(frame_size: int) -> InputGeometry:
+    return InputGeometry(tile_size=1, tokens_per_tile=1, max_tiles=1, frame_size=frame_size)

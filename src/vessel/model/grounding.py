@@ -12,7 +12,7 @@ from hydra.core.global_hydra import GlobalHydra
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vessel.batch import Pyramid
+from vessel.batch import FeaturePyramid
 
 
 @contextmanager
@@ -39,7 +39,7 @@ class GroundingConfig:
     """Sa2VAConfig of SAM2; the defaults are `sam2_hiera_large`, generation 2.0.
 
     Attributes:
-        frame: side of the input frame, pixels, a multiple of 32.
+        frame_size: side of the input frame, pixels, a multiple of 32.
         embed_dim, heads: width and heads of Hiera's first stage; both double at each stage.
         stages, windows: blocks and window size of each of the four stages.
         global_blocks: indices of blocks with global attention; none may be the first of a stage.
@@ -48,7 +48,7 @@ class GroundingConfig:
         memory_width, memory_layers, memory_mlp: the video memory, which images do not use.
     """
 
-    frame: int = 1024
+    frame_size: int = 1024
     embed_dim: int = 144
     heads: int = 2
     stages: Sequence[int] = (2, 6, 36, 4)
@@ -86,15 +86,15 @@ class Grounding(SAM2Base):
 
     def encode(self, frames: Tensor) -> FrameFeatures:
         """Features of normalised frames [B, 3, S, S]."""
-        return self.features(self.pyramid(frames))
+        return self.features(self.encode_frame(frames))
 
-    def pyramid(self, frames: Tensor) -> Pyramid:
+    def encode_frame(self, frames: Tensor) -> FeaturePyramid:
         """Encode normalised frames [B, 3, S, S] into a feature pyramid; a frozen encoder keeps no graph."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and trains(self.image_encoder)):
             # its upsampling returns float32 whatever it is given
-            return Pyramid(*(level.to(frames.dtype) for level in self.image_encoder(frames)["backbone_fpn"]))
+            return FeaturePyramid(*(level.to(frames.dtype) for level in self.image_encoder(frames)["backbone_fpn"]))
 
-    def features(self, pyramid: Pyramid) -> FrameFeatures:
+    def features(self, pyramid: FeaturePyramid) -> FrameFeatures:
         """Prepare a pyramid for the mask decoder, by two layers of the decoder's own."""
         decoder = self.sam_mask_decoder
         return FrameFeatures(pyramid.top, (decoder.conv_s0(pyramid.high), decoder.conv_s1(pyramid.middle)))
@@ -205,7 +205,7 @@ def build_grounding(sizes: GroundingConfig) -> Grounding:
         image_encoder=encoder,
         memory_attention=_memory_attention(sizes),
         memory_encoder=_memory_encoder(sizes),
-        image_size=sizes.frame,
+        image_size=sizes.frame_size,
         num_maskmem=7,
         sigmoid_scale_for_mem_enc=20.0,
         sigmoid_bias_for_mem_enc=-10.0,
@@ -236,7 +236,7 @@ def build_grounding(sizes: GroundingConfig) -> Grounding:
 
 def _memory_attention(sizes: GroundingConfig) -> MemoryAttention:
     def rope(**extra: object) -> RoPEAttention:
-        side = sizes.frame // 16
+        side = sizes.frame_size // 16
         return RoPEAttention(
             embedding_dim=sizes.width, num_heads=1, downsample_rate=1, dropout=0.1, feat_sizes=(side, side), **extra
         )

@@ -63,7 +63,7 @@ class VisionConfig:
     """Sa2VAConfig of InternViT; the defaults are InternViT-300M-448px.
 
     Attributes:
-        tile: side of a tile, pixels.
+        tile_size: side of a tile, pixels.
         patch: side of a patch, pixels; a tile holds an even number of patches a side.
         norm: before attention and MLP: `layer_norm`, or `rms_norm` as in InternViT-6B.
         qk_norm: RMSNorm over the whole width of query and of key, before they are cut into heads.
@@ -73,7 +73,7 @@ class VisionConfig:
         VesselError: unknown norm.
     """
 
-    tile: int = 448
+    tile_size: int = 448
     patch: int = 14
     width: int = 1024
     layers: int = 24
@@ -90,7 +90,7 @@ class VisionConfig:
     @property
     def tokens_per_tile(self) -> int:
         """Image tokens of one tile: patches after 2 x 2 pixel shuffle."""
-        return (self.tile // self.patch) ** 2 // 4
+        return (self.tile_size // self.patch) ** 2 // 4
 
 
 def build_mllm(language: LanguageConfig, vision: VisionConfig, tokens: TokenIds) -> InternVLForConditionalGeneration:
@@ -105,7 +105,7 @@ def build_mllm(language: LanguageConfig, vision: VisionConfig, tokens: TokenIds)
             num_hidden_layers=vision.layers,
             num_attention_heads=vision.heads,
             intermediate_size=vision.mlp,
-            image_size=(vision.tile, vision.tile),
+            image_size=(vision.tile_size, vision.tile_size),
             patch_size=(vision.patch, vision.patch),
             attention_bias=vision.qkv_bias,
             use_qk_norm=vision.qk_norm,

@@ -28,13 +28,13 @@ class Network(nn.Module):
     """Draws a mask for each phrase of each image.
 
     Args:
-        frame: side S of the frames that it takes, pixels.
+        frame_size: side S of the frames that it takes, pixels.
         phrases: the only ones that it knows, in order; None for a network that reads any.
     """
 
-    def __init__(self, frame: int, phrases: Sequence[str] | None = None) -> None:
+    def __init__(self, frame_size: int, phrases: Sequence[str] | None = None) -> None:
         super().__init__()
-        self.frame = frame
+        self.frame_size = frame_size
         self.phrases = None if phrases is None else tuple(phrases)
 
     def forward(self, batch: Batch) -> Output:
@@ -45,7 +45,8 @@ class Network(nn.Module):
         """One float32 [K, H, W] an image at its native size, values in [0, 1]."""
         per_image = output.mask_logits.split([len(p) for p in batch.phrases])
         return tuple(
-            upsample(logits, self.frame, size).sigmoid() for logits, size in zip(per_image, batch.sizes, strict=True)
+            upsample(logits, self.frame_size, size).sigmoid()
+            for logits, size in zip(per_image, batch.sizes, strict=True)
         )
 
     def emitted(self, output: Output) -> Tensor:
@@ -83,10 +84,10 @@ class Network(nn.Module):
         Raises:
             VesselError: with both sizes.
         """
-        if len(batch.frames) and tuple(batch.frames.shape[-2:]) != (self.frame, self.frame):
+        if len(batch.frames) and tuple(batch.frames.shape[-2:]) != (self.frame_size, self.frame_size):
             raise VesselError(
-                f"frames of {tuple(batch.frames.shape[-2:])} pixels for a network of {self.frame} x {self.frame}: "
-                "train and predict with the one resolution of the run's `model`"
+                f"frames of {tuple(batch.frames.shape[-2:])} pixels for a network of {self.frame_size} x "
+                f"{self.frame_size}: train and predict with the one resolution of the run's `model`"
             )
 
 
@@ -111,5 +112,5 @@ class NetworkConfig(Protocol):
             phrases: of the run.
         """
 
-    def with_frame(self, side: int) -> tuple[str, Self]:
+    def with_frame_size(self, size: int) -> tuple[str, Self]:
         """The same at another resolution, after the option that says so."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import InternVLForConditionalGeneration
 
-from vessel.batch import Batch, InputGeometry, Output, Pyramid, TokenIds
+from vessel.batch import Batch, FeaturePyramid, InputGeometry, Output, TokenIds
 from vessel.errors import VesselError
 from vessel.model.grounding import Grounding, GroundingConfig, best_candidate, build_grounding, trains
 from vessel.model.mllm import LanguageConfig, VisionConfig, build_mllm
@@ -39,15 +39,17 @@ class Sa2VAConfig:
     @property
     def geometry(self) -> InputGeometry:
         """Return the sizes to which images are cut and resized for this network."""
-        return InputGeometry(self.vision.tile, self.vision.tokens_per_tile, self.max_tiles, self.grounding.frame)
+        return InputGeometry(
+            self.vision.tile_size, self.vision.tokens_per_tile, self.max_tiles, self.grounding.frame_size
+        )
 
     def build(self, tokens: TokenIds, phrases: Sequence[str]) -> Sa2VA:
         """The network with random weights; it reads any phrase, so that those of the run do not matter."""
         return build_sa2va(self, tokens)
 
-    def with_frame(self, side: int) -> tuple[str, Sa2VAConfig]:
+    def with_frame_size(self, size: int) -> tuple[str, Sa2VAConfig]:
         """The same at another resolution of SAM2, after the option that says so."""
-        return f"model.grounding.frame={side}", replace(self, grounding=replace(self.grounding, frame=side))
+        return f"model.grounding.frame_size={size}", replace(self, grounding=replace(self.grounding, frame_size=size))
 
 
 class Sa2VA(Network):
@@ -77,17 +79,17 @@ class Sa2VA(Network):
                 network's, or masks and `[SEG]` tokens differ in number.
         """
         self._check(batch)
-        hidden = self.language_states(batch)
+        hidden = self.hidden_states(batch)
         at_seg = (batch.input_ids == self.tokens.seg).nonzero(as_tuple=True)
         supervised = (batch.labels[:, 1:] != -100).nonzero(as_tuple=True)
         return Output(
-            mask_logits=self.masks(self.pyramids(batch), _at(hidden, at_seg), at_seg[0]),
+            mask_logits=self.decode_masks(self.frame_pyramid(batch), _at(hidden, at_seg), at_seg[0]),
             seg_to_image=at_seg[0],
             lm_logits=self.mllm.lm_head(_at(hidden, supervised)),
             lm_targets=batch.labels[:, 1:][supervised],
         )
 
-    def see(self, tiles: Tensor) -> Tensor:
+    def encode_tiles(self, tiles: Tensor) -> Tensor:
         """Encode tiles uint8 [T, 3, t, t] into features [T, P, v], four patches a feature, not projected.
 
         No graph is kept through a frozen one.
@@ -101,12 +103,12 @@ class Sa2VA(Network):
             four = own.pixel_shuffle(patches.unflatten(1, (side, side)), scale_factor=own.config.downsample_ratio)
             return four.flatten(1, 2).to(tower.dtype)
 
-    def embed(self, input_ids: Tensor, seen: Tensor, regions: Sequence[Tensor] | None = None) -> Tensor:
+    def embed(self, input_ids: Tensor, tile_features: Tensor, regions: Sequence[Tensor] | None = None) -> Tensor:
         """Token embeddings [B, L, d] with the projected features of tiles in place of image tokens.
 
         Args:
             input_ids: int64 [B, L].
-            seen: [T, P, v], as `see` makes them of the tiles of all images, in their order.
+            tile_features: [T, P, v], by `encode_tiles` of the tiles of all images, in their order.
             regions: one bool [R, s, s] an image; the features of its last tile that a region holds come once more,
                 region by region, after those of its tiles.
 
@@ -114,66 +116,67 @@ class Sa2VA(Network):
             VesselError: the number of image tokens is not the number of features.
         """
         reading = self.mllm.get_input_embeddings()
-        features = self.mllm.model.multi_modal_projector(seen)
+        features = self.mllm.model.multi_modal_projector(tile_features)
         embeddings = reading(input_ids.to(_device(reading)))
         is_image = input_ids == self.tokens.image
         count = features.shape[0] * features.shape[1] + sum(int(held.sum()) for held in regions or ())
         if int(is_image.sum()) != count:
             raise VesselError(
                 f"the prompt holds {int(is_image.sum())} image tokens but the vision encoder made {count} features of "
-                f"{len(seen)} tiles; build prompts with vessel.data.prompt and the network's own views"
+                f"{len(tile_features)} tiles; build prompts with vessel.data.prompt and the network's own views"
             )
         if regions is not None:
             features = _with_regions(features, is_image.sum(1).tolist(), regions)
         is_image = is_image.to(embeddings.device)
         return embeddings.masked_scatter(is_image[:, :, None], features.to(embeddings))
 
-    def language_states(self, batch: Batch) -> Tensor:
+    def hidden_states(self, batch: Batch) -> Tensor:
         """Last hidden states after the final norm, [B, L, d]."""
         return self.mllm.model.language_model(
-            inputs_embeds=self.embed(batch.input_ids, self.seen(batch), batch.regions),
+            inputs_embeds=self.embed(batch.input_ids, self.tile_features(batch), batch.regions),
             attention_mask=batch.attention_mask.to(_device(self.mllm.get_input_embeddings())),
             use_cache=False,
         ).last_hidden_state
 
-    def pyramid(self, frames: Tensor) -> Pyramid:
+    def encode_frame(self, frames: Tensor) -> FeaturePyramid:
         """Encode frames uint8 [B, 3, S, S] by SAM2's image encoder."""
         here = self.grounding.no_mem_embed
-        return self.grounding.pyramid(normalise(frames.to(here.device)).to(here.dtype))
+        return self.grounding.encode_frame(normalise(frames.to(here.device)).to(here.dtype))
 
-    def masks(self, pyramid: Pyramid, seg_states: Tensor, seg_to_image: Tensor) -> Tensor:
+    def decode_masks(self, pyramid: FeaturePyramid, seg_states: Tensor, seg_to_image: Tensor) -> Tensor:
         """Mask logits float32 [N, S/4, S/4] of B frames, by states [N, d] of images int64 [N]."""
         here = self.grounding.no_mem_embed.device
         prompts = self.text_hidden_fcs(seg_states.to(_device(self.text_hidden_fcs))).to(here)
         features = self.grounding.features(pyramid)
         return best_candidate(*self.grounding.decode(features.of(seg_to_image.to(here)), prompts))
 
-    def seen(self, batch: Batch) -> Tensor:
-        """`see` of a batch, as far as its features are not known: [sum of T, P, v]."""
+    def tile_features(self, batch: Batch) -> Tensor:
+        """Encode the tiles of a batch, but for features that it brings: [sum of T, P, v]."""
         if batch.features is None:
-            return self.see(batch.tiles)
+            return self.encode_tiles(batch.tiles)
         tower = self.mllm.model.vision_tower
         tiles = (batch.input_ids == self.tokens.image).sum(1) // self.mllm.config.image_seq_length
         unknown = [int(n) for n, known in zip(tiles, batch.features, strict=True) if known is None]
-        fresh = iter(self.see(batch.tiles).split(unknown) if unknown else ())
+        fresh = iter(self.encode_tiles(batch.tiles).split(unknown) if unknown else ())
         known_or_fresh = (
-            next(fresh) if known is None else known.seen.to(_device(tower), tower.dtype) for known in batch.features
+            next(fresh) if known is None else known.tile_features.to(_device(tower), tower.dtype)
+            for known in batch.features
         )
         return torch.cat(list(known_or_fresh))
 
-    def pyramids(self, batch: Batch) -> Pyramid:
-        """`pyramid` of a batch, as far as its features are not known."""
+    def frame_pyramid(self, batch: Batch) -> FeaturePyramid:
+        """Encode the frames of a batch, but for features that it brings."""
         if batch.features is None:
-            return self.pyramid(batch.frames)
+            return self.encode_frame(batch.frames)
         here = self.grounding.no_mem_embed
         fresh: Iterator[Iterable[Tensor]] = iter(())
         if len(batch.frames):
-            fresh = zip(*(level.split(1) for level in self.pyramid(batch.frames)), strict=True)
+            fresh = zip(*(level.split(1) for level in self.encode_frame(batch.frames)), strict=True)
         images = (
             next(fresh) if known is None else (level.to(here.device, here.dtype) for level in known.pyramid)
             for known in batch.features
         )
-        return Pyramid(*(torch.cat(levels) for levels in zip(*images, strict=True)))
+        return FeaturePyramid(*(torch.cat(levels) for levels in zip(*images, strict=True)))
 
     def emitted(self, output: Output) -> Tensor:
         """Mark where the language model itself would have chosen the `[SEG]` of the answer: bool [N]."""

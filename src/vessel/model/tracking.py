@@ -26,7 +26,7 @@ class Tracker:
 
     def __init__(self, grounding: Grounding, prompts: Tensor) -> None:
         self.grounding, self.prompts = grounding, prompts
-        self.frame = 0
+        self.frame_index = 0
         # keys and values as SAM2's own methods read them
         self.memory: dict[str, dict[int, dict[str, Any]]] = {"cond_frame_outputs": {}, "non_cond_frame_outputs": {}}
 
@@ -39,16 +39,16 @@ class Tracker:
         Returns:
             mask logits float32 [N, S/4, S/4].
         """
-        n, prompted = len(self.prompts), self.frame < PROMPTED_FRAMES
+        n, prompted = len(self.prompts), self.frame_index < PROMPTED_FRAMES
         features = features.of(torch.zeros(n, dtype=torch.int64, device=features.top.device))
-        seen = self.grounding.without_memory(features.top) if prompted else self._with_memory(features.top)
+        image = self.grounding.without_memory(features.top) if prompted else self._with_memory(features.top)
         masks, ious, tokens, appears = self.grounding.candidates(
-            seen, features.high, self.prompts if prompted else None
+            image, features.high, self.prompts if prompted else None
         )
         mask = best_candidate(masks, ious)
         remembered = self._encode(features.top, mask, appears) | {"obj_ptr": self._pointer(tokens, ious, appears)}
-        self.memory["cond_frame_outputs" if prompted else "non_cond_frame_outputs"][self.frame] = remembered
-        self.frame += 1
+        self.memory["cond_frame_outputs" if prompted else "non_cond_frame_outputs"][self.frame_index] = remembered
+        self.frame_index += 1
         self._forget()
         return mask
 
@@ -56,13 +56,13 @@ class Tracker:
         """Features [N, C, s, s] of this frame in the light of those remembered."""
         position = self.grounding.image_encoder.neck.position_encoding(top).to(top.dtype)
         return self.grounding._prepare_memory_conditioned_features(
-            frame_idx=self.frame,
+            frame_idx=self.frame_index,
             is_init_cond_frame=False,
             current_vision_feats=[_flat(top)],
             current_vision_pos_embeds=[_flat(position)],
             feat_sizes=[top.shape[-2:]],
             output_dict=self.memory,
-            num_frames=self.frame + 1,
+            num_frames=self.frame_index + 1,
         )
 
     def _encode(self, top: Tensor, mask: Tensor, appears: Tensor) -> dict[str, Any]:
@@ -86,9 +86,9 @@ class Tracker:
     def _forget(self) -> None:
         """Drop what no later frame can read."""
         recent = self.memory["non_cond_frame_outputs"]
-        recent.pop(self.frame - self.grounding.max_obj_ptrs_in_encoder, None)
-        if old := recent.get(self.frame - self.grounding.num_maskmem):
-            recent[self.frame - self.grounding.num_maskmem] = {"obj_ptr": old["obj_ptr"]}
+        recent.pop(self.frame_index - self.grounding.max_obj_ptrs_in_encoder, None)
+        if old := recent.get(self.frame_index - self.grounding.num_maskmem):
+            recent[self.frame_index - self.grounding.num_maskmem] = {"obj_ptr": old["obj_ptr"]}
 
 
 def _flat(features: Tensor) -> Tensor:

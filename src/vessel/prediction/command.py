@@ -133,7 +133,7 @@ def _workers(options: PredictOptions, images: int, predictor: Predictor, *, of: 
     if not SHARED_MEMORY.is_dir():
         return min(options.workers, images // IMAGES_A_WORKER)
     geometry, ahead = predictor.geometry, 2  # batches of a worker that wait, as the DataLoader has it
-    sample = 3 * (geometry.tile**2 * (geometry.max_tiles + 1) + geometry.frame**2)
+    sample = 3 * (geometry.tile_size**2 * (geometry.max_tiles + 1) + geometry.frame_size**2)
     batch = max(options.batch_size, 1 + len(predictor.augmented))
     # Of each of the processes: what is computed, and what waits to be written, still lies there too.
     free = shutil.disk_usage(SHARED_MEMORY).free // of - (2 * batch + WRITERS + 1) * sample

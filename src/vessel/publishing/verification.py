@@ -108,7 +108,7 @@ def _ask(restored: LoadedModel, sample: Sample, phrase: str) -> Said:
     ids, labels = prompt.conversation([question], [tokens], image_tokens)
     batch = collate([replace(sample, input_ids=ids, labels=labels)], prompt.token_ids.pad)
     with torch.inference_mode():
-        before = network.language_states(batch)[0, :-1][labels[1:] != IGNORED][: len(tokens)]
+        before = network.hidden_states(batch)[0, :-1][labels[1:] != IGNORED][: len(tokens)]
         logits = network.mllm.lm_head(before).float()
         logits[:, prompt.token_ids.image] = -torch.inf  # which no answer holds
     best, second = logits.topk(2).values.T

@@ -39,10 +39,19 @@ CLASSES = {
     "vessel.model.mllm.VisionSizes": "vessel.model.mllm.VisionConfig",
     "vessel.model.sa2va.Sizes": "vessel.model.sa2va.Sa2VAConfig",
 }
+# Keys of a class, by its name of today.
+KEYS = {
+    "vessel.model.baselines.UNetConfig": {"frame": "frame_size"},
+    "vessel.model.grounding.GroundingConfig": {"frame": "frame_size"},
+    "vessel.model.mllm.VisionConfig": {"tile": "tile_size"},
+}
 # Options of the commands, by command: a key, its sub-keys included, or one of its values.
 OPTIONS: dict[str, dict[str, str]] = {
     "train": {
         "checkpointing": "activation_checkpointing",
+        "model.frame": "model.frame_size",
+        "model.grounding.frame": "model.grounding.frame_size",
+        "model.vision.tile": "model.vision.tile_size",
         "objective": "loss",
         "sweep=optuna": "sweeper=optuna",
         "sweep=slurm": "launcher=slurm",
@@ -97,6 +106,8 @@ def present_option(option: str, command: str) -> str:
     sign, key, value = _OPTION.fullmatch(option).groups()  # type: ignore[union-attr]  # which matches any text
     names = OPTIONS.get(command, {})
     head, dot, rest = key.partition(".")
+    if key in names:
+        return f"{sign}{names[key]}{value}"
     if head in names:
         return f"{sign}{names[head]}{dot}{rest}{value}"
     choices = [names.get(f"{key}={choice}", "").partition("=") for choice in value.removeprefix("=").split(",")]
@@ -149,9 +160,11 @@ def _present_augmentation(node: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _present_classes(node: Any) -> Any:
     if isinstance(node, Mapping):
+        target = node.get("_target_")
+        target = CLASSES.get(target, target) if isinstance(target, str) else target
+        keys = KEYS.get(target, {}) if isinstance(target, str) else {}
         return {
-            key: CLASSES.get(child, child) if key == "_target_" else _present_classes(child)
-            for key, child in node.items()
+            keys.get(key, key): target if key == "_target_" else _present_classes(child) for key, child in node.items()
         }
     if isinstance(node, list | tuple):
         return [_present_classes(child) for child in node]

@@ -42,6 +42,9 @@ def check(config: DictConfig) -> None:
             f"; {key} is now called {OPTIONS['train'][key]}" for key in unknown if key in OPTIONS["train"]
         )
         raise VesselError(f"unknown configuration key(s) {unknown}{renamed}; the known ones are {sorted(ROOT_KEYS)}")
+    for key, name in OPTIONS["train"].items():
+        if "." in key and OmegaConf.select(config, key) is not None:
+            raise VesselError(f"unknown configuration key {key}; {key} is now called {name}")
     missing = sorted(OmegaConf.missing_keys(config))
     if missing and not config.plan:  # which needs no data
         raise VesselError(

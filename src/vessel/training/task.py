@@ -133,7 +133,7 @@ class VesselTask(LightningModule):
         assert self.network is not None
         assert batch.masks is not None
         output = self.network(batch)
-        losses = dict(self.loss_function(output.mask_logits, batch.masks, self.network.frame))
+        losses = dict(self.loss_function(output.mask_logits, batch.masks, self.network.frame_size))
         losses["lm_loss"] = self.loss_function.lm_weight * lm_loss(output.lm_logits, output.lm_targets)
         loss = torch.stack(list(losses.values())).sum()
         if not len(output.lm_targets):

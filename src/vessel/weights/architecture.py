@@ -160,7 +160,7 @@ def _vision(config: Config, shapes: Shapes) -> VisionConfig:
     _require(part, {"layer_norm_eps": VISION_EPS})
     norm: Norm = "layer_norm" if f"{_VIT_LAYER}layernorm_before.bias" in shapes else "rms_norm"
     return VisionConfig(
-        tile=_side(config.get("force_image_size") or part["image_size"]),
+        tile_size=_side(config.get("force_image_size") or part["image_size"]),
         patch=_side(part["patch_size"]),
         width=part["hidden_size"],
         layers=part["num_hidden_layers"],

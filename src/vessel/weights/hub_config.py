@@ -35,7 +35,7 @@ def public_config(sizes: Sa2VAConfig, tokens: TokenIds, *, template: str, dtype:
         "auto_map": {"AutoConfig": _CONFIG, "AutoModel": _MODEL, "AutoModelForCausalLM": _MODEL},
         "template": template,
         "hidden_size": sizes.language.width,
-        "force_image_size": sizes.vision.tile,
+        "force_image_size": sizes.vision.tile_size,
         "downsample_ratio": 0.5,
         "ps_version": "v2",
         "select_layer": -1,
@@ -62,13 +62,13 @@ def native_config(sizes: Sa2VAConfig, tokens: TokenIds, *, template: str, dtype:
 def limits_of_public_code(sizes: Sa2VAConfig) -> list[str]:
     """List in sentences what the public code fixes and this network has otherwise; none for a public network."""
     limits = []
-    if (sizes.vision.tile, sizes.max_tiles) != (_PUBLIC_TILE, _PUBLIC_TILES):
+    if (sizes.vision.tile_size, sizes.max_tiles) != (_PUBLIC_TILE, _PUBLIC_TILES):
         limits.append(
             f"The public code cuts an image into {_PUBLIC_TILES} tiles of {_PUBLIC_TILE} pixels at most, whatever "
-            f"config.json says; this network knows {sizes.max_tiles} of {sizes.vision.tile}."
+            f"config.json says; this network knows {sizes.max_tiles} of {sizes.vision.tile_size}."
         )
     large, own = GroundingConfig(), sizes.grounding
-    if (own.frame, own.embed_dim, tuple(own.stages)) != (large.frame, large.embed_dim, tuple(large.stages)):
+    if (own.frame_size, own.embed_dim, tuple(own.stages)) != (large.frame_size, large.embed_dim, tuple(large.stages)):
         limits.append("The public code builds the large SAM2 only, and this network has another.")
     return limits
 
@@ -105,7 +105,7 @@ def _vision_config(sizes: VisionConfig) -> dict[str, Any]:
         "num_attention_heads": sizes.heads,
         "num_hidden_layers": sizes.layers,
         "num_channels": 3,
-        "image_size": sizes.tile,
+        "image_size": sizes.tile_size,
         "patch_size": sizes.patch,
         "layer_norm_eps": VISION_EPS,
         "norm_type": sizes.norm,

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vessel.errors import VesselError
 from vessel.files import read_json
+from vessel.runs.old_names import present_config
 from vessel.weights.adapters import alpha_ratio
 from vessel.weights.architecture import language_family
 from vessel.weights.entry import Weights
@@ -89,8 +90,8 @@ class WeightSource:
             VesselError: its manifest has none.
         """
         try:
-            found: Mapping[str, Any] = self.files.beside["vessel"]["config"][part]
-        except (KeyError, TypeError) as error:
+            found: Mapping[str, Any] = present_config(self.files.beside["vessel"]["config"])[part]
+        except (AttributeError, KeyError, TypeError) as error:
             raise VesselError(f"{self.path}: its manifest has no config.{part}; copy the checkpoint again") from error
         return found
 
