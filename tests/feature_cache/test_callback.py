@@ -63,7 +63,7 @@ def without(train_tiny, tmp_path_factory):
 def encodings(monkeypatch):
     """Count the runs of each encoder in this process."""
     counted: Counter[str] = Counter()
-    own = {name: getattr(Sa2VA, name) for name in ("see", "pyramid")}
+    own = {name: getattr(Sa2VA, name) for name in ("encode_tiles", "encode_frame")}
     for name in own:
 
         def call(self, images, *, name=name):
@@ -84,13 +84,13 @@ def test_losses_and_weights_are_those_without_a_cache(train_tiny, without, tmp_p
     assert any("feature cache: 16 images of 0.0451 MB, 0.721 MB in all, 0.721" in line for line in caplog.messages)
     assert sum("was damaged and is removed" in line for line in caplog.messages) == IMAGES / 2
     # One to measure; all; the damaged ones in their steps; and again for the next epoch.
-    assert encodings["see"] == encodings["pyramid"] == 1 + IMAGES + IMAGES / 2 + IMAGES / 2
+    assert encodings["encode_tiles"] == encodings["encode_frame"] == 1 + IMAGES + IMAGES / 2 + IMAGES / 2
 
     encodings.clear()
     caplog.clear()
     train_tiny(tmp_path / "second", *FROZEN, *cache, "data.workers=1")
     require_same(tmp_path / "second", without)
-    assert encodings["see"] == encodings["pyramid"] == 1
+    assert encodings["encode_tiles"] == encodings["encode_frame"] == 1
     assert any("0.721 MB in all, 0 MB to be computed" in line for line in caplog.messages)
     panels = [sorted(path.name for path in (run / "panels").iterdir()) for run in (tmp_path / "second", without)]
     assert panels[0] == panels[1] != []
@@ -104,7 +104,7 @@ def test_endless_augmentation_is_told_and_validation_kept(train_tiny, tmp_path, 
     train_tiny(tmp_path / "run", *options, "cache=features", f"cache.root={tmp_path}/cache")
     assert any("data/augmentation=quarter_turns would let them be kept" in line for line in caplog.messages)
     assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == 4
-    assert encodings["see"] == 1 + 4 + 2
+    assert encodings["encode_tiles"] == 1 + 4 + 2
 
 
 def test_encoders_that_train_and_too_little_room_are_refused(train_tiny, tmp_path):

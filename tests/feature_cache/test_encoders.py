@@ -30,8 +30,8 @@ def picture(seed: int, tiles: int) -> Picture:
 def test_pictures_are_encoded_together_as_alone(network):
     pictures = [picture(0, 1), picture(1, 3), picture(2, 2)]
     for one, features in zip(pictures, encoded(network, pictures), strict=True):
-        seen, pyramid = network.encode_tiles(one.tiles), network.encode_frame(one.frame[None])
-        for found, expected in zip((features.tile_features, *features.pyramid), (seen, *pyramid), strict=True):
+        tile_features, pyramid = network.encode_tiles(one.tiles), network.encode_frame(one.frame[None])
+        for found, expected in zip((features.tile_features, *features.pyramid), (tile_features, *pyramid), strict=True):
             torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
             assert not found.requires_grad
 
