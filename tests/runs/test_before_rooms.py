@@ -13,7 +13,7 @@ from hydra.utils import get_class
 from PIL import Image
 from tests.launching import command
 
-from vessel.runs.old_names import CLASSES
+from vessel.runs.old_names import CLASSES, present_option
 
 RECORDED = Path(__file__).parent / "before_rooms"
 EXPECTED = json.loads((RECORDED / "expected.json").read_text(encoding="utf-8"))
@@ -107,9 +107,7 @@ def test_moved_classes_and_renamed_options_are_not_other_settings(study, vessel)
     content["vessel"]["config"]["data"]["root"] = str(study / "data")
     torch.save(content, checkpoint)
     typed = yaml.safe_load((study / RUN / ".hydra/overrides.yaml").read_text(encoding="utf-8"))
-    renamed = {"objective": "loss", "objective.points": "loss.points", "checkpointing": "activation_checkpointing"}
-    options = [f"{renamed.get(key, key)}{equals}{value}" for key, equals, value in (o.partition("=") for o in typed)]
-    options = [option for option in options if not option.startswith("trainer.max_steps=")]
+    options = [present_option(word, "train") for word in typed if not word.startswith("trainer.max_steps=")]
     printed = vessel("train", *options, "trainer.max_steps=6", "resume=auto")
     assert f"resume=auto: goes on in {RUN}" in printed
     assert losses(study) == EXPECTED["resumed_losses"]
