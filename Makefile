@@ -25,14 +25,14 @@ format: setup ## put the code into its form and mend what ruff can mend
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-check: setup ## lint, form, types and the direction of imports
+check: setup ## lint, form, types, the direction of imports and the pins of constraints.txt
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/pytest tests/test_layers.py
+	$(BIN)/pytest tests/test_layers.py tests/test_lock.py
 
-test: setup ## all tests, unit and end to end; make test only=tests/test_sweep.py for some
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 $(only)
+test: setup ## all tests and the ten slowest; make test only=tests/test_sweep.py for some
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --durations=10 $(only)
 
 test-faults: setup ## kill training fifty times at random moments and see it go on, about 20 minutes
 	$(BIN)/python -m tests.faults
