@@ -1,8 +1,8 @@
 """python -m bench.metrics: milliseconds of each metric on masks of 512x512, and of scoring many in two processes.
 
-The truth is painted angiograms (`tree`) and OCT frames (`oct`); predictions are made of it by blur and noise.
-`python -m bench.metrics 1000` scores so many masks, half of each kind; 100 is the default. Each process scores on one
-thread. Writes outputs/bench/metrics.json and a table.
+Ground truth is synthetic angiograms (`tree`) and OCT frames (`oct`); predictions are made of it by blur and noise.
+`python -m bench.metrics 1000` scores so many masks, half of each kind, 100 by default; a second number is their side.
+Each process scores on one thread. Writes outputs/bench/metrics.json and a table.
 """
 
 from __future__ import annotations
@@ -36,21 +36,22 @@ PROCESSES = 2
 Triple = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
-def main(masks: str = "100") -> None:
+def main(masks: str = "100", side: str = str(SIDE)) -> None:
     """Measure, print and write.
 
     Args:
         masks: how many are scored in the two processes.
+        side: of each mask, pixels.
     """
     torch.set_num_threads(1)
-    painted = {kind: paint(kind) for kind in KINDS}
-    parts = {kind: measure(triples) for kind, triples in painted.items()}
-    alternating = [triple for pair in zip(*painted.values(), strict=True) for triple in pair]
+    drawn = {kind: draw(kind, int(side)) for kind in KINDS}
+    parts = {kind: measure(triples) for kind, triples in drawn.items()}
+    alternating = [triple for pair in zip(*drawn.values(), strict=True) for triple in pair]
     seconds = score_many(alternating, int(masks))
     OUT.mkdir(parents=True, exist_ok=True)
-    found = {"side": SIDE, "milliseconds": parts, "masks": int(masks), "processes": PROCESSES, "seconds": seconds}
+    found = {"side": int(side), "milliseconds": parts, "masks": int(masks), "processes": PROCESSES, "seconds": seconds}
     (OUT / "metrics.json").write_text(json.dumps(found, indent=1) + "\n")
-    table = Table("metric", *(f"{kind}, ms" for kind in parts), title=f"median, one mask of {SIDE}x{SIDE}, one thread")
+    table = Table("metric", *(f"{kind}, ms" for kind in parts), title=f"median, one mask of {side}x{side}, one thread")
     for name in parts[KINDS[0]]:
         table.add_row(name, *(f"{parts[kind][name]:.1f}" for kind in parts))
     Console().print(table)
@@ -58,14 +59,14 @@ def main(masks: str = "100") -> None:
     print(f"bench: {OUT / 'metrics.json'}")
 
 
-def paint(kind: str, count: int = 8) -> list[Triple]:
+def draw(kind: str, side: int, count: int = 8) -> list[Triple]:
     """Probabilities, predictions and truths of `count` frames."""
     rng = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / kind
-        write_source(folder, kind=kind, patients=count, frames=1, size=SIDE)
+        write_source(folder, kind=kind, patients=count, frames=1, size=side)
         files = sorted((folder / "masks").rglob("*.png"))
-        truths = [read_mask(file, (SIDE, SIDE)) for file in files[:: len(files) // count][:count]]  # of all phrases
+        truths = [read_mask(file, (side, side)) for file in files[:: len(files) // count][:count]]  # of all phrases
     triples = []
     for true in truths:
         noise = gaussian_filter(rng.standard_normal(true.shape), 3)

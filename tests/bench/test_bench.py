@@ -21,7 +21,7 @@ def run(folder, *arguments):
 
 
 def test_the_bench_of_the_metrics_writes_what_it_measured(tmp_path):
-    done = run(tmp_path, "bench.metrics", "3")
+    done = run(tmp_path, "bench.metrics", "3", "96")
     found = json.loads((tmp_path / "outputs/bench/metrics.json").read_text())
     assert f"3 masks in 2 processes: {found['seconds']:.1f} s" in done.stdout
     assert found["milliseconds"].keys() == {"oct", "tree"}
