@@ -143,7 +143,7 @@ def saying(monkeypatch):
 
         restored = load_model(ckpt)
         scripted(restored.network, *(restored.prompt.tokenizer(text).input_ids for text in words))
-        monkeypatch.setattr("vessel.prediction.command.restore", lambda *_, **__: restored)
+        monkeypatch.setattr("vessel.prediction.command.load_model", lambda *_, **__: restored)
 
     return say
 
@@ -236,7 +236,7 @@ def test_the_user_overrules_validation_and_results_say_so(searched):
 def test_views_that_validation_chose_are_left_away_where_the_network_speaks(searched):
     _, run_it = searched
     results = run_it(decode="generate")
-    assert results["decision"]["views"] == []
+    assert results["decision"]["tta"] == []
     assert "decode=generate uses the image alone" in results["decision_source"]
     with pytest.raises(VesselError, match="tta= with decode=generate"):
         run_it(decode="generate", tta=["flip_lr"])

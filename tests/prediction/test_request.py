@@ -23,7 +23,7 @@ def here(tmp_path):
         ((*FREE[:2], "out=old"), "overwrite=true"),
         ((*FREE[:2], "out=scans/.."), "holds more than results"),
         (("ckpt=nowhere", "images=scan", "out=free"), "images=scan: no such file or folder"),
-        ((*FREE, "decode=greedy"), "choose one of forced, generate"),
+        ((*FREE, "decode=greedy"), "decode=greedy: must be one of forced, generate"),
         ((*FREE, "question=What?"), "decode=generate"),
     ],
 )

@@ -17,6 +17,7 @@ from tests.launching import command
 
 from vessel.checkpoints.reading import find_checkpoint
 from vessel.errors import VesselError
+from vessel.files import readable
 from vessel.inference.loading import load_model
 from vessel.inference.options import LoadSettings
 from vessel.publishing import folder as folder_module
@@ -114,7 +115,7 @@ def test_guard_W6_every_layout_draws_and_speaks_as_the_network_with_its_adapters
 ):
     made = export(asked(lora_run, out, layout=layout, dtype=dtype, to_pth=layout == "native"))
     told = capsys.readouterr().out
-    assert f"GB as {dtype}" in told
+    assert f"MB as {dtype}" in told
     assert "of mask pixels equal" in told
     assert "answers equal" in told
     files = sorted(made.glob("*.safetensors"))
@@ -339,7 +340,7 @@ def test_guard_W9_too_small_a_disk_is_seen_before(tiny_run, exported, out, tmp_p
     free = 10**8 + size + size // 2  # for the folder, and not for the training file as well
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9 - free, free))
     monkeypatch.setattr(sys, "executable", "/bin/false")
-    with pytest.raises(VesselError, match=r"needs 0\.11 GB and 0\.10 GB are free.*bf16"):
+    with pytest.raises(VesselError, match=r"take 105\.\d MB and 104\.\d MB are free.*bf16"):
         export(asked(tiny_run, out, to_pth=True))
     with pytest.raises(VesselError, match="fresh process"):  # far behind the look at the disk
         export(asked(tiny_run, out))
@@ -360,7 +361,7 @@ def test_guard_W8_the_size_is_printed_and_bf16_is_the_default(tiny_run, exported
     whole = sum(tensor.nbytes for tensor in load_file(exported / "model.safetensors").values())
     made = export(asked(tiny_run, tmp_path / "made", dtype=_configuration("export", ["ckpt=", "out="]).dtype))
     assert sum(tensor.nbytes for tensor in load_file(made / "model.safetensors").values()) == whole // 2
-    assert f"weights: {whole / 2e9:.3f} GB as bf16" in capsys.readouterr().out
+    assert f"weights: {readable(whole / 2)} as bf16" in capsys.readouterr().out
 
 
 def test_guard_W11_an_export_that_does_not_load_in_a_fresh_process_leaves_nothing(tiny_run, out, tmp_path, monkeypatch):
