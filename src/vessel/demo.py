@@ -54,7 +54,7 @@ def _print_products(home: Path) -> None:
         "data set, with a contact sheet of its masks": "data/contact_sheet.png",
         "run: numbers": "train/metrics.jsonl",
         "run: checkpoints": "train/checkpoints",
-        "run: panels of image, truth and prediction": "train/panels",
+        "run: panels of image, ground truth and prediction": "train/panels",
         "run: threshold sweep": "train/threshold_sweep",
         "report of the unseen patients": "evaluation/report.html",
         "its numbers": "evaluation/metrics.json",
