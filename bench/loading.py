@@ -82,7 +82,7 @@ def measure(root: Path, frames: list[Frame], phrases: tuple[str, ...], *, rounds
     with initialize_config_dir(CONF, version_base="1.3"):
         augmentation = instantiate(compose("train").data.augmentation, _convert_="all")
     dataset = VesselDataset(
-        root, frames, phrases=phrases, prompt=prompt, geometry=VIEWS, augmentation=augmentation, varied=True
+        root, frames, phrases=phrases, prompt=prompt, geometry=VIEWS, augmentation=augmentation, vary_templates=True
     )
     samples = [dataset[position] for position in range(BATCH)]  # what stays known is known from here on
     image, masks = PreparedImages().read(root / frame.image, frame.sha256), samples[0].masks

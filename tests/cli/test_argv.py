@@ -16,7 +16,7 @@ from tests.launching import command
 
 from vessel.cli.argv import settle
 from vessel.errors import VesselError
-from vessel.paths import option, quoted
+from vessel.paths import hydra_option, hydra_quoted
 from vessel.processes.ranks import Rank, agree_on_stamp
 
 GIVEN = ("experiment=tiny", "data.root=data", "name=night")
@@ -201,7 +201,7 @@ def test_a_named_run_has_its_config_dir_with_it(settled, tmp_path):
 def test_a_job_of_a_sweep_goes_on_when_it_is_named(settled, tmp_path):
     command("vessel.train", "-m", *GIVEN, "lora.r=0,8", "trainer.num_nodes=2")
     [run] = tmp_path.glob("outputs/night/sweep_*/1")
-    added = settled(option("resume", run))
+    added = settled(hydra_option("resume", run))
     assert set(added) == {*GIVEN, "lora.r=8", "trainer.num_nodes=2", f"hydra.run.dir='{os.path.relpath(run)}'", KEPT}
 
 
@@ -261,10 +261,10 @@ def test_ranks_of_torchrun_agree_by_the_store_of_its_agent(monkeypatch):
 
 @pytest.mark.parametrize("name", ["plain/run", "with blank, comma=equals", "it's", "back\\slash"])
 def test_any_folder_can_be_given_to_hydra(name):
-    [override] = OverridesParser.create().parse_overrides([f"hydra.run.dir={quoted(Path(name))}"])
+    [override] = OverridesParser.create().parse_overrides([f"hydra.run.dir={hydra_quoted(Path(name))}"])
     value = override.value()
     assert getattr(value, "text", value) == name
-    [typed] = shlex.split(option("resume", Path(name)))
+    [typed] = shlex.split(hydra_option("resume", Path(name)))
     [override] = OverridesParser.create().parse_overrides([typed])
     value = override.value()
     assert getattr(value, "text", value) == name

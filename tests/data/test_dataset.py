@@ -73,7 +73,7 @@ def test_only_training_varies(make_module, random_augmentation):
 
 
 def test_an_index_gives_the_same_sample_in_any_process(make_dataset, random_augmentation):
-    one, two = (make_dataset(augmentation=random_augmentation(), varied=True, seed=3) for _ in range(2))
+    one, two = (make_dataset(augmentation=random_augmentation(), vary_templates=True, seed=3) for _ in range(2))
     list(map(two.__getitem__, range(3)))  # what was loaded before does not matter
     assert torch.equal(one[7].frame, two[7].frame)
     assert torch.equal(one[7].masks, two[7].masks)
@@ -113,11 +113,11 @@ def test_phrases_are_normalised_and_unknown_ones_refused(make_module):
 def test_what_an_image_can_look_like_is_known_without_endless_changes(make_dataset, random_augmentation):
     turned = make_dataset(augmentation=QuarterTurns(), seed=1)
     assert turned.is_finite
-    looks = [torch.from_numpy(look).permute(2, 0, 1) for look in turned.looks(3)]
+    variants = [torch.from_numpy(variant).permute(2, 0, 1) for variant in turned.image_variants(3)]
     served = [turned[3 + epoch * len(turned)].frame for epoch in range(30)]  # 64 px as it is
-    assert all(any(torch.equal(one, look) for look in looks) for one in served)
-    assert all(any(torch.equal(one, look) for one in served) for look in looks)
+    assert all(any(torch.equal(one, variant) for variant in variants) for one in served)
+    assert all(any(torch.equal(one, variant) for one in served) for variant in variants)
     plain = make_dataset()
     assert plain.is_finite
-    assert torch.equal(torch.from_numpy(plain.looks(3)[0]).permute(2, 0, 1), plain[3].frame)
+    assert torch.equal(torch.from_numpy(plain.image_variants(3)[0]).permute(2, 0, 1), plain[3].frame)
     assert not make_dataset(augmentation=random_augmentation()).is_finite

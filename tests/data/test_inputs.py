@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vessel.data.inputs import asked_phrases, find_images
+from vessel.data.inputs import find_images, requested_phrases
 from vessel.errors import VesselError
 
 
@@ -66,18 +66,18 @@ def test_a_split_belongs_to_a_data_set(scans):
 
 
 def test_phrases_are_normalised_and_asked_once(prompt):
-    assert asked_phrases(None, ("lumen",), prompt) == ("lumen",)
-    assert asked_phrases("Fibrous_cap.", (), prompt) == ("fibrous cap",)
-    assert asked_phrases(["Lumen", "lumen ", "side branch"], (), prompt) == ("lumen", "side branch")
+    assert requested_phrases(None, ("lumen",), prompt) == ("lumen",)
+    assert requested_phrases("Fibrous_cap.", (), prompt) == ("fibrous cap",)
+    assert requested_phrases(["Lumen", "lumen ", "side branch"], (), prompt) == ("lumen", "side branch")
 
 
 @pytest.mark.parametrize("phrase", ["<image>\nlumen", "lumen [SEG]", "the [seg] lumen", "<IMG_CONTEXT>", "a<|im_end|>"])
 def test_guard_I2_users_give_a_phrase_and_never_tokens(prompt, phrase):
     with pytest.raises(VesselError, match=r"name the thing alone"):
-        asked_phrases([phrase], (), prompt)
+        requested_phrases([phrase], (), prompt)
 
 
 @pytest.mark.parametrize("phrases", [[], "", [" ."]])
 def test_a_phrase_has_words(prompt, phrases):
     with pytest.raises(VesselError, match="phrases"):
-        asked_phrases(phrases, (), prompt)
+        requested_phrases(phrases, (), prompt)

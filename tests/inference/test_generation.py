@@ -17,7 +17,7 @@ from vessel.data.prompt import QUESTIONS, Prompt
 from vessel.data.questions import question_sample
 from vessel.inference.generation import Conversations, converse
 from vessel.inference.predictor import Predictor
-from vessel.inference.samples import asking
+from vessel.inference.samples import question_sample_loader
 
 
 def answer_to(network, prompt, sample, **options):
@@ -227,7 +227,9 @@ def answered(golden, name):
     file = golden.folder / f"images/{name}.png"
     target = InputImage(name, file, file.name)
     predictor = Predictor(golden.restored, device="cpu", decode="generate")
-    [answer] = predictor.predict([target], asking([target], golden.cases[name]["text"], golden.restored))
+    [answer] = predictor.predict(
+        [target], question_sample_loader([target], golden.cases[name]["text"], golden.restored)
+    )
     assert answer.answers == (golden.cases[name]["prediction"],) == ("[SEG]<|im_end|>",)
     return answer
 

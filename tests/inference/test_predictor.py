@@ -20,7 +20,7 @@ from vessel.inference.loading import load_model
 from vessel.inference.options import choose_device
 from vessel.inference.predictor import Failure, Predictor
 from vessel.inference.results import Prediction
-from vessel.inference.samples import asking, without_truth
+from vessel.inference.samples import phrase_sample_loader, question_sample_loader
 from vessel.losses import lm_loss
 
 pytestmark = pytest.mark.slow  # the run that is restored takes seconds
@@ -46,7 +46,7 @@ def scans(tmp_path):
 def ask(restored, scans, *, batch_size=2, workers=0, **options):
     targets = find_images(str(scans))
     predictor = Predictor(restored, device="cpu", **options)
-    load = without_truth(targets, PHRASES, restored)
+    load = phrase_sample_loader(targets, PHRASES, restored)
     return list(predictor.predict(targets, load, batch_size=batch_size, workers=workers))
 
 
@@ -197,7 +197,7 @@ def test_an_image_is_encoded_once_whatever_the_phrases(restored, scans, decode):
     targets = [target for target in find_images(str(scans)) if target.id != "scan 2"]
     predictor = Predictor(restored, device="cpu", decode=decode)
     for phrases in (PHRASES, (*PHRASES, "cap", "wire")):
-        answers = list(predictor.predict(targets, without_truth(targets, phrases, restored), batch_size=3))
+        answers = list(predictor.predict(targets, phrase_sample_loader(targets, phrases, restored), batch_size=3))
         assert [len(answer.probabilities) for answer in answers] == [len(phrases)] * 4
     assert seen == drawn == [3, 1] * 2
 
@@ -211,7 +211,7 @@ def test_a_gpu_draws_what_the_cpu_draws(restored, scans, decode):
     maps = []
     for device in ("cpu", "cuda"):
         predictor = Predictor(restored, device=device, decode=decode)
-        answers = list(predictor.predict(targets, without_truth(targets, PHRASES, restored), batch_size=2))
+        answers = list(predictor.predict(targets, phrase_sample_loader(targets, PHRASES, restored), batch_size=2))
         maps.append([torch.stack(answer.probabilities) for answer in answers if isinstance(answer, Prediction)])
     assert len(maps[0]) == 4
     assert all(torch.allclose(a, b, atol=0.05) for a, b in zip(*maps, strict=True))  # bf16
@@ -245,7 +245,9 @@ def ask_freely(restored, scans, question, answers, *, regions=None):
     hook = scripted(restored.network, *(restored.prompt.tokenizer(answer).input_ids for answer in answers))
     targets = [target for target in find_images(str(scans)) if target.id != "scan 2"][: len(answers)]
     predictor = Predictor(restored, device="cpu", decode="generate")
-    found = list(predictor.predict(targets, asking(targets, question, restored, regions=regions), batch_size=4))
+    found = list(
+        predictor.predict(targets, question_sample_loader(targets, question, restored, regions=regions), batch_size=4)
+    )
     hook.remove()
     return found
 

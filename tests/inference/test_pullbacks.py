@@ -22,7 +22,7 @@ from vessel.errors import VesselError
 from vessel.inference import pullbacks as pullback_module
 from vessel.inference.loading import load_model
 from vessel.inference.predictor import Failure, Predictor
-from vessel.inference.pullbacks import Pullback, find_pullbacks, follow
+from vessel.inference.pullbacks import Pullback, find_pullbacks, segment_pullback
 from vessel.inference.results import Prediction
 from vessel.model.network import normalise
 from vessel.model.tracking import Tracker
@@ -113,7 +113,7 @@ def test_golden_pullback_from_images_to_masks(golden_network, monkeypatch, name,
     files = [golden.folder / f"images/pullback_{i}.png" for i in range(7)]
     series = Pullback(".", tuple(InputImage(file.stem, file, file.name) for file in files), None)
     assert QUESTIONS[0].format(phrase="lumen") == "Please segment the lumen in this image."
-    frames = list(follow(predictor, series, ["lumen"]))
+    frames = list(segment_pullback(predictor, series, ["lumen"]))
     assert {frame.answers for frame in frames} == {("[SEG]<|im_end|>" if decode == "generate" else "[SEG]",)}
     assert all(frame.emitted == (True,) for frame in frames)
     assert torch.allclose(heard["p"], golden.tensors["pullback.seg_embedding"], rtol=1e-4, atol=1e-5)
@@ -132,7 +132,7 @@ def embeddings(predictor, ids, tiles):
 @pytest.mark.slow
 def test_masks_are_those_of_one_conversation_and_one_memory(predictor, tmp_path):
     [series] = found(paint(tmp_path, 9))
-    answers = list(follow(predictor, series, PHRASES))
+    answers = list(segment_pullback(predictor, series, PHRASES))
     images = [np.asarray(Image.open(target.file)) for target in series.frames]
     network, prompt, geometry = predictor.network, predictor.prompt, predictor.geometry
     questions = [QUESTIONS[0].format(phrase=phrase) for phrase in PHRASES]
@@ -165,7 +165,7 @@ def test_frames_are_read_as_they_are_needed_and_let_go(predictor, tmp_path, monk
     real = pullback_module.read_rgb
     monkeypatch.setattr(pullback_module, "read_rgb", reading)
     counts = []
-    for answer in follow(predictor, series, PHRASES):
+    for answer in segment_pullback(predictor, series, PHRASES):
         counts.append((len(read), len(alive)))
         del answer
     assert [n for n, _ in counts] == [5] * 5 + list(range(6, 31))
@@ -236,7 +236,7 @@ def test_guard_I7_out_of_memory_fails_the_pullback(predictor, tmp_path):
 
     [series] = found(paint(tmp_path, 7))
     predictor.network.grounding.memory_attention.register_forward_pre_hook(no_memory)
-    *good, last = follow(predictor, series, PHRASES)
+    *good, last = segment_pullback(predictor, series, PHRASES)
     assert all(isinstance(answer, Prediction) for answer in good)
     assert len(good) == 5  # the prompted frames need no memory
     assert last == Failure(".", "frame_0.png … frame_6.png", "out of memory on cpu")
@@ -247,7 +247,7 @@ def test_guard_I1_values_that_are_not_finite_fail_the_pullback(predictor, tmp_pa
     [series] = found(paint(tmp_path, 3))
     with torch.no_grad():
         predictor.network.text_hidden_fcs[0].bias[0] = float("nan")
-    [failure] = follow(predictor, series, PHRASES)
+    [failure] = segment_pullback(predictor, series, PHRASES)
     assert "not finite" in failure.reason
 
 
@@ -258,7 +258,7 @@ def test_other_errors_are_not_swallowed(predictor, tmp_path):
 
     predictor.network.grounding.memory_encoder.register_forward_pre_hook(broken)
     with pytest.raises(RuntimeError, match="a defect"):
-        list(follow(predictor, found(paint(tmp_path, 2))[0], PHRASES))
+        list(segment_pullback(predictor, found(paint(tmp_path, 2))[0], PHRASES))
 
 
 @pytest.mark.slow
@@ -266,7 +266,7 @@ def test_the_network_may_answer_itself(tiny_run, tmp_path):
     """Four steps teach nobody to speak: what is checked is that masks belong to the `[SEG]` that were said."""
     [series] = found(paint(tmp_path, 6))
     predictor = Predictor(load_model(str(tiny_run)), device="cpu", decode="generate", max_new_tokens=12)
-    asked = list(follow(predictor, series, PHRASES))
+    asked = list(segment_pullback(predictor, series, PHRASES))
     assert len(asked) == 6
     for answer in asked:
         for text, probability in zip(answer.answers, answer.probabilities, strict=True):
@@ -281,7 +281,7 @@ def test_of_an_answer_the_first_seg_is_followed(predictor, tmp_path, monkeypatch
     monkeypatch.setattr(pullback_module, "Tracker", lambda grounding, p: heard.update(p=p) or Tracker(grounding, p))
     heard = {}
     predictor.decode = "generate"
-    answer, _ = follow(predictor, series, ["lumen", "cap", "wire"])
+    answer, _ = segment_pullback(predictor, series, ["lumen", "cap", "wire"])
     assert [probability is None for probability in answer.probabilities] == [False, True, False]
     with torch.inference_mode():
         meant = embeddings(predictor, answer.sample.input_ids, answer.sample.tiles)
@@ -294,7 +294,7 @@ def test_a_wide_frame_is_one_tile_too(predictor, tmp_path):
     """As the public code shows videos; a wide image would be several tiles and a thumbnail."""
     [series] = found(paint(tmp_path, 6, size=(40, 100)))
     predictor.geometry = replace(predictor.geometry, max_tiles=6)
-    assert [len(answer.sample.tiles) for answer in follow(predictor, series, PHRASES)] == [5] * 6
+    assert [len(answer.sample.tiles) for answer in segment_pullback(predictor, series, PHRASES)] == [5] * 6
 
 
 @pytest.mark.slow
@@ -303,7 +303,7 @@ def test_a_free_question_follows_each_seg_of_its_answer(predictor, tmp_path):
     words = predictor.prompt.tokenizer("both [SEG] and [SEG]<|im_end|>", add_special_tokens=False).input_ids
     scripted(predictor.network, words)
     predictor.decode = "generate"
-    answers = list(follow(predictor, series, (), question="What is here?"))
+    answers = list(segment_pullback(predictor, series, (), question="What is here?"))
     assert [answer.sample.phrases for answer in answers] == [("seg_1", "seg_2")] * 6
     assert answers[5].answers == ("both [SEG] and [SEG]<|im_end|>",)
     assert not torch.allclose(*answers[0].probabilities, atol=1e-6)

@@ -23,7 +23,7 @@ from vessel.inference.loading import load_model
 from vessel.inference.options import NetworkOptions
 from vessel.inference.predictor import Predictor
 from vessel.inference.pullbacks import Pullback
-from vessel.inference.samples import without_truth
+from vessel.inference.samples import phrase_sample_loader
 from vessel.prediction.command import _merged, _workers, predict
 from vessel.prediction.options import PredictOptions
 from vessel.publishing.verification import account_of
@@ -216,7 +216,7 @@ def test_guard_I6_what_validation_chose_is_applied(searched, tiny_run, tmp_path)
     assert Decision.from_json(results["decision"]) == decision
     assert results["decision_source"] == "searched on validation"
     targets, restored = find_images(str(tmp_path / "scans"))[:1], load_model(str(tiny_run))
-    load = without_truth(targets, restored.manifest.phrases, restored)
+    load = phrase_sample_loader(targets, restored.manifest.phrases, restored)
     [mean] = Predictor(restored, device="cpu", tta=("flip_lr",)).predict(targets, load)
     probability, entry = mean.probabilities[0].numpy(), results["images"][0]["phrases"]["lumen"]
     mask = np.asarray(Image.open(tmp_path / "out" / entry["mask"]))

@@ -53,13 +53,15 @@ def test_loading_draws_nothing_from_the_global_generators(make_module):
 
 
 def test_a_place_is_told_in_batches_of_this_run(make_module):
-    assert make_module().place(state(8, epoch=3, validation_due=True)) == TrainingPosition(3, 4, validation_due=True)
-    assert make_module().place(state(12)) == TrainingPosition(0, 6)
+    assert make_module().resume_position(state(8, epoch=3, validation_due=True)) == TrainingPosition(
+        3, 4, validation_due=True
+    )
+    assert make_module().resume_position(state(12)) == TrainingPosition(0, 6)
     module = make_module()
     module.training_sampler().cut = Cut(batch=2, accumulated=2)
-    assert module.place(state(8, validated=2)) == TrainingPosition(0, 4, validated=1)
-    assert module.place(state(8, validated=3)) == TrainingPosition(0, 4)  # of a run with other batches
-    assert module.place(state(8, validated=4)) == TrainingPosition(0, 4)
+    assert module.resume_position(state(8, validated=2)) == TrainingPosition(0, 4, validated=1)
+    assert module.resume_position(state(8, validated=3)) == TrainingPosition(0, 4)  # of a run with other batches
+    assert module.resume_position(state(8, validated=4)) == TrainingPosition(0, 4)
 
 
 def test_another_global_batch_is_told(make_module, caplog):

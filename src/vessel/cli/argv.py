@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from vessel.cli.conf import CONF
 from vessel.cli.option_names import answer_old_names
 from vessel.errors import VesselError
-from vessel.paths import expanded, option, quoted
+from vessel.paths import expanded, hydra_option, hydra_quoted
 from vessel.processes.ranks import PARENT, STAMP, agree_on_stamp, die_with_parent, this_rank
 from vessel.runs.record import SETTINGS, checkpoints_of, config_dir_of, differing, options_of, settings_of
 
@@ -79,7 +79,7 @@ def _settle_resume(given: Namespace) -> None:
         return
     run = _newest(given) if resume == "auto" else _named(str(resume), given)
     if run is not None:
-        _add(f"hydra.run.dir={quoted(run)}")
+        _add(f"hydra.run.dir={hydra_quoted(run)}")
         _add("hydra.output_subdir=null")  # these settings may yet be refused; see `vessel.runs.record.noted`
 
 
@@ -123,7 +123,7 @@ def _named(resume: str, given: Namespace) -> Path:
         before, own = settings_of(run), options_of(run)
     except VesselError as error:
         raise VesselError(
-            f"{error}; give the whole command of that run, with resume=auto hydra.run.dir={quoted(run)}"
+            f"{error}; give the whole command of that run, with resume=auto hydra.run.dir={hydra_quoted(run)}"
         ) from error
     named = {_key(override) for override in given.overrides}
     kept = [o for o in own if _key(o) not in named and _key(o) != "resume"]
@@ -155,7 +155,7 @@ def _newest(given: Namespace) -> Path | None:
             continue
         if others:
             told = f"{place}, has other settings: {', '.join(others)}; to go on there all the same:"
-            other = other or f"the newest, {told} {option('resume', run)}"
+            other = other or f"the newest, {told} {hydra_option('resume', run)}"
         elif checkpoints_of(run):
             _say(f"resume=auto: goes on in {place}")
             return run
@@ -181,7 +181,7 @@ def _composed(given: Namespace) -> tuple[dict[str, Any], Path]:
         parsed = OverridesParser.create().parse_overrides(overrides)
         overrides = [o.input_line or "" for o in parsed if not o.is_sweep_override()]
     if given.config_dir:
-        overrides.append(f"hydra.searchpath=[{quoted('file://' + os.path.abspath(given.config_dir))}]")
+        overrides.append(f"hydra.searchpath=[{hydra_quoted('file://' + os.path.abspath(given.config_dir))}]")
     with initialize_config_dir(os.path.abspath(given.config_path or CONF), version_base="1.3"):
         config = compose(given.config_name or "train", overrides, return_hydra_config=True)
     folder = Path(config.hydra.run.dir)

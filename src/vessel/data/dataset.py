@@ -82,12 +82,12 @@ class VesselDataset(Dataset[Sample]):
         prompt: Prompt,
         geometry: InputGeometry,
         augmentation: Augmentation | QuarterTurns | None = None,
-        varied: bool = False,
+        vary_templates: bool = False,
         seed: int = 0,
     ) -> None:
         self.root, self.frames, self.phrases = root, list(frames), tuple(phrases)
         self.prompt, self.geometry = prompt, geometry
-        self.augmentation, self.varied, self.seed = augmentation, varied, seed
+        self.augmentation, self.vary_templates, self.seed = augmentation, vary_templates, seed
         self.features: Callable[[str], Features | None] | None = None
         self._images = PreparedImages()
 
@@ -104,7 +104,7 @@ class VesselDataset(Dataset[Sample]):
         features = None
         if self.features is not None and self.is_finite:
             features = self.features(frame.sha256 if self.augmentation is None else pixel_hash(image))
-        draw = Random(f"{self.seed} {index}") if self.varied else None
+        draw = Random(f"{self.seed} {index}") if self.vary_templates else None
         sample = make_sample(image, self.phrases, self.prompt, self.geometry, draw=draw, features=features)
         return replace(sample, id=frame.id, patient=frame.patient, video=frame.video, masks=torch.from_numpy(masks))
 
@@ -113,7 +113,7 @@ class VesselDataset(Dataset[Sample]):
         """Tell whether augmentation makes a limited number of pictures of an image, however often it is served."""
         return self.augmentation is None or self.augmentation.variants is not None
 
-    def looks(self, position: int) -> Sequence[NDArray[np.uint8]]:
+    def image_variants(self, position: int) -> Sequence[NDArray[np.uint8]]:
         """All of them, each [H, W, 3], of the image at a position."""
         frame = self.frames[position]
         image = self._images.read(self.root / frame.image, frame.sha256)

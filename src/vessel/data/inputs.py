@@ -66,7 +66,7 @@ def find_images(images: str, *, split: str | None = None, beside: Path | None = 
     return _targets(files, base)
 
 
-def asked_phrases(phrases: str | Sequence[str] | None, known: Sequence[str], prompt: Prompt) -> tuple[str, ...]:
+def requested_phrases(phrases: str | Sequence[str] | None, known: Sequence[str], prompt: Prompt) -> tuple[str, ...]:
     """The phrases to ask for, normalised, each once.
 
     Args:

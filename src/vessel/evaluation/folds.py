@@ -30,7 +30,7 @@ from vessel.inference.predictor import Predictor
 from vessel.inference.results import Prediction
 from vessel.metrics.overlap import OVERLAP_METRICS, OverlapSweep
 from vessel.metrics.thresholds import THRESHOLDS, best_index
-from vessel.paths import expanded, named
+from vessel.paths import display_path, expanded
 from vessel.reporting.page import write_report
 from vessel.runs.manifest import Manifest
 
@@ -80,7 +80,7 @@ def evaluate_folds(paths: Sequence[str | Path], options: EvaluateOptions) -> Map
     part, manifest = Part(catalog, "val", None, phrases, own=True), _pooled_manifest(model.manifest, folds)
     report = collect_report(replace(model, manifest=manifest), part, pooled, ruler)
     report |= {
-        "source": named(expanded(paths[0])),
+        "source": display_path(expanded(paths[0])),
         "fold": POOLED,
         "note": " ".join(_notes(catalog.split, folds)),
         "decision": Decision().to_json() | {"threshold": manifest.threshold},
@@ -208,7 +208,7 @@ def _entry(run: FoldRun, manifest: Manifest, threshold: float, scored: Scored) -
     """Build the entry of one fold in metrics.json."""
     return {
         "fold": run.fold,
-        "source": named(run.checkpoint),
+        "source": display_path(run.checkpoint),
         "fingerprint": manifest.fingerprint,
         "seed": manifest.config.get("seed"),
         "threshold": threshold,

@@ -11,7 +11,7 @@ from typing import Any
 
 from vessel.checkpoints.reading import read_checkpoint
 from vessel.data.catalog import Catalog
-from vessel.data.inputs import asked_phrases
+from vessel.data.inputs import requested_phrases
 from vessel.errors import VesselError
 from vessel.evaluation.results import METRICS_FILE, ROWS_FILE, present_use, rows_hash, seal
 from vessel.evaluation.scoring import Ruler, Scored, missing_seg
@@ -21,7 +21,7 @@ from vessel.inference.loading import LoadedModel
 from vessel.metrics.scores import METRICS
 from vessel.metrics.summary import per_patient, summarise, write_per_image_csv
 from vessel.model.baselines import require_known
-from vessel.paths import named
+from vessel.paths import display_path
 from vessel.runs.manifest import without_places
 
 _USES_FILE = "test_uses.jsonl"  # beside the results of each part: every use of the test part
@@ -52,7 +52,7 @@ def phrases_to_score(model: LoadedModel, catalog: Catalog, phrases: Any) -> tupl
     Raises:
         VesselError: the data set has no masks of one, or the network does not know it.
     """
-    chosen = asked_phrases(phrases, model.manifest.phrases or catalog.phrases, model.prompt)
+    chosen = requested_phrases(phrases, model.manifest.phrases or catalog.phrases, model.prompt)
     if unknown := [phrase for phrase in chosen if phrase not in catalog.phrases]:
         raise VesselError(
             f"{catalog.root}: no masks of {unknown}, which are asked for; it holds {list(catalog.phrases)}"
@@ -70,7 +70,7 @@ def collect_report(
     decision = model.decision
     return {
         "run": manifest.name,
-        "source": named(model.source),
+        "source": display_path(model.source),
         "fingerprint": manifest.fingerprint,
         "network": manifest.network,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),

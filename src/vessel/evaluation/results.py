@@ -14,7 +14,7 @@ from vessel.data.catalog import digest
 from vessel.errors import VesselError
 from vessel.files import read_json
 from vessel.metrics.summary import ImageScore, read_per_image_csv, summarise
-from vessel.paths import expanded, option
+from vessel.paths import expanded, hydra_option
 from vessel.runs.manifest import MANIFEST
 from vessel.runs.old_names import DECISION, present_decision
 
@@ -121,7 +121,7 @@ def _folder(path: Path, part: str) -> Path:
         if (path / "evaluate" / name / METRICS_FILE).is_file():
             return path / "evaluate" / name
     if (path / MANIFEST).is_file():
-        command = f"python -m vessel.evaluate {option('ckpt', path)} split={part}"
+        command = f"python -m vessel.evaluate {hydra_option('ckpt', path)} split={part}"
         raise VesselError(f"{path}: this run has no results on {part} yet; make them: {command}")
     raise VesselError(
         f"{path}: neither a run nor a results folder; what is no run is evaluated with out=FOLDER, and that folder "

@@ -45,7 +45,7 @@ class Look(NamedTuple):
 
     def image(self) -> NDArray[Any]:
         """uint8 [H, W, 3]."""
-        return self.dataset.looks(self.position)[self.outcome]
+        return self.dataset.image_variants(self.position)[self.outcome]
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ class _Keys(Dataset[list[str]]):
         self.dataset = dataset
 
     def __getitem__(self, position: int) -> list[str]:
-        return [pixel_hash(image) for image in self.dataset.looks(position)]
+        return [pixel_hash(image) for image in self.dataset.image_variants(position)]
 
 
 class _Todo(Dataset[Picture | None]):

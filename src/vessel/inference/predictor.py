@@ -23,7 +23,7 @@ from vessel.inference.generation import MAX_NEW_TOKENS, Spoken, converse
 from vessel.inference.loading import LoadedModel
 from vessel.inference.options import choose_device
 from vessel.inference.results import Failure, Prediction
-from vessel.inference.samples import Cutter, Guarded
+from vessel.inference.samples import AugmentedSamples, SamplesOrFailures
 from vessel.inference.tta import averaged, check_views
 from vessel.model.placement import place
 from vessel.model.sa2va import Sa2VA
@@ -82,7 +82,7 @@ class Predictor:
         """
         if batch_size < 1 or workers < 0:
             raise VesselError(f"batch_size={batch_size} workers={workers}: at least 1 image and 0 workers")
-        shown = Guarded(targets, load, Cutter(self.augmented, self.prompt, self.geometry))
+        shown = SamplesOrFailures(targets, load, AugmentedSamples(self.augmented, self.prompt, self.geometry))
         # An image with its views has passes of its own, so that memory does not grow with the number of views.
         together = 1 if self.augmented else batch_size
         for loaded in DataLoader(shown, batch_size=together, num_workers=workers, collate_fn=list):

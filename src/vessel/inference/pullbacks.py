@@ -78,7 +78,7 @@ def _natural(name: str) -> tuple[object, ...]:
     return tuple(int(part) if i % 2 else part for i, part in enumerate(parts)), name
 
 
-def follow(
+def segment_pullback(
     predictor: Predictor, pullback: Pullback, phrases: Sequence[str], *, question: str | None = None
 ) -> Iterator[Prediction | Failure]:
     """Masks of every frame in order; a `Failure` ends them, and then the pullback as a whole has failed.
@@ -114,13 +114,13 @@ def _predictions(
     shown = list(islice(frames, PROMPTED_FRAMES))
     tiles = torch.cat([cut_tiles(image, replace(geometry, max_tiles=1)) for _, image in shown])
     sample = _sample(predictor, tiles, phrases, question, size=shown[0][1].shape[:2])
-    prompts, emitted, told = _listen(predictor, sample, frames=len(tiles))
+    prompts, emitted, told = _prompts_of_answer(predictor, sample, frames=len(tiles))
     drawn = [at for at in told.at if at is not None]
     grounding = predictor.sa2va.grounding
     tracker = Tracker(grounding, prompts[drawn].to(grounding.device))
     for target, image in chain(shown, frames):
         sample = replace(told.sample, phrases=told.phrases, frame=whole_frame(image, geometry))
-        masks = iter(_draw(predictor, tracker, sample) if drawn else ())
+        masks = iter(_segment_frame(predictor, tracker, sample) if drawn else ())
         yield Prediction(
             target=target,
             sample=sample,
@@ -163,7 +163,7 @@ def _sample(
 
 
 @torch.inference_mode()
-def _listen(predictor: Predictor, sample: Sample, *, frames: int) -> tuple[Tensor, Tensor, Spoken]:
+def _prompts_of_answer(predictor: Predictor, sample: Sample, *, frames: int) -> tuple[Tensor, Tensor, Spoken]:
     """The conversation; of its N `[SEG]` the embeddings [N, C], and whether the network itself would say them."""
     network, seg = predictor.sa2va, predictor.prompt.token_ids.seg
     with _precision(predictor):
@@ -182,7 +182,7 @@ def _listen(predictor: Predictor, sample: Sample, *, frames: int) -> tuple[Tenso
 
 
 @torch.inference_mode()
-def _draw(predictor: Predictor, tracker: Tracker, sample: Sample) -> Tensor:
+def _segment_frame(predictor: Predictor, tracker: Tracker, sample: Sample) -> Tensor:
     """Probabilities float32 [K, H, W] of the next frame.
 
     Raises:

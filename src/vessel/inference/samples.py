@@ -24,84 +24,86 @@ from vessel.inference.results import Failure
 from vessel.inference.tta import changed
 
 
-def without_truth(
-    targets: Sequence[InputImage], phrases: Sequence[str], restored: LoadedModel
+def phrase_sample_loader(
+    images: Sequence[InputImage], phrases: Sequence[str], model: LoadedModel
 ) -> Callable[[int], Sample]:
     """Return a function that loads the sample of an input image by its index, without ground truth."""
-    return partial(_read_sample, targets, phrases, restored.prompt, restored.geometry)
+    return partial(_read_sample, images, phrases, model.prompt, model.geometry)
 
 
-def asking(
-    targets: Sequence[InputImage], question: str, restored: LoadedModel, *, regions: Path | None = None
+def question_sample_loader(
+    images: Sequence[InputImage], question: str, model: LoadedModel, *, regions: Path | None = None
 ) -> Callable[[int], Sample]:
     """Return a function that loads the sample of an input image by its index: a free question, without phrases.
 
     Args:
-        targets: the images.
-        question: what the user says.
-        restored: whose prompt and views these samples are for.
+        images: the input images.
+        question: the user's question.
+        model: whose prompt and geometry these samples are for.
         regions: folder of masks that the question points at, as `read_regions` describes it.
     """
-    return partial(_read_question, targets, question, restored.prompt, restored.geometry, regions)
+    return partial(_read_question, images, question, model.prompt, model.geometry, regions)
 
 
 def _read_sample(
-    targets: Sequence[InputImage], phrases: Sequence[str], prompt: Prompt, geometry: InputGeometry, index: int
+    images: Sequence[InputImage], phrases: Sequence[str], prompt: Prompt, geometry: InputGeometry, index: int
 ) -> Sample:
-    return make_sample(read_rgb(targets[index].file), phrases, prompt, geometry)
+    return make_sample(read_rgb(images[index].file), phrases, prompt, geometry)
 
 
 def _read_question(
-    targets: Sequence[InputImage],
+    images: Sequence[InputImage],
     question: str,
     prompt: Prompt,
     geometry: InputGeometry,
     folder: Path | None,
     index: int,
 ) -> Sample:
-    image, name = read_rgb(targets[index].file), targets[index].name
-    regions = None if folder is None else read_regions(folder, name, image.shape[:2], geometry)
-    return question_sample(image, question, prompt, geometry, regions=regions)
+    pixels, name = read_rgb(images[index].file), images[index].name
+    regions = None if folder is None else read_regions(folder, name, pixels.shape[:2], geometry)
+    return question_sample(pixels, question, prompt, geometry, regions=regions)
 
 
 @dataclass(frozen=True)
-class Cutter:
-    """Makes the samples of an image's views.
+class AugmentedSamples:
+    """The samples of an image for test-time augmentation, made when called.
 
     Attributes:
-        names: of the views, as `vessel.inference.tta` has them.
-        prompt: wording that belongs to the network.
-        geometry: cutting that belongs to the network.
+        names: of the augmentations, keys of `vessel.inference.tta`.
+        prompt: of the network that the samples are for.
+        geometry: of the same network.
     """
 
     names: Sequence[str]
     prompt: Prompt
     geometry: InputGeometry
 
-    def __call__(self, target: InputImage, phrases: Sequence[str]) -> list[Sample]:
-        """A sample for each view, without truth."""
+    def __call__(self, image: InputImage, phrases: Sequence[str]) -> list[Sample]:
+        """Make a sample of each augmentation of an image, without ground truth."""
         if not self.names:
             return []
-        image = read_rgb(target.file)
-        return [make_sample(changed(image, name), phrases, self.prompt, self.geometry) for name in self.names]
+        pixels = read_rgb(image.file)
+        return [make_sample(changed(pixels, name), phrases, self.prompt, self.geometry) for name in self.names]
 
 
-class Guarded(Dataset["tuple[InputImage, list[Sample]] | Failure"]):
-    """Samples of an image and of its views; what cannot be read becomes a failure, so that the others go on."""
+class SamplesOrFailures(Dataset["tuple[InputImage, list[Sample]] | Failure"]):
+    """The samples of each image and of its augmentations; an image that cannot be read is a `Failure`."""
 
-    def __init__(self, targets: Sequence[InputImage], load: Callable[[int], Sample], cutter: Cutter) -> None:
-        self.targets, self.load, self.cutter = targets, load, cutter
+    def __init__(
+        self, images: Sequence[InputImage], load: Callable[[int], Sample], augmented: AugmentedSamples
+    ) -> None:
+        self.images, self.load, self.augmented = images, load, augmented
 
     def __len__(self) -> int:
-        return len(self.targets)
+        return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[InputImage, list[Sample]] | Failure:
-        target = self.targets[index]
+        image = self.images[index]
         try:
             sample = self.load(index)
-            return target, [sample, *self.cutter(target, sample.phrases)]
+            return image, [sample, *self.augmented(image, sample.phrases)]
         except (VesselError, OSError, MemoryError) as error:
             # Folders of this machine are no business of a report.
-            folder = str(target.file).removesuffix(target.name)
+            folder = str(image.file).removesuffix(image.name)
             reason = str(error) or type(error).__name__
-            return Failure(target.id, target.name, reason.replace(folder, "") if folder else reason)
+            return Failure(image.id, image.name, reason.replace(folder, "") if folder else reason)

@@ -15,7 +15,7 @@ from rich.progress import track
 
 from vessel.batch import Sample
 from vessel.data.catalog import slug
-from vessel.data.inputs import InputImage, asked_phrases, find_images
+from vessel.data.inputs import InputImage, find_images, requested_phrases
 from vessel.data.questions import check_question
 from vessel.errors import VesselError
 from vessel.files import write_json
@@ -23,8 +23,8 @@ from vessel.inference.decision import AUTO, Decision, decided_by_user, given_dec
 from vessel.inference.loading import LoadedModel, load_model
 from vessel.inference.options import choose_device
 from vessel.inference.predictor import Predictor
-from vessel.inference.pullbacks import Pullback, find_pullbacks, follow
-from vessel.inference.samples import asking, without_truth
+from vessel.inference.pullbacks import Pullback, find_pullbacks, segment_pullback
+from vessel.inference.samples import phrase_sample_loader, question_sample_loader
 from vessel.model.baselines import require_known
 from vessel.paths import expanded
 from vessel.prediction.files import NO_SEG, WHITE, WRITERS, ResultFiles
@@ -105,7 +105,7 @@ def _predict_share(
     doing = "predicting" if of == 1 else f"predicting, the first of {of} shares"
     tracked = partial(track, description=doing, transient=True, console=console)
     for pullback in [one for one in shown if isinstance(one, Pullback)]:
-        answers = follow(predictor, pullback, phrases, question=options.question)
+        answers = segment_pullback(predictor, pullback, phrases, question=options.question)
         files.add_pullback(pullback, tracked(answers, total=len(pullback.frames)))
     if targets := [one for one in shown if isinstance(one, InputImage)]:
         load = _loader(options, targets, phrases, restored)
@@ -156,7 +156,7 @@ def _phrases(options: PredictOptions, restored: LoadedModel, console: Console) -
         check_question(options.question, restored.prompt)
         return ()
     known = restored.manifest.phrases
-    phrases = asked_phrases(options.phrases, known, restored.prompt)
+    phrases = requested_phrases(options.phrases, known, restored.prompt)
     if not phrases:
         raise VesselError(f"phrases= is missing: ckpt={options.ckpt} does not say what it was trained to segment")
     if len({slug(phrase) for phrase in phrases}) < len(phrases):
@@ -172,9 +172,9 @@ def _loader(
     options: PredictOptions, targets: Sequence[InputImage], phrases: Sequence[str], restored: LoadedModel
 ) -> Callable[[int], Sample]:
     if options.question is None:
-        return without_truth(targets, phrases, restored)
+        return phrase_sample_loader(targets, phrases, restored)
     regions = None if options.mask_prompts is None else expanded(options.mask_prompts)
-    return asking(targets, options.question, restored, regions=regions)
+    return question_sample_loader(targets, options.question, restored, regions=regions)
 
 
 def _decision(options: PredictOptions, restored: LoadedModel, console: Console) -> tuple[Decision, str]:

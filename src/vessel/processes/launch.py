@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 
 from vessel.errors import VesselError
-from vessel.paths import quoted
+from vessel.paths import hydra_quoted
 from vessel.processes import signals
 from vessel.processes.ranks import PARENT, RANKS, Rank, device_count, this_rank, told_by_rank
 from vessel.processes.signals import REQUEUE, STOP_CODES
@@ -107,7 +107,7 @@ def _in_ranks(config: DictConfig, count: int) -> float | None:
     OmegaConf.save(config, run / RANKS / "config.yaml")
     command = (
         *("-m", "vessel.train", "--config-path", str(run / RANKS), "--config-name", "config"),
-        *(f"hydra.run.dir={quoted(run)}", "hydra.output_subdir=null"),
+        *(f"hydra.run.dir={hydra_quoted(run)}", "hydra.output_subdir=null"),
     )
     with _environment(count), _Forwarding() as forwarding:
         failures = _torchrun(count, command)

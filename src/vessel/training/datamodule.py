@@ -98,7 +98,7 @@ class VesselDataModule(LightningDataModule):
             prompt=self.prompt,
             geometry=self.geometry,
             augmentation=self.augmentation if in_training else None,
-            varied=in_training,
+            vary_templates=in_training,
             seed=self.seed,
         )
         dataset.features = self.features
@@ -182,7 +182,7 @@ class VesselDataModule(LightningDataModule):
                 state_dict["global_batch"],
             )
 
-    def place(self, state_dict: dict[str, Any]) -> TrainingPosition:
+    def resume_position(self, state_dict: dict[str, Any]) -> TrainingPosition:
         """Turn the content of `state_dict` into a position in batches of this run."""
         sampler, epoch = self.training_sampler(), state_dict["epoch"]
         sampler.begin(epoch, state_dict["served"])

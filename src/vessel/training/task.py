@@ -124,7 +124,7 @@ class VesselTask(LightningModule):
                 group["fused"] = True  # also of a run that was not
         data = getattr(self.trainer, "datamodule", None)
         if isinstance(data, VesselDataModule) and data.__class__.__qualname__ in checkpoint:
-            place = data.place(checkpoint[data.__class__.__qualname__])
+            place = data.resume_position(checkpoint[data.__class__.__qualname__])
             batches, by_steps = data.training_sampler().batches, self.trainer.max_steps != -1
             set_loop_counters(checkpoint["loops"]["fit_loop"], place, batches_in_epoch=batches, by_steps=by_steps)
             self._validated = (place.epoch, place.batches + place.validated) if place.validated else None

@@ -11,7 +11,7 @@ import pytest
 from tests.launching import SHORT, TRAIN, TWO_RANKS, of_folder, run, started, under_way, wait_for
 from tests.trouble import trouble
 
-from vessel.paths import option
+from vessel.paths import hydra_option
 from vessel.processes.signals import STOP_CODES
 from vessel.training.callbacks.graceful_stop import GracefulStop, _Terminal
 
@@ -44,7 +44,7 @@ def test_a_signal_stops_after_the_step_with_a_checkpoint(train_tiny, tmp_path, c
         train_tiny(tmp_path, "trainer.val_check_interval=3", *trouble(name, rank=0))
     assert stop.value.code == code
     told = f"saved {os.path.relpath(tmp_path)}/checkpoints/last-000002.ckpt; go on with: python -m vessel.train "
-    assert f"{told}{option('resume', tmp_path)}\n" in capfd.readouterr().out
+    assert f"{told}{hydra_option('resume', tmp_path)}\n" in capfd.readouterr().out
     assert checkpoints(tmp_path) == ["last-000002.ckpt"]
     assert sorted(records(tmp_path, "train/loss")) == [0, 1], "the step in which the signal came is logged too"
 

@@ -20,7 +20,7 @@ from rich.console import Console
 from typing_extensions import override
 
 from vessel.batch import Batch
-from vessel.paths import option
+from vessel.paths import hydra_option
 from vessel.processes.signals import STOP_CODES
 from vessel.training.callbacks.last_checkpoint import LastCheckpoint
 
@@ -113,7 +113,7 @@ class GracefulStop(Callback):
     def _leave(self, trainer: Trainer, signum: int) -> None:
         savers = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, LastCheckpoint)]
         saved = "no callbacks.last_checkpoint, so nothing was saved"
-        going_on = option("resume", Path(trainer.default_root_dir))
+        going_on = hydra_option("resume", Path(trainer.default_root_dir))
         for saver in savers[:1]:
             saved = f"saved {os.path.relpath(saver.save(trainer))}; go on with: python -m vessel.train {going_on}"
         if trainer.is_global_zero:
