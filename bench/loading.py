@@ -100,7 +100,7 @@ def measure(root: Path, frames: list[Frame], phrases: tuple[str, ...], *, rounds
         "tiles": lambda: cut_tiles(image, VIEWS),
         "frame for SAM2": lambda: whole_frame(image, VIEWS),
         "tokens, in words that are new": lambda: prompt.encode([f"{p} {next(seeds)}" for p in phrases], tokens),
-        "tokens, in words that are known": lambda: prompt.encode(phrases, tokens, draw=Random(next(seeds))),
+        "tokens, of cached texts": lambda: prompt.encode(phrases, tokens, rng=Random(next(seeds))),
         COLLATE: partial(collate, samples, prompt.token_ids.pad),
         WHOLE: lambda: dataset[next(indices)],
     }

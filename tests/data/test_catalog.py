@@ -1,6 +1,7 @@
 """Reading a prepared data set, and noticing when it is none or was changed."""
 
 import json
+import re
 from dataclasses import asdict
 from pathlib import Path
 
@@ -57,15 +58,15 @@ def test_a_home_folder_is_written_out(tmp_path, monkeypatch):
     write(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path.parent))
     assert Catalog.open(Path("~") / tmp_path.name).root == tmp_path
-    with pytest.raises(VesselError, match="~nosuchuser/x: no user of that name"):
+    with pytest.raises(VesselError, match="~nosuchuser/x"):
         Catalog.open(Path("~nosuchuser/x"))
 
 
 def test_missing_parts_and_folds_list_those_there(tmp_path):
     catalog = Catalog.open(write(tmp_path))
-    with pytest.raises(VesselError, match="no split 'dev'; it has train, val, test"):
+    with pytest.raises(VesselError, match=r"'dev'.*train, val, test"):
         catalog.part("dev")
-    with pytest.raises(VesselError, match="no fold 1; it has folds 0 to 0"):
+    with pytest.raises(VesselError, match=r"fold 1.* 0 to 0"):
         catalog.part("train", fold=1)
 
 
@@ -78,35 +79,35 @@ def test_hash_is_of_the_canonical_json(tmp_path):
 @pytest.mark.parametrize("name", ["manifest.json", "frames.json", "splits.json"])
 def test_missing_or_broken_files(tmp_path, name):
     (write(tmp_path) / name).write_text("{")
-    with pytest.raises(VesselError, match=rf"{name} cannot be read"):
+    with pytest.raises(VesselError, match=rf"{name} .*line 1"):
         Catalog.open(tmp_path)
     (tmp_path / name).unlink()
-    with pytest.raises(VesselError, match=rf"no {name}.*python -m vessel\.prepare source=\.\.\. out="):
+    with pytest.raises(VesselError, match=rf"{name}; .*python -m vessel\.prepare source=\.\.\. out="):
         Catalog.open(tmp_path)
 
 
 @pytest.mark.parametrize("changes", [{"kind": "vessel run"}, {"version": 2}, {"fingerprint": "0"}, {"split_hash": "0"}])
 def test_manifests_of_something_else(tmp_path, changes):
-    with pytest.raises(VesselError, match="not a prepared data set"):
+    with pytest.raises(VesselError, match=re.escape(str(tmp_path))):
         Catalog.open(write(tmp_path, **changes))
 
 
 def test_guard_D9_an_edited_split_is_refused(tmp_path):
     edit(write(tmp_path) / "splits.json", lambda content: content["train"].append(content["test"].pop()))
-    with pytest.raises(VesselError, match="its hash differs"):
+    with pytest.raises(VesselError, match=r"splits\.json.*hash"):
         Catalog.open(tmp_path)
 
 
 def test_edited_frames_are_refused(tmp_path):
     edit(write(tmp_path) / "frames.json", lambda content: content[0].update(patient="pz"))
-    with pytest.raises(VesselError, match="do not belong together"):
+    with pytest.raises(VesselError, match=r"frames\.json.*manifest\.json"):
         Catalog.open(tmp_path)
 
 
 def test_the_pixel_spacing_belongs_to_the_fingerprint(tmp_path):
     assert Catalog.open(write(tmp_path)).pixel_spacing is None
     edit(tmp_path / "manifest.json", lambda content: content.update(pixel_spacing=[0.01, 0.02]))
-    with pytest.raises(VesselError, match="do not belong together"):
+    with pytest.raises(VesselError, match=r"frames\.json.*manifest\.json"):
         Catalog.open(tmp_path)
     frames = list(json.loads((tmp_path / "frames.json").read_text()))
     stated = fingerprint_of([Frame(**each) for each in frames], "m", [0.01, 0.02])
@@ -123,5 +124,5 @@ def test_frames_with_unknown_fields_are_refused(tmp_path):
 def test_guard_D9_a_leaking_split_is_refused_even_with_a_fitting_hash(tmp_path):
     parts = {"train": ("pa_v1_000001",), "val": ("pb_v1_000001",), "test": ("pa_v1_000002",)}
     write(tmp_path, split=Split("patient", 0, 0, "", parts, ()))
-    with pytest.raises(VesselError, match="patient pa in both train and test"):
+    with pytest.raises(VesselError, match=r"pa .*train.*test"):
         Catalog.open(tmp_path)

@@ -1,3 +1,4 @@
+import re
 import shutil
 
 import numpy as np
@@ -54,13 +55,13 @@ def test_an_image_that_was_swapped_is_refused(make_dataset, catalog, tmp_path):
     dataset = make_dataset()
     dataset.root = tmp_path / "swapped"
     assert dataset[1].id == second.id
-    with pytest.raises(VesselError, match=rf"{first.image} is not the image that was prepared"):
+    with pytest.raises(VesselError, match=re.escape(first.image)):
         dataset[0]
 
 
 def test_a_declared_absence_is_an_empty_mask(make_dataset, catalog):
     absent = [i for i, f in enumerate(catalog.part("train")) if f.masks["side branch"] is None]
-    assert absent, "the painted set has frames without side branch"
+    assert absent, "the synthetic set has frames without side branch"
     assert not make_dataset()[absent[0]].masks[1].any()
 
 
@@ -104,13 +105,13 @@ def test_folds_replace_train_and_val_only(make_module):
 def test_phrases_are_normalised_and_unknown_ones_refused(make_module):
     assert make_module(phrases=["Side_Branch."]).phrases == ("side branch",)
     assert make_module().phrases == make_module().catalog.phrases
-    with pytest.raises(VesselError, match=r"aorta.*it holds"):
+    with pytest.raises(VesselError, match=r"data\.phrases=.*aorta"):
         make_module(phrases=["aorta"])
-    with pytest.raises(VesselError, match="empty list"):
+    with pytest.raises(VesselError, match=r"data\.phrases=\[\]"):
         make_module(phrases=[])
 
 
-def test_what_an_image_can_look_like_is_known_without_endless_changes(make_dataset, random_augmentation):
+def test_variants_of_an_image_are_known_without_endless_changes(make_dataset, random_augmentation):
     turned = make_dataset(augmentation=QuarterTurns(), seed=1)
     assert turned.is_finite
     variants = [torch.from_numpy(variant).permute(2, 0, 1) for variant in turned.image_variants(3)]

@@ -89,7 +89,7 @@ def test_names_without_identity_are_listed_all_at_once():
 
 
 def test_two_files_of_one_frame_are_a_problem():
-    with pytest.raises(BadItemsError, match=r"001_1_05\.png: same patient, video and frame as 001_1_5\.png"):
+    with pytest.raises(BadItemsError, match=r"001_1_05\.png: .* 001_1_5\.png"):
         pseudonymise([Path("001_1_5.png"), Path("001_1_05.png")], GRAMMARS, b"")
 
 
@@ -129,10 +129,10 @@ def test_a_folder_of_the_users_keeps_its_mode_and_our_files_are_private(tmp_path
 def test_names_never_get_among_other_files(tmp_path):
     (tmp_path / "set.identity").mkdir()
     (tmp_path / "set.identity/thesis.tex").touch()
-    with pytest.raises(VesselError, match=r"holds thesis\.tex and no mapping.*mapping=DIR"):
+    with pytest.raises(VesselError, match=r"thesis\.tex.*mapping=DIR"):
         keep(tmp_path, "ana bell")
     assert [file.name for file in (tmp_path / "set.identity").iterdir()] == ["thesis.tex"]
-    with pytest.raises(VesselError, match="is a file"):
+    with pytest.raises(VesselError, match=r"set\.identity/thesis\.tex.*mapping=DIR"):
         MappingFolder(tmp_path / "set.identity/thesis.tex").check()
 
 
@@ -145,7 +145,7 @@ def test_mapping_of_another_set_is_kept_beside(tmp_path):
 def test_damaged_mappings_are_named(tmp_path, name):
     folder = keep(tmp_path, "ana bell")
     (folder.path / name).write_text("{?")
-    with pytest.raises(VesselError, match=rf"{name} is damaged"):
+    with pytest.raises(VesselError, match=rf"{name} .*damaged"):
         folder.salt() and read_mapping(folder.path)
 
 

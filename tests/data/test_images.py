@@ -74,7 +74,7 @@ def test_truncated_jpeg_is_named(tmp_path):
     Image.fromarray(RNG.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(tmp_path / "cut.jpg")
     whole = (tmp_path / "cut.jpg").read_bytes()
     (tmp_path / "cut.jpg").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(VesselError, match=r"cut\.jpg: cannot be read.*truncated.*replace the file"):
+    with pytest.raises(VesselError, match=r"cut\.jpg: .*truncated"):
         read_rgb(tmp_path / "cut.jpg")
 
 
@@ -93,17 +93,17 @@ def test_missing_file_is_named(tmp_path):
 def test_several_pages_are_refused(tmp_path):
     page = Image.new("L", (4, 4))
     page.save(tmp_path / "run.tif", save_all=True, append_images=[page])
-    with pytest.raises(VesselError, match="holds 2 pictures"):
+    with pytest.raises(VesselError, match=r"run\.tif: .*\b2 "):
         read_rgb(tmp_path / "run.tif")
 
 
 def test_floating_point_is_refused(tmp_path):
     Image.fromarray(np.ones((2, 2), dtype=np.float32)).save(tmp_path / "f.tif")
-    with pytest.raises(VesselError, match="floating-point"):
+    with pytest.raises(VesselError, match=r"f\.tif: floating-point"):
         read_rgb(tmp_path / "f.tif")
 
 
-def test_hash_sees_pixels_and_shape():
+def test_hash_covers_pixels_and_shape():
     flat = np.arange(12, dtype=np.uint8)
     assert pixel_hash(flat.reshape(2, 2, 3)) == pixel_hash(flat.reshape(2, 2, 3).copy())
     assert pixel_hash(flat.reshape(1, 4, 3)) != pixel_hash(flat.reshape(2, 2, 3))
@@ -122,8 +122,8 @@ def test_a_prepared_image_is_hashed_again_only_when_its_file_has_changed(tmp_pat
     Image.fromarray(second).save(file)
     os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
     for _ in range(2):
-        with pytest.raises(VesselError, match=r"a\.png is not the image that was prepared"):
+        with pytest.raises(VesselError, match=r"a\.png"):
             images.read(file, pixel_hash(first))
     assert len(hashed) == 3
-    with pytest.raises(VesselError, match=r"gone\.png: cannot be read"):
+    with pytest.raises(VesselError, match=r"gone\.png"):
         images.read(tmp_path / "gone.png", pixel_hash(first))

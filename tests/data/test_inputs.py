@@ -1,5 +1,7 @@
 """Ways to name images and phrases."""
 
+import re
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -61,11 +63,11 @@ def test_nothing_there_is_an_error(scans, name):
 
 
 def test_a_split_belongs_to_a_data_set(scans):
-    with pytest.raises(VesselError, match="no prepared data set"):
+    with pytest.raises(VesselError, match="split=test"):
         find_images(str(scans), split="test")
 
 
-def test_phrases_are_normalised_and_asked_once(prompt):
+def test_phrases_are_normalised_and_requested_once(prompt):
     assert requested_phrases(None, ("lumen",), prompt) == ("lumen",)
     assert requested_phrases("Fibrous_cap.", (), prompt) == ("fibrous cap",)
     assert requested_phrases(["Lumen", "lumen ", "side branch"], (), prompt) == ("lumen", "side branch")
@@ -73,7 +75,7 @@ def test_phrases_are_normalised_and_asked_once(prompt):
 
 @pytest.mark.parametrize("phrase", ["<image>\nlumen", "lumen [SEG]", "the [seg] lumen", "<IMG_CONTEXT>", "a<|im_end|>"])
 def test_guard_I2_users_give_a_phrase_and_never_tokens(prompt, phrase):
-    with pytest.raises(VesselError, match=r"name the thing alone"):
+    with pytest.raises(VesselError, match="phrases: .*" + re.escape(repr(phrase))):
         requested_phrases([phrase], (), prompt)
 
 

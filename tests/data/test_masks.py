@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 from skimage.draw import line
 
-from vessel.data.masks import outline, rasterise, read_mask, write_mask
+from vessel.data.masks import mask_polygons, rasterise, read_mask, write_mask
 from vessel.errors import VesselError
 
 
@@ -56,13 +56,13 @@ def test_guard_D7_masks_on_disk_keep_holes_and_one_pixel_vessels(tmp_path):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_guard_D7_outlines_give_the_same_mask_back(seed):
+def test_guard_D7_polygons_of_a_mask_give_the_same_mask_back(seed):
     mask = vessels() if seed == 0 else np.random.default_rng(seed).random((40, 50)) < 0.2 * seed
-    assert np.array_equal(rasterise(outline(mask), mask.shape), mask)
+    assert np.array_equal(rasterise(mask_polygons(mask), mask.shape), mask)
 
 
-def test_outline_of_an_empty_mask_is_empty():
-    assert outline(np.zeros((4, 4), dtype=bool)) == []
+def test_an_empty_mask_has_no_polygons():
+    assert mask_polygons(np.zeros((4, 4), dtype=bool)) == []
 
 
 def test_true_is_one_in_memory(tmp_path):
@@ -73,37 +73,37 @@ def test_true_is_one_in_memory(tmp_path):
 
 @pytest.mark.parametrize("kind", ["1-bit", "0/1", "0/255", "palette", "rgb", "16-bit"])
 def test_binary_masks_of_every_kind(tmp_path, kind):
-    truth = np.eye(6, dtype=bool)
-    palette = Image.fromarray(truth.astype(np.uint8), mode="P")
+    mask = np.eye(6, dtype=bool)
+    palette = Image.fromarray(mask.astype(np.uint8), mode="P")
     palette.putpalette([0, 0, 0, 200, 30, 30])
     image = {
-        "1-bit": Image.fromarray(truth),
-        "0/1": Image.fromarray(truth.astype(np.uint8)),
-        "0/255": Image.fromarray(truth.astype(np.uint8) * 255),
+        "1-bit": Image.fromarray(mask),
+        "0/1": Image.fromarray(mask.astype(np.uint8)),
+        "0/255": Image.fromarray(mask.astype(np.uint8) * 255),
         "palette": palette,
-        "rgb": Image.fromarray(np.repeat(truth[..., None], 3, axis=2).astype(np.uint8) * 255),
-        "16-bit": Image.fromarray(truth.astype(np.uint16) * 65535),
+        "rgb": Image.fromarray(np.repeat(mask[..., None], 3, axis=2).astype(np.uint8) * 255),
+        "16-bit": Image.fromarray(mask.astype(np.uint16) * 65535),
     }[kind]
     image.save(tmp_path / "m.png")
-    assert np.array_equal(read_mask(tmp_path / "m.png", (6, 6)), truth)
+    assert np.array_equal(read_mask(tmp_path / "m.png", (6, 6)), mask)
 
 
 def test_mask_of_another_size_is_refused(tmp_path):
     write_mask(tmp_path / "m.png", np.ones((4, 6), dtype=bool))
-    with pytest.raises(VesselError, match=r"m\.png: the mask is 6x4 and its image 4x6, upright as its EXIF may say"):
+    with pytest.raises(VesselError, match=r"m\.png: .*6x4.*4x6.*EXIF"):
         read_mask(tmp_path / "m.png", (6, 4))
-    with pytest.raises(VesselError, match=r"m\.png: the mask is 6x4 and its image 8x4; export"):
+    with pytest.raises(VesselError, match=r"m\.png: (?!.*EXIF).*6x4.*8x4"):
         read_mask(tmp_path / "m.png", (4, 8))
 
 
 @pytest.mark.parametrize("values", [[0, 128, 255], [0, 7], [0, 1, 2]])
 def test_grey_masks_are_refused(tmp_path, values):
     Image.fromarray(np.array([values], dtype=np.uint8)).save(tmp_path / "m.png")
-    with pytest.raises(VesselError, match=r"m\.png: not a binary mask"):
+    with pytest.raises(VesselError, match=rf"m\.png: .*{', '.join(map(str, values[1:]))}"):
         read_mask(tmp_path / "m.png", (1, len(values)))
 
 
 def test_unreadable_mask_is_named(tmp_path):
     (tmp_path / "m.png").write_bytes(b"\x89PNG")
-    with pytest.raises(VesselError, match=r"m\.png: cannot be read"):
+    with pytest.raises(VesselError, match=r"m\.png"):
         read_mask(tmp_path / "m.png", (1, 1))

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from vessel.data.catalog import Frame, Split
 from vessel.data.masks import write_mask
-from vessel.data.overview import _spread, _thumbnail, absences, contact_sheet, statistics, tables
+from vessel.data.overview import _spread, _thumbnail, absence_warnings, contact_sheet, statistics, tables
 from vessel.data.splits import make_split
 from vessel.plotting.colours import PHRASE_COLOURS
 
@@ -52,8 +52,8 @@ def test_a_part_without_a_phrase_is_warned_of(tmp_path):
     parts = {"train": (made[0].id,), "val": (made[1].id,), "test": (made[2].id,)}
     split = Split(unit="patient", seed=0, gap=0, note="", parts=parts, folds=())
     made[2] = replace(made[2], masks={"cap": None, "lumen": None})
-    told = absences(made, split)
-    assert [sentence.partition(" images:")[0] for sentence in told] == [
+    warnings = absence_warnings(made, split)
+    assert [sentence.partition(" images:")[0] for sentence in warnings] == [
         "cap is in none of the 1 train",
         "cap is in none of the 1 val",
         "cap is in none of the 1 test",

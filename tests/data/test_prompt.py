@@ -1,4 +1,5 @@
 import json
+import re
 from random import Random
 
 import pytest
@@ -17,11 +18,11 @@ def test_golden_ids_with_the_real_tokenizer(shared):
     assert prompt.has_seg
     assert prompt.tokenizer.convert_tokens_to_ids(["[SEG]", "<p>", "</p>", "<vp>", "</vp>"]) == [*range(151674, 151679)]
     ids, labels = prompt.conversation(["Please segment blood vessel in this image."], ["Sure, [SEG]."], 3)
-    asked = [151644, 872, 198, 151665, 151667, 151667, 151667, 151666, 198]
-    asked += [5501, 10238, 6543, 26182, 304, 419, 2168, 13, 151645, 198, 151644, 77091, 198]
-    answered = [39814, 11, 220, 151674, 13, 151645]
-    assert ids.tolist() == [*asked, *answered, 198]
-    assert labels.tolist() == [-100] * len(asked) + answered + [-100]
+    question = [151644, 872, 198, 151665, 151667, 151667, 151667, 151666, 198]
+    question += [5501, 10238, 6543, 26182, 304, 419, 2168, 13, 151645, 198, 151644, 77091, 198]
+    answer = [39814, 11, 220, 151674, 13, 151645]
+    assert ids.tolist() == [*question, *answer, 198]
+    assert labels.tolist() == [-100] * len(question) + answer + [-100]
 
 
 @pytest.mark.parametrize("network", ["sa2va_qwen2", "sa2va_internlm2"])
@@ -44,9 +45,9 @@ def test_each_phrase_has_one_seg_and_only_answers_are_supervised(prompt):
     assert prompt.decode(ids[supervised].tolist()) == "Sure, [SEG].<|im_end|>" * 3
 
 
-def test_wordings_vary_in_training_and_repeat_with_the_seed(prompt):
+def test_prompt_templates_vary_in_training_and_repeat_with_the_seed(prompt):
     def words(seed):
-        return prompt.encode(["lumen"] * 4, 4, draw=Random(seed))[0].tolist()
+        return prompt.encode(["lumen"] * 4, 4, rng=Random(seed))[0].tolist()
 
     assert words(1) == words(1)
     assert len({tuple(words(seed)) for seed in range(20)}) > 10
@@ -123,14 +124,14 @@ def first_question(prompt, question, **options):
     return text.removesuffix("<|im_end|>\n<|im_start|>assistant\n").replace("<IMG_CONTEXT>", "x")
 
 
-def test_the_image_stands_on_top_or_where_the_question_says(prompt):
+def test_the_image_stands_first_or_where_the_question_puts_it(prompt):
     assert first_question(prompt, "Where?") == "<img>xx</img>\nWhere?"
     assert first_question(prompt, "<image>\nWhere?") == "<img>xx</img>\nWhere?"
     assert first_question(prompt, "<image>Where?") == "<img>xx</img>Where?"
     assert first_question(prompt, "In <image>, where?") == "In <img>xx</img>, where?"
-    with pytest.raises(VesselError, match="say <image> once"):
+    with pytest.raises(VesselError, match="<image> once"):
         first_question(prompt, "<image> or <image>?")
-    with pytest.raises(VesselError, match="say <image> once"):
+    with pytest.raises(VesselError, match="<image> once"):
         prompt.conversation(["Where?", "And in <image>?"], ["[SEG]"], 2)
 
 
@@ -153,39 +154,39 @@ def test_a_tokenizer_without_seg_is_known(prompt, tmp_path):
 
 def test_bad_input_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(VesselError, match="known templates are qwen_chat"):
+    with pytest.raises(VesselError, match=r"prompt\.template=llama.*qwen_chat"):
         Prompt(template="llama")
-    with pytest.raises(VesselError, match="no tokenizer could be read"):
+    with pytest.raises(VesselError, match=re.escape(f"prompt.tokenizer={tmp_path}")):
         Prompt(str(tmp_path))
 
 
 @pytest.mark.parametrize("source", [None, "shared/tokenizer", "sa2va_qwen2", "sa2va_internlm2"])
 @pytest.mark.parametrize("question", ["Where?", "In <image>, where?"])
 def test_ids_are_those_of_the_whole_text(golden_folder, source, question):
-    """What a tokenizer makes of the text with every image token written out, frames and regions included."""
+    """The expected ids are those of the text with every image token written out, frames and regions included."""
     prompt = Prompt(None if source is None else str(golden_folder(source)))
     image = "\n".join([f"<img>{IMAGE * 20}</img>"] * 2)
     image += f"\nThere are 2 part regions in the picture: region1<vp>{IMAGE * 3}</vp>, region2<vp></vp>.\n"
     text = question.replace("<image>", image) if "<image>" in question else f"{image}\n{question}"
-    asked = prompt.template.turn.format(question=text)
-    naive = [*prompt._first, *prompt.tokenizer(asked, add_special_tokens=False).input_ids]
+    turn = prompt.template.turn.format(question=text)
+    naive = [*prompt._first, *prompt.tokenizer(turn, add_special_tokens=False).input_ids]
     assert prompt.conversation([question], [], 20, frames=2, regions=[3, 0])[0].tolist() == naive
 
 
 def test_a_text_is_cut_into_tokens_once(monkeypatch):
     prompt = Prompt()
     first = prompt.encode(["lumen", "lipid core"], 4)
-    seen = []
+    encoded = []
     cut = type(prompt.tokenizer).__call__
     monkeypatch.setattr(
-        type(prompt.tokenizer), "__call__", lambda self, text, **k: seen.append(text) or cut(self, text, **k)
+        type(prompt.tokenizer), "__call__", lambda self, text, **k: encoded.append(text) or cut(self, text, **k)
     )
     again, wide = prompt.encode(["lumen", "lipid core"], 4), prompt.encode(["lumen", "lipid core"], 3328)
-    assert not seen
+    assert not encoded
     assert all(torch.equal(one, two) for one, two in zip(first, again, strict=True))
     assert len(wide[0]) == len(first[0]) + 3324
     prompt.encode(["cap"], 4)
-    assert len(seen) == 1  # the answer is known
+    assert len(encoded) == 1  # the answer is known
 
 
 def test_the_texts_that_are_kept_are_bounded(monkeypatch):

@@ -34,11 +34,11 @@ def test_guard_D9_patients_stay_whole(counts):
     assert check_split(frames(*counts), split) == []
 
 
-def test_shares_are_of_images():
+def test_fractions_are_of_images():
     split = make_split(frames(*(20 + 7 * (k % 11) for k in range(32))))
     total = sum(map(len, split.parts.values()))
-    shares = [len(split.parts[name]) / total for name in ("train", "val", "test")]
-    assert shares == pytest.approx([0.7, 0.15, 0.15], abs=0.03)
+    fractions = [len(split.parts[name]) / total for name in ("train", "val", "test")]
+    assert fractions == pytest.approx([0.7, 0.15, 0.15], abs=0.03)
 
 
 def test_seed_decides():
@@ -68,7 +68,7 @@ def test_no_more_folds_than_patients():
 
 @pytest.mark.parametrize("counts", [(90,), (40, 40)])
 def test_guard_D9_too_few_patients_are_refused_with_the_alternatives(counts):
-    with pytest.raises(VesselError, match=rf"{len(counts)} patient.*split=block.*split=frame"):
+    with pytest.raises(VesselError, match=rf"{len(counts)} .*split=block.*split=frame"):
         make_split(frames(*counts))
 
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 
 import pytest
 import sentencepiece
@@ -82,15 +83,15 @@ def test_a_conversation_begins_with_one_first_token(trained, folder):
     start, end = trained.piece_to_id("[UNUSED_2]"), trained.piece_to_id("[UNUSED_1]")
     base, line = trained.get_piece_size(), trained.encode("\n")
     image = [base, base + 2, base + 2, base + 1]
-    asked = [1, start, *trained.encode("user\n"), *image, *trained.encode("\nWhere?"), end, *line, start]
-    asked += trained.encode("assistant\n")
-    answered = [*trained.encode("Sure, "), base + 5, *trained.encode("."), end]
+    question = [1, start, *trained.encode("user\n"), *image, *trained.encode("\nWhere?"), end, *line, start]
+    question += trained.encode("assistant\n")
+    answer = [*trained.encode("Sure, "), base + 5, *trained.encode("."), end]
     again = [start, *trained.encode("user\nAnd?"), end, *line, start, *trained.encode("assistant\n")]
     ids, labels = prompt.conversation(["Where?", "And?"], ["Sure, [SEG]."], 2)
-    assert ids.tolist() == [*asked, *answered, *line, *again]
-    assert labels[labels != -100].tolist() == answered
+    assert ids.tolist() == [*question, *answer, *line, *again]
+    assert labels[labels != -100].tolist() == answer
     plain = Prompt(str(folder(add_bos_token=False)), "internlm2_chat")
-    assert plain.conversation(["Where?"], [], 2)[0].tolist() == asked[1:]
+    assert plain.conversation(["Where?"], [], 2)[0].tolist() == question[1:]
 
 
 def test_saved_it_is_an_internlm2_folder_again(folder, tmp_path_factory):
@@ -110,15 +111,15 @@ def test_saved_it_is_an_internlm2_folder_again(folder, tmp_path_factory):
 
 
 @pytest.mark.parametrize("content", ["[]", "3", "{", '{"tokenizer_class": 3}'])
-def test_a_damaged_configuration_is_told(folder, content):
-    place = folder()
-    (place / "tokenizer_config.json").write_text(content)
-    with pytest.raises(VesselError, match="no tokenizer could be read"):
-        read_tokenizer(str(place))
+def test_a_damaged_configuration_is_refused(folder, content):
+    damaged = folder()
+    (damaged / "tokenizer_config.json").write_text(content)
+    with pytest.raises(VesselError, match=re.escape(f"prompt.tokenizer={damaged}")):
+        read_tokenizer(str(damaged))
 
 
-def test_a_damaged_model_is_told(folder):
-    place = folder()
-    (place / "tokenizer.model").write_bytes(b"no model")
-    with pytest.raises(VesselError, match="no tokenizer could be read"):
-        read_tokenizer(str(place))
+def test_a_damaged_model_is_refused(folder):
+    damaged = folder()
+    (damaged / "tokenizer.model").write_bytes(b"no model")
+    with pytest.raises(VesselError, match=re.escape(f"prompt.tokenizer={damaged}")):
+        read_tokenizer(str(damaged))

@@ -184,7 +184,7 @@ def test_regions_are_named_by_image(options, saying, tiny_run, scans, tmp_path):
         ({"question": "What?"}, "decode=generate"),
         ({"question": "What?", "decode": "generate", "phrases": ["lumen"]}, "exclude each other"),
         ({"question": "[SEG]?", "decode": "generate"}, r"holds \[SEG\]"),
-        ({"question": "", "decode": "generate"}, "asks nothing"),
+        ({"question": "", "decode": "generate"}, "question=''"),
         ({"mask_prompts": "regions"}, "without question="),
         ({"question": "What?", "decode": "generate", "mask_prompts": "nowhere"}, "name a folder of masks"),
         ({"decode": "generate", "max_new_tokens": 0}, "max_new_tokens=0"),

@@ -1,4 +1,4 @@
-"""A prepared data set, read: frames, phrases, split, and the proof that they belong together."""
+"""The catalog of a prepared data set: frames, phrases and split, checked to belong together."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Split:
         unit: `patient`, `block` or `frame`.
         seed: of the assignment.
         gap: frames left out at each border of two blocks; 0 for the other units.
-        note: what every report has to say about this split; empty for `patient`.
+        note: a warning that every report prints about this split; empty for `patient`.
         parts: frame ids by `train`, `val`, `test`.
         folds: frame ids by `train`, `val` for each fold; the test part belongs to none.
     """
@@ -67,11 +67,11 @@ class Split:
 
     @property
     def hash(self) -> str:
-        """SHA-256 of everything that the split says."""
+        """Return the SHA-256 of the whole content of the split."""
         return digest(self._content())
 
     def to_json(self) -> dict[str, Any]:
-        """The content of splits.json."""
+        """Return the content of splits.json."""
         return {**self._content(), "hash": self.hash}
 
     @classmethod
@@ -108,7 +108,7 @@ class Catalog:
         frames: by id.
         phrases: every phrase, sorted.
         split: train, validation and test.
-        manifest: what manifest.json says.
+        manifest: the content of manifest.json.
         fingerprint: of images, masks, identities and pixel spacing.
     """
 
@@ -147,12 +147,12 @@ class Catalog:
 
     @property
     def pixel_spacing(self) -> tuple[float, float] | None:
-        """Millimetres per pixel along rows and along columns, of every image; None when unknown."""
+        """Return the millimetres per pixel along rows and columns of every image; None when unknown."""
         given = self.manifest.get("pixel_spacing")
         return (given[0], given[1]) if given else None
 
     def part(self, name: str, fold: int | None = None) -> list[Frame]:
-        """Frames of `train`, `val` or `test`; a fold, counted from 0, has its own train and val.
+        """List the frames of `train`, `val` or `test`; a fold, counted from 0, has its own train and val.
 
         Raises:
             VesselError: when there is no such part or fold, naming those there are.
@@ -160,23 +160,23 @@ class Catalog:
         parts: dict[str, tuple[str, ...]] = dict(self.split.parts)
         if fold is not None:
             if not 0 <= fold < len(self.split.folds):
-                there = f"folds 0 to {len(self.split.folds) - 1}" if self.split.folds else "no folds"
-                raise VesselError(f"{self.root}: no fold {fold}; it has {there}; prepare it with another folds=")
+                folds = f"folds 0 to {len(self.split.folds) - 1}" if self.split.folds else "no folds"
+                raise VesselError(f"{self.root}: no fold {fold}; it has {folds}; prepare it with another folds=")
             parts |= self.split.folds[fold]
         if not parts.get(name):
-            there = ", ".join(part for part, ids in parts.items() if ids)
-            raise VesselError(f"{self.root}: no split {name!r}; it has {there}")
+            present = ", ".join(part for part, ids in parts.items() if ids)
+            raise VesselError(f"{self.root}: no split {name!r}; it has {present}")
         return [self.frames[frame_id] for frame_id in parts[name]]
 
 
 def digest(content: Any) -> str:
-    """SHA-256 of the canonical JSON of `content`."""
+    """Compute the SHA-256 of the canonical JSON of `content`."""
     text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def fingerprint_of(frames: Iterable[Frame], masks_hash: str, pixel_spacing: Sequence[float] | None = None) -> str:
-    """Fingerprint of a data set: its frame records, which hold the image hashes, the hash of all masks, the spacing.
+    """Compute the fingerprint of a data set, of its frame records with their image hashes, its masks and pixel spacing.
 
     Lengths in millimetres are comparable only where the spacing is the same. An unknown one leaves no trace, so that
     data sets made before there was one keep their fingerprint.
@@ -185,7 +185,7 @@ def fingerprint_of(frames: Iterable[Frame], masks_hash: str, pixel_spacing: Sequ
 
 
 def check_split(frames: Sequence[Frame], split: Split) -> list[str]:
-    """Everything that would let training see what it is tested on.
+    """List everything that would leak test images into training.
 
     Returns:
         sentences; none when the split is sound.
@@ -236,5 +236,5 @@ def _not_prepared(root: Path, reason: str) -> str:
 
 
 def slug(phrase: str) -> str:
-    """The folder name of a phrase."""
+    """Return the folder name of a phrase."""
     return re.sub(r"[^\w-]+", "_", phrase)

@@ -1,4 +1,4 @@
-"""Samples: one image with its phrases, read, augmented, cut and worded."""
+"""Samples: one image with its phrases, read, augmented, cut into tiles and put into a prompt."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ def make_sample(
     prompt: Prompt,
     geometry: InputGeometry,
     *,
-    draw: Random | None = None,
+    rng: Random | None = None,
     features: Features | None = None,
 ) -> Sample:
-    """A sample without truth: what prediction shows the network.
+    """Make a sample without ground truth, as prediction takes it.
 
     Args:
         image: uint8 [H, W, 3], RGB.
         phrases: what to segment, at least one.
-        prompt: wording that belongs to the network.
-        geometry: cutting that belongs to the network.
-        draw: source of the wordings in training.
+        prompt: of the network that the sample is for.
+        geometry: of the same network.
+        rng: chooses the prompt templates in training; None takes the standard ones.
         features: of the image, in place of its tiles and frame.
     """
     if features is None:
@@ -47,7 +47,7 @@ def make_sample(
             torch.empty(3, 0, 0).byte(),
         )
     count = len(tiles) if features is None else len(features.tile_features)
-    ids, labels = prompt.encode(phrases, count * geometry.tokens_per_tile, draw=draw)
+    ids, labels = prompt.encode(phrases, count * geometry.tokens_per_tile, rng=rng)
     height, width = image.shape[:2]
     return Sample(
         id="", patient="", video="", phrases=tuple(phrases), tiles=tiles, frame=frame,
@@ -56,21 +56,22 @@ def make_sample(
 
 
 class VesselDataset(Dataset[Sample]):
-    """Frames of a prepared data set; every phrase is asked of every frame, absent ones with an empty mask.
+    """Frames of a prepared data set, each with every phrase; the mask of an absent phrase is empty.
 
-    An index may run past the number of frames: `epoch * len + position` gives the frame at `position` with the
-    wording and augmentation of that epoch, whichever process loads it.
+    An index may run past the number of frames: `epoch * len + position` gives the frame at `position` with the prompt
+    templates and augmentation of that epoch, whichever process loads it.
 
     Args:
         root: folder of the prepared data set.
-        frames: the part to serve.
+        frames: of one part.
         phrases: K phrases, normalised.
-        prompt, geometry: wording and cutting that belong to the network.
+        prompt, geometry: of the network that the samples are for.
         augmentation: None outside training.
-        seed: of wordings and augmentation.
+        vary_templates: whether prompt templates are drawn at random, as in training.
+        seed: of prompt templates and augmentation.
 
     Attributes:
-        features: where features of an image may be known, by the digest of its pixels; asked where `is_finite`.
+        features: returns cached features of an image by the digest of its pixels, or None; called where `is_finite`.
     """
 
     def __init__(
@@ -95,7 +96,7 @@ class VesselDataset(Dataset[Sample]):
         return len(self.frames)
 
     def __getitem__(self, index: int) -> Sample:
-        """The sample of `index`, see the class."""
+        """Load the sample of `index`, see the class."""
         frame = self.frames[index % len(self)]
         image = self._images.read(self.root / frame.image, frame.sha256)
         masks = self._masks(frame)
@@ -104,17 +105,17 @@ class VesselDataset(Dataset[Sample]):
         features = None
         if self.features is not None and self.is_finite:
             features = self.features(frame.sha256 if self.augmentation is None else pixel_hash(image))
-        draw = Random(f"{self.seed} {index}") if self.vary_templates else None
-        sample = make_sample(image, self.phrases, self.prompt, self.geometry, draw=draw, features=features)
+        rng = Random(f"{self.seed} {index}") if self.vary_templates else None
+        sample = make_sample(image, self.phrases, self.prompt, self.geometry, rng=rng, features=features)
         return replace(sample, id=frame.id, patient=frame.patient, video=frame.video, masks=torch.from_numpy(masks))
 
     @property
     def is_finite(self) -> bool:
-        """Tell whether augmentation makes a limited number of pictures of an image, however often it is served."""
+        """Return whether augmentation makes a limited number of pictures of an image, however often it is loaded."""
         return self.augmentation is None or self.augmentation.variants is not None
 
     def image_variants(self, position: int) -> Sequence[NDArray[np.uint8]]:
-        """All of them, each [H, W, 3], of the image at a position."""
+        """List the pictures uint8 [H, W, 3] that can come of the image at a position, see `is_finite`."""
         frame = self.frames[position]
         image = self._images.read(self.root / frame.image, frame.sha256)
         return self.augmentation.outcomes(image) if isinstance(self.augmentation, QuarterTurns) else [image]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from vessel.errors import BadItemsError, Problem, VesselError
 
-# The grammars that are recognised without being asked for; `frame` counts within `video`.
+# The grammars of `identity=auto`; `frame` counts within `video`.
 GRAMMARS = (
     re.compile(r"(?P<video>(?P<patient>.+))_frame_(?P<frame>\d+)"),
     re.compile(r"(?P<video>(?P<patient>[^_]+)_\d+)_(?P<frame>\d+)"),
@@ -50,7 +50,7 @@ class Identity:
 
 
 def compile_grammar(identity: str) -> tuple[re.Pattern[str], ...]:
-    """The patterns that a stem is matched against, whole.
+    """Return the patterns that a whole stem is matched against.
 
     Args:
         identity: `auto`, or a regular expression with the named group `patient`; `video` and `frame` are optional.
@@ -84,12 +84,12 @@ def parse(stem: str, grammar: Iterable[re.Pattern[str]]) -> RawIdentity | None:
 
 
 def patient_keys(texts: Iterable[str]) -> tuple[dict[str, str], list[Problem]]:
-    """One key for all spellings of a patient: the hospital id where there is one, else the normalised name.
+    """Find one key for all spellings of a patient: the hospital id where there is one, else the normalised name.
 
-    A name that was seen with an id stands for that id when it comes without.
+    A name that occurs with an id in one text stands for that id in a text without.
 
     Returns:
-        key by text, and every name that could be any of several ids.
+        key by text, and every name that goes with several ids.
     """
     ids_of: defaultdict[str, set[str]] = defaultdict(set)
     split: dict[str, tuple[str | None, str]] = {}
@@ -110,13 +110,13 @@ def patient_keys(texts: Iterable[str]) -> tuple[dict[str, str], list[Problem]]:
 
 
 def pseudonym(key: str, salt: bytes) -> str:
-    """`p` and eight hexadecimal digits; cannot be turned back without the salt."""
+    """Return `p` and eight hexadecimal digits, from which nobody gets the key back without the salt."""
     return "p" + hmac.new(salt, key.encode(), "sha256").hexdigest()[:8]
 
 
 @dataclass(frozen=True)
 class Pseudonyms:
-    """The result of `pseudonymise`.
+    """The identities of files, with the names that they replace.
 
     Attributes:
         identities: one for each file.
@@ -130,18 +130,18 @@ class Pseudonyms:
 
 
 def pseudonymise(files: Sequence[Path], grammar: Iterable[re.Pattern[str]], salt: bytes) -> Pseudonyms:
-    """Give each file the identity that the data set will know it by.
+    """Give each file its pseudonymous identity in the data set.
 
     Videos are numbered within a patient, and frames without a number within a video, by file name.
 
     Raises:
-        BadItemsError: listing every file that the grammar does not match, or that cannot be told apart from another.
+        BadItemsError: listing every file that the grammar does not match, or that has the same identity as another.
     """
     grammar = tuple(grammar)
     parsed = {file: parse(file.stem, grammar) for file in files}
     known = {file: raw for file, raw in parsed.items() if raw is not None}
     if len(known) < len(files):
-        remedy = "rename it, or say how names are built: identity='(?P<patient>…)_(?P<video>…)_(?P<frame>…)'"
+        remedy = "rename it, or describe how names are built: identity='(?P<patient>…)_(?P<video>…)_(?P<frame>…)'"
         unknown = [file for file in files if file not in known]
         raise BadItemsError(
             "file names", [Problem(str(file), "tells no patient, video and frame", remedy) for file in unknown]
@@ -183,5 +183,5 @@ def _name_part(text: str) -> str:
 
 
 def normal_name(text: str) -> str:
-    """A name without case, spaces, underscores, carets and brackets: equal for every spelling of one patient."""
+    """Remove case, spaces, underscores, carets and brackets from a name: equal for every spelling of one patient."""
     return re.sub(r"[\W_]+", "", unicodedata.normalize("NFKC", text).casefold())

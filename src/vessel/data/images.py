@@ -1,4 +1,4 @@
-"""Images as every command sees them: uint8 RGB, upright, whatever the file held."""
+"""Read images for every command: uint8 RGB, upright, whatever the file held."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ BIT_DEPTHS = (8, 10, 12, 14, 16)
 
 
 def depth_of(maximum: int) -> int:
-    """The smallest of `BIT_DEPTHS` that holds a grey value below 2**16."""
+    """Return the smallest of `BIT_DEPTHS` that holds a grey value below 2**16."""
     return next(bits for bits in BIT_DEPTHS if maximum < 2**bits)
 
 
 def common_depth(files: Iterable[Path]) -> int | None:
-    """The depth that holds every 16-bit grey image; None when there is none. Only these are decoded.
+    """Return the depth that holds every 16-bit grey image; None when there is none. Only these are decoded.
 
     Files that `read_rgb` refuses are passed over.
     """
@@ -45,7 +45,7 @@ def read_rgb(path: Path, *, depth: int | None = None) -> np.ndarray:
 
     Args:
         path: the file.
-        depth: bits of 16-bit grey, since files do not say it. None takes the smallest of 8, 10, 12, 14 and 16 that
+        depth: bits of 16-bit grey, which files do not state. None takes the smallest of 8, 10, 12, 14 and 16 that
             holds the maximum of this image: a dark image of a 12-bit series comes out brighter than in its series.
 
     Returns:
@@ -93,13 +93,13 @@ def _to_8_bit(grey: np.ndarray, path: Path, depth: int | None) -> np.ndarray:
 
 
 class PreparedImages:
-    """Reads images and compares their pixels to those that were prepared: once, and again when a file has changed."""
+    """A reader of prepared images that checks their digest: once, and again when a file has changed."""
 
     def __init__(self) -> None:
-        self._right: dict[tuple[str, str], tuple[int, int] | None] = {}
+        self._verified: dict[tuple[str, str], tuple[int, int] | None] = {}
 
     def read(self, path: Path, sha256: str) -> np.ndarray:
-        """Pixels of an image of a prepared data set, uint8 [H, W, 3].
+        """Read an image of a prepared data set, uint8 [H, W, 3].
 
         Args:
             path: the file.
@@ -109,19 +109,20 @@ class PreparedImages:
             VesselError: as `read_rgb`, or it is another image.
         """
         try:
-            found = path.stat()  # before it is read: a change in between is seen next time
+            found = path.stat()  # before it is read: a change in between is found next time
             state = (found.st_size, found.st_mtime_ns)
         except OSError:
-            state = None  # reading says what is wrong
+            state = None  # `read_rgb` raises the error
         image = read_rgb(path)
-        if state is None or self._right.get((str(path), sha256)) != state:
+        if state is None or self._verified.get((str(path), sha256)) != state:
             if pixel_hash(image) != sha256:
-                told = "is not the image that was prepared; copy the data set again, or prepare it anew"
-                raise VesselError(f"{path} {told}")
-            self._right[str(path), sha256] = state
+                raise VesselError(
+                    f"{path} is not the image that was prepared; copy the data set again, or prepare it again"
+                )
+            self._verified[str(path), sha256] = state
         return image
 
 
 def pixel_hash(image: np.ndarray) -> str:
-    """SHA-256 of decoded pixels and their shape: the same for copies of a picture in different file formats."""
+    """Compute the SHA-256 of decoded pixels and their shape: equal for copies of an image in different file formats."""
     return hashlib.sha256(repr(image.shape).encode() + np.ascontiguousarray(image).tobytes()).hexdigest()

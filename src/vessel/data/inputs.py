@@ -1,4 +1,4 @@
-"""Inputs of a prediction: image files by any way to name them, and phrases."""
+"""Inputs of a prediction: image files, named in any of several ways, and phrases."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class InputImage:
 
     Attributes:
         id: unique; a relative path without suffix, under which results are written.
-        file: where it is.
-        name: how reports call it: relative to the folder the user named.
+        file: its path.
+        name: its path in reports: relative to the folder that the user named.
     """
 
     id: str
@@ -32,12 +32,12 @@ class InputImage:
 
 
 def find_images(images: str, *, split: str | None = None, beside: Path | None = None) -> list[InputImage]:
-    """Images of a file, a folder with its sub-folders, a glob pattern, or a prepared data set.
+    """Find the images of a file, a folder with its sub-folders, a glob pattern, or a prepared data set.
 
     In a folder, hidden files and masks (`*_mask.*`) are passed over.
 
     Args:
-        images: what the user named.
+        images: the value of the option `images`.
         split: `train`, `val` or `test` of a prepared data set; None takes all its images.
         beside: folder whose files are no input, because results go there.
 
@@ -52,7 +52,7 @@ def find_images(images: str, *, split: str | None = None, beside: Path | None = 
     if split is not None:
         raise VesselError(f"split={split}: images={images} is no prepared data set; leave split= away")
     if path.is_file():
-        return _targets([path], path.parent)
+        return _input_images([path], path.parent)
     if path.is_dir():
         base, found = path, path.rglob("*")
     elif glob.has_magic(str(path)):
@@ -63,15 +63,15 @@ def find_images(images: str, *, split: str | None = None, beside: Path | None = 
     if not files:
         known = ", ".join(sorted(IMAGE_SUFFIXES))
         raise VesselError(f"images={images}: no image there; files of these kinds are read: {known}")
-    return _targets(files, base)
+    return _input_images(files, base)
 
 
 def requested_phrases(phrases: str | Sequence[str] | None, known: Sequence[str], prompt: Prompt) -> tuple[str, ...]:
-    """The phrases to ask for, normalised, each once.
+    """Return the phrases to segment, normalised, each once.
 
     Args:
         phrases: one phrase, several, or None for those the network was trained on.
-        known: those.
+        known: the phrases that the network was trained on.
         prompt: whose special tokens no phrase may hold.
 
     Raises:
@@ -107,19 +107,19 @@ def _is_image(relative: PurePath, file: Path, beside: Path | None) -> bool:
 
 
 def _fixed_part(pattern: Path) -> Path:
-    """The folder before the first wildcard of a glob pattern."""
+    """Return the folder before the first wildcard of a glob pattern."""
     return next(parent for parent in pattern.parents if not glob.has_magic(str(parent)))
 
 
-def _targets(files: Iterable[Path], base: Path) -> list[InputImage]:
-    """Name the files; those that differ in suffix only keep it in their id."""
+def _input_images(files: Iterable[Path], base: Path) -> list[InputImage]:
+    """Name the files as input images; those that differ in suffix only keep it in their id."""
     names = [file.relative_to(base) for file in files]
     stems = Counter(name.with_suffix("").as_posix() for name in names)
-    targets: dict[str, InputImage] = {}
+    images: dict[str, InputImage] = {}
     for name in names:
         stem = name.with_suffix("").as_posix()
         wanted = stem if stems[stem] == 1 else name.as_posix()
-        while wanted in targets:
+        while wanted in images:
             wanted += "_"
-        targets[wanted] = InputImage(wanted, base / name, name.as_posix())
-    return list(targets.values())
+        images[wanted] = InputImage(wanted, base / name, name.as_posix())
+    return list(images.values())

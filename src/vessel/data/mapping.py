@@ -22,7 +22,10 @@ def mapping_folder(out: Path) -> Path:
 
 
 def read_mapping(folder: Path) -> dict[str, Any]:
-    """`patients`: pseudonym by key, `files`: frame id by raw stem, `names`: raw spellings; all may be empty.
+    """Read the mapping of a folder.
+
+    Returns:
+        `patients`: pseudonym by key; `files`: frame id by raw stem; `names`: raw spellings. All may be empty.
 
     Raises:
         VesselError: it cannot be read.
@@ -50,7 +53,7 @@ class MappingFolder:
             raise VesselError(f"mapping: {self.path} {what}; choose an empty or a new folder with mapping=DIR")
 
     def salt(self) -> bytes:
-        """The salt kept here, or a new random one; `write` keeps it."""
+        """Read the salt, or make a new random one, which `write` writes."""
         kept = self.path / "salt"
         if not kept.is_file():
             return secrets.token_bytes(32)
@@ -60,7 +63,7 @@ class MappingFolder:
             raise VesselError(f"{kept} is damaged; restore it from a copy, or delete it for new pseudonyms") from error
 
     def write(self, salt: bytes, pseudonyms: Pseudonyms, stems: Sequence[str]) -> None:
-        """Keep the salt and who is who, of files with these raw stems, beside what is here already."""
+        """Write the salt and the mapping of files with these raw stems, added to what the folder holds already."""
         self.check()
         if not self.path.exists():  # a folder that the user made keeps its mode; our files are 0600 in any
             self.path.mkdir(mode=0o700, parents=True)

@@ -1,4 +1,4 @@
-"""Boolean masks: the one rasteriser, lossless files, and outlines for interchange."""
+"""Boolean masks: rasterise polygons, read and write lossless files, trace outlines for interchange."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def read_mask(path: Path, size: tuple[int, int]) -> np.ndarray:
         raise VesselError(Problem(str(path), reason, "export the mask again as PNG")) from error
     if pixels.shape[:2] != size:
         reason = f"the mask is {pixels.shape[1]}x{pixels.shape[0]} and its image {size[1]}x{size[0]}"
-        reason += ", upright as its EXIF may say" if pixels.shape[1::-1] == size else ""
+        reason += ", which its EXIF orientation may turn upright" if pixels.shape[1::-1] == size else ""
         raise VesselError(Problem(str(path), reason, "export it at the size of the image; masks are never resized"))
     return _binary(pixels, path)
 
@@ -72,8 +72,8 @@ def _binary(pixels: np.ndarray, path: Path) -> np.ndarray:
     foreground = pixels != 0 if pixels.ndim == 2 else (pixels != 0).any(axis=2)
     values = np.unique(pixels[foreground], axis=0)
     if len(values) > 1 or (pixels.ndim == 2 and len(values) and int(values[0]) not in {1, 255, 65535}):
-        shown = ", ".join(str(value) for value in values[:4].tolist())
-        reason = f"not a binary mask: besides 0 it holds {shown}{', …' if len(values) > 4 else ''}"
+        listed = ", ".join(str(value) for value in values[:4].tolist())
+        reason = f"not a binary mask: besides 0 it holds {listed}{', …' if len(values) > 4 else ''}"
         raise VesselError(Problem(str(path), reason, "save it as 0/1 or 0/255, one file per phrase"))
     return foreground
 
@@ -84,8 +84,8 @@ def write_mask(path: Path, mask: np.ndarray) -> None:
     Image.fromarray(mask).save(path, format="PNG")
 
 
-def outline(mask: np.ndarray) -> list[list[float]]:
-    """Polygons whose union, rasterised by `rasterise`, is the mask again; holes and one-pixel vessels included.
+def mask_polygons(mask: np.ndarray) -> list[list[float]]:
+    """Trace a mask into polygons which `rasterise` turns into the same mask, holes and one-pixel vessels included.
 
     Polygons cannot hold holes, so a region with one is cut through it into two.
 
@@ -108,5 +108,5 @@ def outline(mask: np.ndarray) -> list[list[float]]:
         left, right = mask.copy(), mask.copy()
         left[:, cut:] = False
         right[:, :cut] = False
-        return outline(left) + outline(right)
+        return mask_polygons(left) + mask_polygons(right)
     return [((contour.reshape(-1) + 0.5) / 2).tolist() for contour in contours]

@@ -19,11 +19,11 @@ COLUMNS = 6
 
 
 def statistics(frames: Sequence[Frame], shares: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
-    """Figures of the whole set.
+    """Compute the statistics of the whole set.
 
     Args:
         frames: all of them.
-        shares: foreground share in [0, 1] by frame id and phrase; a phrase is not named where it is absent.
+        shares: foreground share in [0, 1] by frame id and phrase; an absent phrase has no entry.
 
     Returns:
         JSON content. Under `phrases`: images with the phrase, images without, the mean share over all images, and
@@ -54,7 +54,7 @@ def statistics(frames: Sequence[Frame], shares: Mapping[str, Mapping[str, float]
 
 
 def tables(figures: Mapping[str, Any], split: Split) -> list[Table]:
-    """The statistics and the split, for the terminal."""
+    """Lay out the statistics and the split as tables for the terminal."""
     videos = [count for of_patient in figures["patients"].values() for count in of_patient.values()]
     sizes = ", ".join(f"{size} ({count})" for size, count in list(figures["sizes"].items())[:4])
     span = "-".join(map(str, sorted({min(videos), max(videos)})))
@@ -67,8 +67,8 @@ def tables(figures: Mapping[str, Any], split: Split) -> list[Table]:
         phrases.add_column(heading, justify="right")
     for phrase, row in figures["phrases"].items():
         shares = (row["share_of_all"], *row["share_where_present"].values())
-        shown = ("-" if share is None else f"{share:.2%}" for share in shares)
-        phrases.add_row(phrase, str(row["present"]), str(row["absent"]), *shown)
+        percentages = ("-" if share is None else f"{share:.2%}" for share in shares)
+        phrases.add_row(phrase, str(row["present"]), str(row["absent"]), *percentages)
     counts = {name: len(ids) for name, ids in split.parts.items()}
     left_out = figures["images"] - sum(counts.values())
     parts = Table(*counts, "left out", "folds", title=f"split by {split.unit}", title_justify="left")
@@ -77,7 +77,7 @@ def tables(figures: Mapping[str, Any], split: Split) -> list[Table]:
 
 
 def contact_sheet(root: Path, frames: Sequence[Frame], count: int = 24) -> Image.Image:
-    """Overlays of some frames, taken evenly from every patient, with the colour of each phrase.
+    """Draw overlays of some frames, taken evenly from every patient, with a legend of phrases and colours.
 
     Args:
         root: folder that the paths of the frames are relative to.
@@ -86,31 +86,31 @@ def contact_sheet(root: Path, frames: Sequence[Frame], count: int = 24) -> Image
     """
     from vessel.plotting.colours import PHRASE_COLOURS
 
-    shown = _spread(frames, count)
-    columns = min(COLUMNS, len(shown))
+    picked = _spread(frames, count)
+    columns = min(COLUMNS, len(picked))
     cell = (THUMBNAIL + 8, THUMBNAIL + 26)
     font = ImageFont.load_default(size=13)
-    sheet = Image.new("RGB", (max(columns * cell[0], 480), -(-len(shown) // columns) * cell[1] + 34), (24, 24, 24))
+    sheet = Image.new("RGB", (max(columns * cell[0], 480), -(-len(picked) // columns) * cell[1] + 34), (24, 24, 24))
     draw = ImageDraw.Draw(sheet)
     x = 8.0
     for i, phrase in enumerate(frames[0].masks):
         draw.rectangle((x, 9, x + 14, 23), fill=PHRASE_COLOURS[i % len(PHRASE_COLOURS)])
         draw.text((x + 20, 8), phrase, font=font, fill="white")
         x += 44 + draw.textlength(phrase, font=font)
-    for index, frame in enumerate(shown):
+    for index, frame in enumerate(picked):
         left, top = (index % columns) * cell[0] + 4, (index // columns) * cell[1] + 34
         sheet.paste(Image.fromarray(_thumbnail(root, frame)), (left, top))
         draw.text((left, top + THUMBNAIL + 2), frame.id, font=font, fill=(190, 190, 190))
     return sheet
 
 
-def absences(frames: Sequence[Frame], split: Split) -> list[str]:
-    """A sentence for each part of the split that shows a phrase in no frame."""
+def absence_warnings(frames: Sequence[Frame], split: Split) -> list[str]:
+    """Write a warning for each phrase that no image of a part of the split shows."""
     by_id = {frame.id: frame for frame in frames}
     what = {
         "train": "nothing can be learnt about it",
-        "val": "its validation scores only say that nothing was drawn",
-        "test": "its test scores only say that nothing was drawn",
+        "val": "its validation scores only count false positives",
+        "test": "its test scores only count false positives",
     }
     return [
         f"{phrase} is in none of the {len(ids)} {part} images: {what[part]}"
@@ -121,7 +121,7 @@ def absences(frames: Sequence[Frame], split: Split) -> list[str]:
 
 
 def _thumbnail(root: Path, frame: Frame) -> np.ndarray:
-    """Uint8 [h, w, 3]: masks are laid over the small image, where an outline of one pixel can be seen."""
+    """Overlay masks on the small image, where an outline of one pixel stays visible: uint8 [h, w, 3]."""
     from vessel.plotting.overlays import overlay
 
     with Image.open(root / frame.image) as image:
@@ -135,7 +135,7 @@ def _thumbnail(root: Path, frame: Frame) -> np.ndarray:
 
 
 def _spread(frames: Sequence[Frame], count: int) -> list[Frame]:
-    """Up to `count` frames: from every patient the same number as far as possible, evenly over its frames."""
+    """Pick up to `count` frames: as far as possible equally many of every patient, evenly over its frames."""
     patients: defaultdict[str, list[Frame]] = defaultdict(list)
     for frame in sorted(frames, key=lambda frame: frame.id):
         patients[frame.patient].append(frame)

@@ -1,4 +1,4 @@
-"""Prompts: from phrases to token ids. The only place that knows chat templates, image tokens and wordings."""
+"""Prompts: from phrases to token ids. The only module that knows chat templates, image tokens and prompt templates."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from vessel.errors import VesselError
 
 SEG, IMAGE = "[SEG]", "<IMG_CONTEXT>"
 ADDED = (SEG, "<p>", "</p>", "<vp>", "</vp>")
-PLACEHOLDER = "<image>"  # where users of the public code say that the image belongs
+PLACEHOLDER = "<image>"  # where users of the public code put the image
 IGNORED = -100
-_KNOWN_TEXTS = 1024  # of which a prompt keeps the ids; training words a phrase in few ways
+_KNOWN_TEXTS = 1024  # of which a prompt keeps the ids; training has few prompt templates of a phrase
 _NO_BREAKS = str.maketrans("", "", "\r\n")
 
-# The first of each list is used outside training; training draws among all.
+# Prompt templates. The first of each is used outside training; training draws among all.
 QUESTIONS = (
     "Please segment the {phrase} in this image.",
     "Show me the {phrase} in this image as a mask.",
@@ -39,10 +39,10 @@ class Template:
     """A chat format.
 
     Attributes:
-        turn: what surrounds a question, up to where the answer begins.
-        end: what closes an answer; supervised.
-        stop_words: a generated text that ends with one of them is over.
-        separator: what stands between an answer and the next question; not supervised.
+        turn: the text around a question, up to the beginning of the answer.
+        end: the text that closes an answer; supervised.
+        stop_words: each ends a generated text.
+        separator: the text between an answer and the next question; not supervised.
     """
 
     turn: str
@@ -60,12 +60,12 @@ TEMPLATES = {
 
 
 class Prompt:
-    """Conversations about an image or the first frames of a video.
+    """A maker of conversations about an image or the first frames of a video, as token ids.
 
     Args:
         tokenizer: folder, or `hf://` name on the hub, with the tokenizer of the checkpoint; None makes the small
             tokenizer that a network trained from scratch uses.
-        template: name of the chat format, as the checkpoint's `config.json` states it.
+        template: name of the chat format, as the checkpoint's `config.json` names it.
 
     Attributes:
         name: of the template.
@@ -100,21 +100,21 @@ class Prompt:
         )
         stops = {word: self._ids(word) for word in self.template.stop_words}
         self._last = {eos, *(ids[0] for ids in stops.values() if len(ids) == 1)}
-        self._spelt_out = tuple(word for word, ids in stops.items() if len(ids) > 1)
+        self._long_stop_words = tuple(word for word, ids in stops.items() if len(ids) > 1)
 
-    def encode(self, phrases: Sequence[str], image_tokens: int, *, draw: Random | None = None) -> tuple[Tensor, Tensor]:
-        """One conversation with a question, an answer and one `[SEG]` for each phrase.
+    def encode(self, phrases: Sequence[str], image_tokens: int, *, rng: Random | None = None) -> tuple[Tensor, Tensor]:
+        """Encode one conversation with a question, an answer and one `[SEG]` for each phrase.
 
         Args:
             phrases: at least one.
             image_tokens: number of vision features of the image, over all its tiles.
-            draw: source of the wordings; None takes the standard ones.
+            rng: chooses the prompt templates; None takes the standard ones.
 
         Returns:
             input ids and labels, int64 [L]; labels are -100 outside answers.
         """
-        questions = [(draw.choice(QUESTIONS) if draw else QUESTIONS[0]).format(phrase=p) for p in phrases]
-        answers = [draw.choice(ANSWERS) if draw else ANSWERS[0] for _ in phrases]
+        questions = [(rng.choice(QUESTIONS) if rng else QUESTIONS[0]).format(phrase=p) for p in phrases]
+        answers = [rng.choice(ANSWERS) if rng else ANSWERS[0] for _ in phrases]
         return self.conversation(questions, answers, image_tokens)
 
     def conversation(
@@ -126,45 +126,45 @@ class Prompt:
         frames: int = 1,
         regions: Sequence[int] = (),
     ) -> tuple[Tensor, Tensor]:
-        """Ids and labels of a conversation about an image.
+        """Encode a conversation about an image as ids and labels.
 
         Args:
-            questions: what the user says, turn by turn. The image is put before the first, on a line of its own, or
-                where the first says `<image>`.
-            answers: what the model says, as text or as the ids it generated; with one answer less than questions, the
-                ids end where generation begins.
+            questions: of the user, turn by turn. The image is put before the first, on a line of its own, or in the
+                place of `<image>` in it.
+            answers: of the model, as text or as the ids it generated; with one answer less than questions, the ids end
+                where generation begins.
             image_tokens: as in `encode`, of one frame.
             frames: of a video; each is a block of `image_tokens`.
-            regions: number of vision features of each region that is pointed at.
+            regions: number of vision features of each region that the first question refers to.
 
         Raises:
-            VesselError: the first question says `<image>` twice, or a later one says it.
+            VesselError: the first question holds `<image>` twice, or a later one holds it.
         """
         ids, labels = list(self._first), [IGNORED] * len(self._first)
         features = iter([image_tokens] * frames + list(regions))
         for turn, question in enumerate(self._with_image(questions, frames, len(regions))):
-            asked = self._spread(self._ids(self.template.turn.format(question=question)), features)
-            ids += asked
-            labels += [IGNORED] * len(asked)
+            unsupervised = self._expand_images(self._ids(self.template.turn.format(question=question)), features)
+            ids += unsupervised
+            labels += [IGNORED] * len(unsupervised)
             if turn == len(answers):
                 break
-            answered = self._closed(answers[turn])
+            supervised = self._closed(answers[turn])
             between = self._ids(self.template.separator)
-            ids += answered + between
-            labels += answered + [IGNORED] * len(between)
+            ids += supervised + between
+            labels += supervised + [IGNORED] * len(between)
         return torch.tensor(ids), torch.tensor(labels)
 
     def is_over(self, ids: Sequence[int]) -> bool:
-        """Tell whether generated ids end an answer: by their last token, or by a stop word that takes several."""
+        """Return whether generated ids end an answer: by their last token, or by a stop word of several tokens."""
         if not ids:
             return False
-        if ids[-1] in self._last or not self._spelt_out:
+        if ids[-1] in self._last or not self._long_stop_words:
             return ids[-1] in self._last
         # Line breaks do not count, as in the public code: "|>\n" is one token of Qwen.
-        return self.decode(ids).translate(_NO_BREAKS).endswith(self._spelt_out)
+        return self.decode(ids).translate(_NO_BREAKS).endswith(self._long_stop_words)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of ids, special tokens kept."""
+        """Decode ids to text, special tokens kept."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=False))
 
     def save(self, folder: Path) -> None:
@@ -175,7 +175,7 @@ class Prompt:
         first, *later = questions
         if first.count(PLACEHOLDER) > 1 or any(PLACEHOLDER in question for question in later):
             raise VesselError(
-                f"a conversation is about one image: say {PLACEHOLDER} once in the first question, or leave it away"
+                f"a conversation is about one image: write {PLACEHOLDER} once in the first question, or leave it away"
             )
         image = "\n".join([f"<img>{IMAGE}</img>"] * frames)
         if regions:
@@ -190,15 +190,15 @@ class Prompt:
             return self._ids(answer + self.template.end)
         return [*answer] if self.is_over(answer) else [*answer, *self._end]
 
-    def _spread(self, ids: list[int], features: Iterator[int]) -> list[int]:
-        """Each image token as often as there are features in its place: a text is the same whatever their number."""
-        spread: list[int] = []
+    def _expand_images(self, ids: list[int], features: Iterator[int]) -> list[int]:
+        """Repeat each image token once for each feature; the text of a prompt is the same whatever their number."""
+        expanded: list[int] = []
         for token in ids:
-            spread += [token] * next(features, 1) if token == self.token_ids.image else [token]
-        return spread
+            expanded += [token] * next(features, 1) if token == self.token_ids.image else [token]
+        return expanded
 
     def _ids(self, text: str) -> list[int]:
-        """Ids of a text, remembered; not to be changed."""
+        """Encode a text; the list is cached, so callers must not change it."""
         ids: list[int] | None = self._known.get(text)
         if ids is None:
             ids = self.tokenizer(text, add_special_tokens=False).input_ids

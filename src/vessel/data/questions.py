@@ -1,4 +1,4 @@
-"""Free questions about an image, and the regions of it that they point at."""
+"""Free questions about an image, and the regions of the image that they refer to."""
 
 from __future__ import annotations
 
@@ -20,31 +20,31 @@ from vessel.errors import Problem, VesselError
 
 
 def check_question(question: str, prompt: Prompt) -> None:
-    """Refuse a question that is none.
+    """Refuse a question that is empty or holds special tokens.
 
     Raises:
-        VesselError: it is empty, or holds `[SEG]` or another token that is not words; `<image>` may stand in it once.
+        VesselError: it is empty, or holds `[SEG]` or another special token; only `<image>` may occur, once.
     """
-    if held := sorted(token for token in prompt.tokenizer.get_added_vocab() if token in question):
+    if special := sorted(token for token in prompt.tokenizer.get_added_vocab() if token in question):
         raise VesselError(
-            f"question={question!r} holds {', '.join(held)}; ask in plain words, vessel adds what the network needs"
+            f"question={question!r} holds {', '.join(special)}; use plain words, vessel adds what the network needs"
         )
     if not any(letter.isalnum() for letter in question.replace(PLACEHOLDER, "")):
-        raise VesselError(f"question={question!r} asks nothing")
+        raise VesselError(f"question={question!r} holds no word; write a question")
     prompt.conversation([question], [], 1)
 
 
 def question_sample(
     image: NDArray[np.uint8], question: str, prompt: Prompt, geometry: InputGeometry, *, regions: Tensor | None = None
 ) -> Sample:
-    """A sample that ends where the answer begins; it has no phrases yet.
+    """Make a sample that ends where the answer begins; it has no phrases yet.
 
     Args:
         image: uint8 [H, W, 3], RGB.
-        question: what the user says.
-        prompt: wording that belongs to the network.
-        geometry: cutting that belongs to the network.
-        regions: bool [R, s, s], what the question points at.
+        question: the user's question.
+        prompt: of the network that the sample is for.
+        geometry: of the same network.
+        regions: bool [R, s, s], the regions that the question refers to.
     """
     tiles = cut_tiles(image, geometry)
     counts = [] if regions is None else regions.flatten(1).sum(1).tolist()
@@ -57,19 +57,19 @@ def question_sample(
 
 
 def read_regions(folder: Path, image: str, size: tuple[int, int], geometry: InputGeometry) -> Tensor:
-    """The regions of an image: masks `a/b_1.png`, `a/b_2.png`, … of the folder for the image `a/b.jpg`.
+    """Read the regions of an image: masks `a/b_1.png`, `a/b_2.png`, … of the folder for the image `a/b.jpg`.
 
     Args:
         folder: of the masks.
         image: name of the image file, relative to the folder that the images are in.
         size: (H, W) of the image.
-        geometry: cutting that belongs to the network.
+        geometry: of the network.
 
     Returns:
         bool [R, s, s] on the s x s features of a tile: the nearest pixels of the masks, as the public code takes them.
 
     Raises:
-        VesselError: there is no region, or one is unreadable, of another size or too small to be seen.
+        VesselError: there is no region, or one is unreadable, of another size or vanishes at this resolution.
     """
     stem, side = folder / Path(image).with_suffix(""), math.isqrt(geometry.tokens_per_tile)
     files: list[Path] = []

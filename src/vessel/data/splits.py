@@ -1,4 +1,4 @@
-"""Making a split: whole patients, or blocks of frames, or single frames where that is asked for by name."""
+"""Make a split: by whole patients, or by blocks of frames or single frames where the user chooses so."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from vessel.data.catalog import PARTS, Frame, Split
 from vessel.errors import VesselError
 
-SHARES = {"train": 0.7, "val": 0.15, "test": 0.15}
+FRACTIONS = {"train": 0.7, "val": 0.15, "test": 0.15}
 NOTES = {
     "patient": "",
     "block": (
@@ -72,9 +72,9 @@ def _by_patient(frames: Sequence[Frame], folds: int, rng: np.random.Generator) -
         )
     sizes = np.array([len(ids[patient]) for patient in patients])
     numbers = _portions(len(patients))
-    targets = np.array([SHARES[name] for name in PARTS]) * sizes.sum()
+    targets = np.array([FRACTIONS[name] for name in PARTS]) * sizes.sum()
     borders = np.cumsum(numbers)[:-1]
-    # Of many random draws of whole patients keep the one whose image counts come closest to the shares.
+    # Of many random draws of whole patients keep the one whose image counts come closest to the fractions.
     draws = [np.split(rng.permutation(len(patients)), borders) for _ in range(_TRIALS)]
     best = min(draws, key=lambda draw: sum(abs(sizes[p].sum() - t) for p, t in zip(draw, targets, strict=True)))
     parts = {name: tuple(i for p in chosen for i in ids[patients[p]]) for name, chosen in zip(PARTS, best, strict=True)}
@@ -130,13 +130,13 @@ def _by_frame(ids: Sequence[str], folds: int, rng: np.random.Generator) -> tuple
 
 
 def _portions(count: int) -> tuple[int, int, int]:
-    """Numbers of train, val and test out of `count` >= 3, at least one each."""
-    val, test = (max(1, round(SHARES[name] * count)) for name in ("val", "test"))
+    """Return the numbers of train, val and test out of `count` >= 3, at least one each."""
+    val, test = (max(1, round(FRACTIONS[name] * count)) for name in ("val", "test"))
     return count - val - test, val, test
 
 
 def _rotations(bins: Sequence[Sequence[str]]) -> list[Parts]:
-    """Each bin validates once while the others train."""
+    """Make a fold of each bin: it validates, the others train."""
     if len(bins) < 2:
         return []
     return [

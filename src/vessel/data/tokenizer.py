@@ -1,4 +1,4 @@
-"""Tokenizers of checkpoints, read without running the checkpoint's own code, and the small one made on the spot."""
+"""Tokenizers: those of checkpoints, read without running the checkpoint's own code, and a small one made here."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ _FILES = ("*.json", "*.txt", "*.model", "*.jinja")  # of a repository: those tha
 
 
 class InternLM2Tokenizer(SentencePieceBackend):
-    """A SentencePiece model with added tokens, which is what InternLM2 folders call by this name.
+    """The tokenizer of InternLM2 folders: a SentencePiece model with added tokens.
 
     `sentencepiece` itself cuts the text between added tokens; bytes that are no piece fall back to byte tokens.
 
     Args:
         vocab_file: the `tokenizer.model` of the folder.
-        bos_token, eos_token, unk_token, pad_token: as InternLM2 has them where the folder does not say.
+        bos_token, eos_token, unk_token, pad_token: as InternLM2 has them where the folder does not state them.
         add_bos_token: whether a text begins with the first of them.
-        kwargs: what else the folder's `tokenizer_config.json` says.
+        kwargs: the other entries of the folder's `tokenizer_config.json`.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class InternLM2Tokenizer(SentencePieceBackend):
         return [*first, *token_ids_0, *(token_ids_1 or [])]
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> tuple[str, ...]:
-        """Write the folder; transformers would leave `add_bos_token` out, which this class is asked for."""
+        """Write the folder, with `add_bos_token`, which transformers leaves out."""
         files: tuple[str, ...] = super().save_pretrained(save_directory, *args, **kwargs)
         file = Path(save_directory) / "tokenizer_config.json"
         config = json.loads(file.read_text(encoding="utf-8")) | {"add_bos_token": self.add_bos_token}
@@ -66,7 +66,7 @@ class InternLM2Tokenizer(SentencePieceBackend):
         return files
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
-        """Text of pieces; byte tokens become the characters they spell."""
+        """Join pieces to text; byte tokens become the characters they spell."""
         return str(self.sp_model.decode(tokens))
 
 
@@ -77,7 +77,7 @@ def read_tokenizer(source: str) -> PreTrainedTokenizerBase:
         source: a folder, or `hf://owner/name[@revision]`.
 
     Raises:
-        VesselError: nothing there that can be read.
+        VesselError: the source holds no tokenizer that can be read.
     """
     if is_hub_name(source):
         source = str(HubName.parse(source).download(patterns=_FILES)[0])
@@ -93,7 +93,7 @@ def read_tokenizer(source: str) -> PreTrainedTokenizerBase:
         return cls.from_pretrained(source)
     except (OSError, json.JSONDecodeError, ValueError, RuntimeError, TypeError, AttributeError) as error:
         raise VesselError(
-            f"prompt.tokenizer={source}: no tokenizer could be read there ({error}); copy its files again, or "
+            f"prompt.tokenizer={source}: no tokenizer can be read from it ({error}); copy its files again, or "
             "choose prompt=small for weights that vessel made with its small one"
         ) from error
 
@@ -103,11 +103,11 @@ def _holds(source: str, file: str) -> bool:
 
 
 def small_tokenizer(special: list[str], texts: Iterable[str]) -> PreTrainedTokenizerFast:
-    """Byte-level BPE learnt from a few texts: anything can be written, those texts in few tokens.
+    """Train a byte-level BPE tokenizer on a few texts: it encodes any text, and these in few tokens.
 
     Args:
         special: tokens that stand for themselves; `<|endoftext|>` and `<|im_end|>` among them.
-        texts: what to learn from.
+        texts: to train on.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

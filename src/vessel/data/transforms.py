@@ -1,4 +1,4 @@
-"""From an image to what the network sees: tiles for the vision encoder, one frame for SAM2; and augmentation."""
+"""Turn an image into the inputs of the network, tiles for the vision encoder and one frame for SAM2; augment it."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from vessel.errors import VesselError
 if TYPE_CHECKING:
     from albumentations import BaseCompose, BasicTransform
 
-os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # it would ask the network for a newer version
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # it would query the internet for a newer version
 
 
 @lru_cache(maxsize=1024)  # a data set has few sizes
 def tile_grid(width: int, height: int, *, tile_size: int, max_tiles: int) -> tuple[int, int]:
-    """Columns and rows of tiles whose shape is nearest to the image's (InternVL's dynamic tiling).
+    """Choose the columns and rows of tiles whose shape is nearest to the image's (InternVL's dynamic tiling).
 
     Of grids with equally near shapes the larger one is taken only when the image has more than half its pixels.
     """
@@ -40,13 +40,13 @@ def tile_grid(width: int, height: int, *, tile_size: int, max_tiles: int) -> tup
 
 
 def tile_count(width: int, height: int, geometry: InputGeometry) -> int:
-    """Tiles that an image is cut into, thumbnail counted."""
+    """Count the tiles that an image is cut into, with the thumbnail."""
     columns, rows = tile_grid(width, height, tile_size=geometry.tile_size, max_tiles=geometry.max_tiles)
     return columns * rows + (columns * rows > 1)
 
 
 def cut_tiles(image: NDArray[np.uint8], geometry: InputGeometry) -> Tensor:
-    """Tiles of an RGB image [H, W, 3], row by row, then a thumbnail when there is more than one: uint8 [T, 3, t, t]."""
+    """Cut an RGB image [H, W, 3] into tiles, row by row, then a thumbnail if there are several: uint8 [T, 3, t, t]."""
     side = geometry.tile_size
     height, width = image.shape[:2]
     columns, rows = tile_grid(width, height, tile_size=side, max_tiles=geometry.max_tiles)
@@ -56,24 +56,24 @@ def cut_tiles(image: NDArray[np.uint8], geometry: InputGeometry) -> Tensor:
 
 
 def whole_frame(image: NDArray[np.uint8], geometry: InputGeometry) -> Tensor:
-    """The whole image as SAM2 sees it, aspect ratio not kept: uint8 [3, S, S]."""
+    """Resize the whole image for SAM2, aspect ratio not kept: uint8 [3, S, S]."""
     return _resize(image, geometry.frame_size, geometry.frame_size)
 
 
 def _resize(image: NDArray[np.uint8], width: int, height: int) -> Tensor:
-    """Another size of an RGB image [H, W, 3]: uint8 [3, height, width]."""
+    """Resize an RGB image [H, W, 3]: uint8 [3, height, width]."""
     resized = Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.stack([np.asarray(band) for band in resized.split()]))
 
 
 class Augmentation:
-    """Change images and their masks together at random, in endlessly many ways.
+    """Random changes of an image together with its masks, of endlessly many outcomes.
 
     Args:
         transforms: of albumentations, applied in this order, each with its own probability `p`.
 
     Attributes:
-        variants: how many pictures can come of one image; None says endlessly many.
+        variants: how many pictures can come of one image; None for endlessly many.
 
     Raises:
         VesselError: one of them is no transform of albumentations, whose random numbers could not be seeded.
@@ -99,19 +99,19 @@ class Augmentation:
         # One generator for all: `set_random_seed` would seed every transform alike, so that all fire together.
         self._compose.set_random_state(np.random.default_rng(seed), Random(seed))
         changed: Mapping[str, Any] = self._compose(image=image, masks=list(masks.astype(np.uint8)))
-        moved = changed["image"]
-        if not isinstance(moved, np.ndarray) or moved.dtype != np.uint8 or moved.shape[2:] != (3,):
+        augmented = changed["image"]
+        if not isinstance(augmented, np.ndarray) or augmented.dtype != np.uint8 or augmented.shape[2:] != (3,):
             raise VesselError(
                 "data.augmentation.transforms: an image must stay uint8 [H, W, 3]; leave out transforms that normalise "
                 "it, change its channels or make a tensor of it: the network does that itself"
             )
-        return moved, np.stack(changed["masks"]).astype(bool)
+        return augmented, np.stack(changed["masks"]).astype(bool)
 
 
 class QuarterTurns:
     """Mirror images and quarter turns: pixels only move, and few pictures come of one image.
 
-    Eight of a square one; of another the four that keep its shape, as turned it would be cut into other tiles.
+    A square image has eight; another has the four that keep its shape, since a turned one has other tiles.
 
     Attributes:
         variants: how many pictures can come of one image at most.
@@ -123,15 +123,15 @@ class QuarterTurns:
         self, image: NDArray[np.uint8], masks: NDArray[np.bool_], seed: int
     ) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
         """Change an image [H, W, 3] and its masks [K, H, W] alike; the same seed gives the same change."""
-        mirrored, turns = Random(seed).choice(self._ways(image))
+        mirrored, turns = Random(seed).choice(self._symmetries(image))
         return _turned(image, mirrored, turns, axes=(0, 1)), _turned(masks, mirrored, turns, axes=(1, 2))
 
     def outcomes(self, image: NDArray[np.uint8]) -> list[NDArray[np.uint8]]:
-        """All that can come of an image [H, W, 3], itself first."""
-        return [_turned(image, mirrored, turns, axes=(0, 1)) for mirrored, turns in self._ways(image)]
+        """List all pictures that can come of an image [H, W, 3], itself first."""
+        return [_turned(image, mirrored, turns, axes=(0, 1)) for mirrored, turns in self._symmetries(image)]
 
     @staticmethod
-    def _ways(image: NDArray[np.uint8]) -> list[tuple[bool, int]]:
+    def _symmetries(image: NDArray[np.uint8]) -> list[tuple[bool, int]]:
         turns = range(4) if image.shape[0] == image.shape[1] else (0, 2)
         return [(mirrored, quarters) for mirrored in (False, True) for quarters in turns]
 

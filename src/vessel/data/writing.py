@@ -1,4 +1,4 @@
-"""The files of a prepared data set: one frame at a time, then what speaks about all of them."""
+"""Write the files of a prepared data set: one frame at a time, then the records of all frames."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from PIL import Image
 from vessel.data.catalog import KIND, VERSION, Frame, Split, digest, fingerprint_of, slug
 from vessel.data.identity import Identity
 from vessel.data.images import pixel_hash, read_rgb
-from vessel.data.masks import outline, rasterise, read_mask, write_mask
-from vessel.data.overview import absences, contact_sheet, statistics
+from vessel.data.masks import mask_polygons, rasterise, read_mask, write_mask
+from vessel.data.overview import absence_warnings, contact_sheet, statistics
 from vessel.data.readers.layout import Label
 from vessel.data.readers.polygons import fit_polygons
 from vessel.data.readers.source import Item
@@ -66,7 +66,7 @@ class Origin:
 
     Attributes:
         name: what reports call the data set.
-        source_fingerprint: by which a later run knows that nothing changed.
+        source_fingerprint: equal in a later run if nothing has changed.
         depth: bits that the 16-bit grey images of the source were scaled from; None when it has none.
         pixel_spacing: millimetres per pixel along rows and along columns, of every image; None when unknown.
     """
@@ -78,7 +78,7 @@ class Origin:
 
 
 def spacing_of(option: Any) -> tuple[float, float] | None:
-    """The option `pixel_spacing` as (row, column); one number means square pixels.
+    """Parse the option `pixel_spacing` into (row, column); one number means square pixels.
 
     Raises:
         VesselError: it is neither null nor one or two positive, finite numbers.
@@ -94,7 +94,7 @@ def spacing_of(option: Any) -> tuple[float, float] | None:
 
 
 def write_frame(job: Job) -> Written | list[Problem]:
-    """Decode one source image and its labels and write image and masks; or say all that is wrong with them."""
+    """Decode one source image and its labels and write image and masks; return the problems if there are any."""
     try:
         image = read_rgb(job.item.image, depth=job.depth)
     except VesselError as error:
@@ -127,7 +127,7 @@ def write_frame(job: Job) -> Written | list[Problem]:
             "image": name,
             "width": size[1],
             "height": size[0],
-            "mask": [outline(mask) for mask in masks.values()],
+            "mask": [mask_polygons(mask) for mask in masks.values()],
             "text": list(masks),
         },
     )
@@ -163,13 +163,13 @@ def make_folders(root: Path, phrases: Sequence[str]) -> None:
 
 
 def write_summary(root: Path, written: Sequence[Written], split: Split, *, origin: Origin) -> None:
-    """Write everything that speaks about all frames: records, split, annotations, statistics, contact sheet, manifest.
+    """Write the files about all frames: records, split, annotations, statistics, contact sheet, manifest.
 
     Args:
         root: the data set that is being made, its images and masks written.
         written: all frames, sorted by id.
         split: of these frames.
-        origin: what else the manifest tells.
+        origin: further facts for the manifest.
     """
     frames = [each.frame for each in written]
     masks_hash = digest([each.masks_hash for each in written])
@@ -190,7 +190,7 @@ def write_summary(root: Path, written: Sequence[Written], split: Split, *, origi
         "n_videos": sum(map(len, figures["patients"].values())),
         "pixel_spacing": origin.pixel_spacing,
         "grey_bits": origin.depth,
-        "warnings": absences(frames, split),
+        "warnings": absence_warnings(frames, split),
         "statistics": figures,
     }
     _write_json(root / "frames.json", [asdict(frame) for frame in frames])

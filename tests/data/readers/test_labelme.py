@@ -29,25 +29,25 @@ def test_labelme_groups_shapes_by_label_and_keeps_the_canvas(tmp_path):
 
 def test_guard_D2_labelme_shape_of_one_point(tmp_path):
     good = {"label": "vessel", "points": [[0, 0], [4, 0], [4, 4]]}
-    with pytest.raises(VesselError, match=r"x\.json, polygon 1: has 1 point"):
+    with pytest.raises(VesselError, match=r"x\.json, polygon 1: .*\b1 "):
         labelme(tmp_path, good, {"label": "vessel", "points": [[3, 3]]})
 
 
 @pytest.mark.parametrize(
-    ("shape", "said"),
+    ("shape", "message"),
     [
-        ({"label": "a", "points": [[0, 0], [1, 1]], "shape_type": "rectangle"}, "is a rectangle"),
-        ({"points": [[0, 0], [1, 1], [2, 0]]}, "has no text `label`"),
-        ({"label": "a", "points": [[0, 0], [1], [2, 0]]}, "finite x, y"),
-        ({"label": "a", "points": [[0, 0], [float("nan"), 1], [2, 0]]}, "finite x, y"),
+        ({"label": "a", "points": [[0, 0], [1, 1]], "shape_type": "rectangle"}, "rectangle"),
+        ({"points": [[0, 0], [1, 1], [2, 0]]}, "`label`"),
+        ({"label": "a", "points": [[0, 0], [1], [2, 0]]}, "polygon 0: .*finite"),
+        ({"label": "a", "points": [[0, 0], [float("nan"), 1], [2, 0]]}, "polygon 0: .*finite"),
     ],
 )
-def test_labelme_refusals(tmp_path, shape, said):
-    with pytest.raises(VesselError, match=said):
+def test_labelme_refusals(tmp_path, shape, message):
+    with pytest.raises(VesselError, match=message):
         labelme(tmp_path, shape)
 
 
 def test_broken_json_is_named(tmp_path):
     (tmp_path / "x.json").write_text("{")
-    with pytest.raises(VesselError, match=r"x\.json: is not readable JSON"):
+    with pytest.raises(VesselError, match=r"x\.json: .*JSON"):
         read_labelme(tmp_path / "x.json")

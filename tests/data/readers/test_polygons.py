@@ -1,4 +1,4 @@
-"""Polygons brought to the size of their image."""
+"""Polygons scaled to the size of their image."""
 
 import pytest
 
@@ -13,13 +13,13 @@ def test_guard_D1_a_stated_canvas_is_rescaled():
 
 def test_guard_D1_outside_the_image_is_refused_by_name():
     polygon = Polygon("annotations.json, entry 7 (x.jpg), mask 0, polygon 2", (10, 10, 700, 10, 700, 700))
-    with pytest.raises(VesselError, match=r"entry 7 \(x\.jpg\), mask 0, polygon 2: reaches x 10\.\.700"):
+    with pytest.raises(VesselError, match=r"entry 7 \(x\.jpg\), mask 0, polygon 2: .*10\.\.700"):
         fit_polygons([polygon], (512, 512))
 
 
 @pytest.mark.parametrize("point", [(-9, 5), (5, -9), (70, 5), (5, 70)])
 def test_guard_D1_every_side_of_the_image_counts(point):
-    with pytest.raises(VesselError, match="outside the 64x64 image"):
+    with pytest.raises(VesselError, match=r"f: .*64x64"):
         fit_polygons([Polygon("f", (5, 5, 9, 9, *point))], (64, 64))
 
 
@@ -28,5 +28,5 @@ def test_a_polygon_may_touch_the_border():
 
 
 def test_guard_D1_a_canvas_of_another_shape_is_refused():
-    with pytest.raises(VesselError, match="800x600 canvas"):
+    with pytest.raises(VesselError, match=r"f: .*800x600"):
         fit_polygons([Polygon("f", (0, 0, 9, 0, 9, 9), canvas=(600, 800))], (512, 512))

@@ -1,6 +1,7 @@
-"""Every shape of source folder in circulation, and folders that are none of them."""
+"""Source folders of every layout, and folders of none."""
 
 import json
+import re
 import unicodedata
 
 import numpy as np
@@ -47,9 +48,9 @@ def test_masks_in_a_folder_or_beside(tmp_path, images, masks):
 
 
 @pytest.mark.parametrize("masks", ["{}_mask.png", "masks/{}_mask.png"])
-def test_a_folder_of_masks_alone_is_called_so(tmp_path, masks):
+def test_a_folder_of_masks_alone_is_refused_with_their_number(tmp_path, masks):
     mask(tmp_path / masks.format("001_1_1"))
-    with pytest.raises(VesselError, match="1 masks but no images"):
+    with pytest.raises(VesselError, match=re.escape(f"{tmp_path}: 1 masks")):
         read_source(tmp_path)
 
 
@@ -59,7 +60,6 @@ def test_a_phrase_named_all_is_refused_before_anything_is_trained(tmp_path, fold
     mask(tmp_path / f"masks/{folder}/001_1_1_mask.png")
     [problem] = read_source(tmp_path).problems
     assert "phrase 'all'" in str(problem)
-    assert "name the structure" in str(problem)
 
 
 def test_one_folder_per_phrase_and_absent_phrases(tmp_path):
@@ -140,15 +140,13 @@ def test_broken_labelme_files_are_listed_together(tmp_path):
 
 def test_folder_without_images(tmp_path):
     mask(tmp_path / "masks/a_mask.png")
-    with pytest.raises(VesselError, match=r"no images; looked for .*\.jpg"):
+    with pytest.raises(VesselError, match=re.escape(str(tmp_path)) + r".*\.jpg"):
         read_source(tmp_path)
 
 
-def test_folder_without_annotations_lists_what_was_looked_for(tmp_path):
+def test_folder_without_annotations_lists_the_layouts(tmp_path):
     image(tmp_path / "images/a.png")
-    with pytest.raises(
-        VesselError, match=r"(?s)no annotations.*layout=masks.*layout=phrases.*labelme.*annotations\.json"
-    ):
+    with pytest.raises(VesselError, match=r"(?s)annotations.*layout=masks.*layout=phrases.*labelme.*annotations\.json"):
         read_source(tmp_path)
 
 
@@ -156,7 +154,7 @@ def test_several_kinds_are_refused_unless_one_is_named(tmp_path):
     image(tmp_path / "images/a.png")
     mask(tmp_path / "masks/a_mask.png")
     write(tmp_path / "json/a.json", {"shapes": [{"label": "vessel", "points": TRIANGLE}]})
-    with pytest.raises(VesselError, match=r"(?s)2 kinds.*layout=masks.*layout=labelme"):
+    with pytest.raises(VesselError, match=r"(?s)\b2 .*layout=masks.*layout=labelme"):
         read_source(tmp_path)
     assert read_source(tmp_path, layout="masks").phrases == ("blood vessel",)
     assert read_source(tmp_path, layout="labelme").phrases == ("vessel",)
@@ -173,5 +171,5 @@ def test_a_prepared_data_set_is_no_source(tmp_path):
     image(tmp_path / "images/a.png")
     write(tmp_path / "manifest.json", {})
     write(tmp_path / "splits.json", {})
-    with pytest.raises(VesselError, match="prepared data set already"):
+    with pytest.raises(VesselError, match=re.escape(f"data.root={tmp_path}")):
         read_source(tmp_path)

@@ -1,4 +1,4 @@
-"""Synthetic sources: what `vessel.prepare` finds in them, and that masks say what pictures show."""
+"""Synthetic sources: files as `vessel.prepare` reads them, and masks that agree with the images."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SPELLINGS = {
 
 
 def parse(video: str) -> tuple[str, str]:
-    """The one spelling that fits, and the patient's key."""
+    """Return the one spelling that fits, and the patient's key."""
     fitting = {spelling: match for spelling, grammar in SPELLINGS.items() if (match := grammar.fullmatch(video))}
     assert len(fitting) == 1, f"{video}: {list(fitting)}"
     ((spelling, match),) = fitting.items()
@@ -126,7 +126,7 @@ def test_oct_lumen_is_dark_its_wall_bright_and_it_holds_the_catheter(oct_source:
         assert red[np.hypot(y, x) > 49].max() == 0, "black outside the field of view"
 
 
-def test_oct_structures_lie_where_the_masks_say(oct_source: Path) -> None:
+def test_oct_structures_lie_where_their_masks_are(oct_source: Path) -> None:
     for image in images(oct_source):
         red, lumen = pixels(image)[..., 0].astype(float), mask(oct_source, "lumen", image)
         if (oct_source / "masks" / "side_branch" / f"{image.stem}_mask.png").exists():
@@ -159,7 +159,7 @@ def test_oct_neighbours_resemble_each_other_and_patients_differ(oct_source: Path
     assert np.mean(between) < 0.85
 
 
-def test_tree_is_darker_than_its_surroundings_and_covers_some_six_percent(tree_source: Path) -> None:
+def test_tree_is_darker_than_its_surroundings_and_covers_about_six_percent(tree_source: Path) -> None:
     shares = []
     for image in images(tree_source):
         grey, tree = pixels(image).astype(float), mask(tree_source, "blood_vessel", image)
@@ -184,7 +184,8 @@ def test_tree_has_branches_one_or_two_pixels_wide(tree_source: Path) -> None:
 
 @pytest.mark.parametrize("bad", [{"kind": "mri"}, {"patients": 0}, {"patients": 121}, {"frames": 0}, {"size": 8}])
 def test_arguments_out_of_range_are_refused(tmp_path: Path, bad: dict[str, object]) -> None:
-    with pytest.raises(VesselError, match="synthetic"):
+    [(name, value)] = bad.items()
+    with pytest.raises(VesselError, match=f"{name}.*{value}"):
         write_source(tmp_path / "source", **bad)
     assert not list(tmp_path.iterdir())
 

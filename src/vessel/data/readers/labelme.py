@@ -16,7 +16,7 @@ def read_labelme(file: Path) -> PhrasePolygons:
     """Read one LabelMe file; its image may have any name.
 
     Raises:
-        VesselError: with the first thing that is wrong, naming file and shape.
+        VesselError: names the file and its first bad shape.
     """
     content = read_annotations(file)
     shapes = content.get("shapes") if isinstance(content, dict) else None

@@ -1,4 +1,4 @@
-"""The interface of a reader of a source layout: the files of a folder in, labels by image out."""
+"""The interface of a reader of a source layout: it takes the files of a folder and returns labels by image."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class SourceLayout:
 
     Attributes:
         summary: where the labels lie, for messages.
-        is_present: tests whether a folder holds such labels.
+        is_present: returns whether a folder holds such labels.
         read: reads labels by image, and lists what could not be read; its second argument is the phrase of masks whose
             files name none.
     """
@@ -44,7 +44,7 @@ class SourceLayout:
 
 
 def image_key(stem: str) -> str:
-    """Return a stem as it is compared: some systems store `é` in two code points."""
+    """Return a stem in the form in which stems are compared: some systems store `é` in two code points."""
     return unicodedata.normalize("NFC", stem)
 
 

@@ -74,7 +74,7 @@ def _entry(entry: Any, where: str) -> tuple[str, PhrasePolygons]:
 
 
 def _polygons_of(item: Any, where: str) -> list[Any]:
-    """Return the polygons of one object, whichever of the three shapes it has."""
+    """Return the polygons of one object in any of the three shapes of an entry."""
     if isinstance(item, dict):
         item = item.get("segmentation")
     if not isinstance(item, list) or not item:

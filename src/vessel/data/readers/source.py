@@ -1,4 +1,4 @@
-"""Source folders: which images they hold and where the label of each phrase is. Nothing is decoded here.
+"""Source folders: find their images and the label of each phrase. Nothing is decoded here.
 
 A new layout is one module with a `LAYOUT`, and one line in `SOURCE_LAYOUTS`.
 """
@@ -71,7 +71,7 @@ def read_source(
         suffixes = " ".join(sorted(IMAGE_SUFFIXES))
         count = len(find_masks(paths))
         found = f"{count} masks but no images" if count else "no images"
-        raise VesselError(f"{folder}: {found}; looked for {suffixes} in it and in its folder images/")
+        raise VesselError(f"{folder}: {found}; searched for {suffixes} in it and in its folder images/")
     chosen = SOURCE_LAYOUTS[detect_layout(paths) if layout == "auto" else layout]
     labels, problems = chosen.read(paths, phrase)
     return _pair(images, labels, problems, missing_is_empty=missing == "empty", expected=chosen.summary)
@@ -91,7 +91,7 @@ def detect_layout(paths: SourcePaths) -> str:
         return present[0]
     listed = "\n".join(f"  layout={name}: {SOURCE_LAYOUTS[name].summary}" for name in (present or SOURCE_LAYOUTS))
     if not present:
-        raise VesselError(f"{folder}: images but no annotations; looked for\n{listed}")
+        raise VesselError(f"{folder}: images but no annotations; searched for\n{listed}")
     raise VesselError(f"{folder}: annotations of {len(present)} kinds; choose one (PNG masks lose nothing):\n{listed}")
 
 
@@ -122,7 +122,7 @@ def _pair(
     source.phrases = tuple(sorted({phrase for item in source.items for phrase in item.labels}))
     if "all" in source.phrases:
         remedy = "name the structure that the masks show"
-        source.problems.append(Problem("phrase 'all'", "is what reports call the mean over phrases", remedy))
+        source.problems.append(Problem("phrase 'all'", "is the name of the mean over phrases in reports", remedy))
     if not source.phrases and not source.problems:
         raise BadItemsError(
             "annotations", [Problem("all images", "no phrase is annotated anywhere", f"expected {expected}")]

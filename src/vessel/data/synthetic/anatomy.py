@@ -1,4 +1,4 @@
-"""The anatomy behind a synthetic OCT pullback, and the shapes that one position of it shows.
+"""The anatomy of a synthetic OCT pullback, and its shapes at one position.
 
 Lengths are in units of the field-of-view radius, angles in radians clockwise from three o'clock (y points down).
 Field letters: A angles (A-lines), D depths.
@@ -29,12 +29,12 @@ class Drift(NamedTuple):
     phase: float
 
     def at(self, position: float) -> float:
-        """Value at a position, counted in scanner frames."""
+        """Return the value at a position, counted in scanner frames."""
         return self.mean + self.amplitude * float(np.sin(2 * np.pi * position / self.period + self.phase))
 
 
 class Feature(NamedTuple):
-    """A side branch or a lipid core: where it lies along the pullback and in the wall."""
+    """A side branch or a lipid core, with its position along the pullback and in the wall."""
 
     centre: float
     half_length: float
@@ -43,11 +43,11 @@ class Feature(NamedTuple):
     thickness: float
 
     def strength(self, position: float) -> float:
-        """1 in the middle of the feature, 0.37 at its ends, falling to 0."""
+        """Return 1 in the middle of the feature, 0.37 at its ends, falling to 0."""
         return float(np.exp(-(((position - self.centre) / self.half_length) ** 2)))
 
     def present(self, position: float) -> bool:
-        """Tell whether a frame at this position shows the feature."""
+        """Return whether a frame at this position shows the feature."""
         return abs(position - self.centre) < self.half_length
 
 
@@ -98,7 +98,7 @@ class Pullback:
 
 
 def draw_pullback(rng: np.random.Generator, length: float) -> Pullback:
-    """Invent a vessel.
+    """Draw a random vessel.
 
     Args:
         rng: the pullback's own generator.
@@ -144,7 +144,7 @@ class Anatomy(NamedTuple):
 
 
 def anatomy_at(pullback: Pullback, position: float, theta: Array, radius: Array) -> Anatomy:
-    """The one description of the shapes that both the picture and the masks are made from."""
+    """Compute the shapes at a position, from which both the image and the masks are made."""
     lumen = radius - _contour(pullback, position, theta)
     branch = np.full_like(lumen, np.inf)
     for feature in pullback.branches:
@@ -165,7 +165,7 @@ def anatomy_at(pullback: Pullback, position: float, theta: Array, radius: Array)
 
 
 def _contour(pullback: Pullback, position: float, theta: Array) -> Array:
-    """Distance of the lumen's wall from the catheter: an eccentric ellipse, rippled, pushed in by plaque."""
+    """Compute the distance of the lumen's wall from the catheter: an eccentric, rippled ellipse, narrowed by plaque."""
     a, b = (axis.at(position) for axis in pullback.axes)
     tilt, heading = pullback.tilt.at(position), pullback.heading.at(position)
     offset = pullback.eccentricity.at(position) * max(min(a, b) - pullback.catheter, 0)
@@ -185,12 +185,12 @@ def _contour(pullback: Pullback, position: float, theta: Array) -> Array:
 
 
 def angle_between(theta: Array, angle: float) -> Array:
-    """Difference of two directions, in [-pi, pi)."""
+    """Return the difference of two directions, in [-pi, pi)."""
     return (theta - angle + np.pi) % (2 * np.pi) - np.pi
 
 
 def noise(rng: np.random.Generator, angular: float, radial: float) -> Array:
-    """Smooth Gaussian noise [A, D] of variance 1; the widths of its filter are in A-lines and depth samples."""
+    """Draw smooth Gaussian noise [A, D] of variance 1; its filter's widths are in A-lines and depth samples."""
     white = rng.standard_normal((A_LINES, DEPTHS), dtype=np.float32)
     smooth = gaussian_filter(white, (angular, radial), mode=("wrap", "nearest"))
     return smooth / smooth.std()
@@ -199,12 +199,12 @@ def noise(rng: np.random.Generator, angular: float, radial: float) -> Array:
 def _features(
     rng: np.random.Generator, length: float, angle: float, width: tuple[float, float], thickness: tuple[float, float]
 ) -> tuple[Feature, ...]:
-    """Features one after the other along the pullback, with free stretches between them."""
-    found, centre = [], rng.uniform(0, 12)
+    """Draw features one after the other along the pullback, with free stretches between them."""
+    features, centre = [], rng.uniform(0, 12)
     while centre < length + 12:
         half_length = rng.uniform(5, 10)
-        found.append(
+        features.append(
             Feature(centre, half_length, angle + rng.uniform(-0.15, 0.15), rng.uniform(*width), rng.uniform(*thickness))
         )
         centre += half_length + rng.uniform(16, 28)
-    return tuple(found)
+    return tuple(features)

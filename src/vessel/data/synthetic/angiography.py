@@ -24,12 +24,12 @@ SHIFT = 4  # fractional bits of OpenCV's coordinates
 
 @dataclass(frozen=True)
 class Run:
-    """Everything that stays the same through a run; a frame is this at one time.
+    """The anatomy and the acquisition of a run, constant in time; a frame shows them at one time.
 
     Attributes:
         segments: float [N, 2, 2], start and end points (x, y).
         widths: float [N].
-        arrival: float [N], way of the contrast medium from the ostium to the segment.
+        arrival: float [N], length of the path of the contrast medium from the ostium to the segment.
         catheter: float [M, 2], points of the catheter, the last at the ostium.
         ribs: float [R, 5], each a soft dark ring: centre x, y, radius, thickness, strength.
         spine: x position of the spine.
@@ -56,7 +56,7 @@ class Run:
 
 
 def draw_run(rng: np.random.Generator, length: float) -> Run:
-    """Invent the anatomy and the view of one run.
+    """Draw the random anatomy and view of one run.
 
     Args:
         rng: the run's own generator.
@@ -101,7 +101,7 @@ def _grow(
 ) -> None:
     """Append the segments of one branch and, recursively, of those that leave it.
 
-    A row is x0, y0, x1, y1, width, way from the ostium.
+    A row is x0, y0, x1, y1, width, path length from the ostium.
     A branch tapers until it is `THINNEST`; thin ones wind more. Daughters keep to Murray's law within a little.
     """
     curl, since = rng.normal(0, 0.02), 0.0
@@ -121,7 +121,7 @@ def _grow(
 
 
 def render(run: Run, time: float, size: int, rng: np.random.Generator) -> tuple[NDArray[np.uint8], dict[str, Mask]]:
-    """One frame with its mask.
+    """Render one frame with its mask.
 
     Args:
         run: anatomy and view.
@@ -133,7 +133,7 @@ def render(run: Run, time: float, size: int, rng: np.random.Generator) -> tuple[
         uint8 [S, S] grey levels, and a bool [S, S] mask for "blood vessel": what the contrast medium shows.
     """
     filling = _filling(run, time)
-    shown = filling > 0.35
+    visible = filling > 0.35
     segments = _moved(run, run.segments, time)
     depth = _depth(segments, run.widths, filling, size)
     tube = _moved(run, np.stack([run.catheter[:-1], run.catheter[1:]], axis=1), time)
@@ -142,11 +142,11 @@ def render(run: Run, time: float, size: int, rng: np.random.Generator) -> tuple[
     counts = rng.poisson(run.photons * light) / run.photons
     # A detector's own blur, after the photons have been counted.
     grey = np.clip(cv2.GaussianBlur(counts, (0, 0), size / 480) * 235, 0, 255).round().astype(np.uint8)
-    return grey, {"blood vessel": _mask(segments[shown], run.widths[shown], size)}
+    return grey, {"blood vessel": _mask(segments[visible], run.widths[visible], size)}
 
 
 def _filling(run: Run, time: float) -> Array:
-    """Share of contrast medium [N] in each segment: a front that runs down the tree, fresh blood after it."""
+    """Compute the share of contrast medium [N] in each segment: a front runs down the tree, fresh blood follows."""
     start, washout = 0.15 * run.length, 0.75 * run.length
     front = 0.2 + 1.3 * time / max(start, 1)
     fresh = 1.1 * max(time - washout, 0) / max(run.length - washout, 1)
@@ -157,14 +157,14 @@ def _filling(run: Run, time: float) -> Array:
 
 
 def _moved(run: Run, points: Array, time: float) -> Array:
-    """Points as the beating heart carries them: the further down, the more."""
+    """Move points with the beating heart: the further down, the more."""
     swing = np.sin(2 * np.pi * time / run.beat)
     shift = np.array(run.sway, dtype=np.float32) * np.float32(swing)
     return points + shift * (0.3 + points[..., 1:2])
 
 
 def _depth(segments: Array, widths: Array, filling: Array, size: int) -> Array:
-    """Way of the rays [S, S] through contrast medium, in units of the side.
+    """Compute the path length [S, S] of the rays in contrast medium, in units of the side.
 
     Thin segments are drawn first, so that thick ones stay round.
     """
@@ -183,7 +183,7 @@ def _depth(segments: Array, widths: Array, filling: Array, size: int) -> Array:
 
 
 def _mask(segments: Array, widths: Array, size: int) -> Mask:
-    """Union of the segments [S, S]; never thinner than one connected pixel."""
+    """Draw the union of the segments [S, S]; never thinner than one connected pixel."""
     canvas = np.zeros((size, size), dtype=np.uint8)
     for (start, end), width in zip(_opencv_points(segments, size), widths, strict=True):
         cv2.line(canvas, start, end, 1, max(1, round(float(width) * size)), cv2.LINE_8, SHIFT)
@@ -191,7 +191,7 @@ def _mask(segments: Array, widths: Array, size: int) -> Mask:
 
 
 def _opencv_points(segments: Array, side: int) -> list[tuple[tuple[int, int], tuple[int, int]]]:
-    """Ends of the segments in OpenCV's fixed-point pixels, whose centres lie at integers where ours lie at halves."""
+    """Convert segments to OpenCV's fixed-point pixels, whose centres lie at integers where ours lie at halves."""
     fixed: list[tuple[tuple[int, int], tuple[int, int]]] = (
         np.round((segments * side - 0.5) * 2**SHIFT).astype(int).tolist()
     )
@@ -199,7 +199,7 @@ def _opencv_points(segments: Array, side: int) -> list[tuple[tuple[int, int], tu
 
 
 def _background(run: Run, time: float, size: int) -> Array:
-    """Light [S, S] in (0, 1] behind the vessels: soft tissue, spine, ribs, diaphragm, vignette."""
+    """Compute the light [S, S] in (0, 1] behind the vessels: soft tissue, spine, ribs, diaphragm, vignette."""
     axis = ((np.arange(size) + 0.5) / size).astype(np.float32)
     x, y = axis[None, :], axis[:, None]
     light = 0.72 + run.tilt[0] * (x - 0.5) + run.tilt[1] * (y - 0.5)

@@ -37,11 +37,11 @@ BLUE = (0, 0, 1, 4, 4, 7, 18, 38, 125)
 def render(
     pullback: Pullback, position: float, size: int, rng: np.random.Generator
 ) -> tuple[NDArray[np.uint8], dict[str, Mask]]:
-    """One frame with its masks.
+    """Render one frame with its masks.
 
     Args:
         pullback: the vessel.
-        position: place along the pullback, in scanner frames.
+        position: along the pullback, in scanner frames.
         size: side S of the frame in pixels.
         rng: the frame's own generator; it makes the speckle and the small rotation between frames.
 
@@ -49,20 +49,20 @@ def render(
         uint8 [S, S, 3] RGB, and a bool [S, S] mask for each of "lumen", "side branch" and "lipid core" that is present.
     """
     turn = np.float32(0.02 * rng.standard_normal())
-    polar = _paint(pullback, position, anatomy_at(pullback, position, THETA - turn, RADIUS), THETA - turn, rng)
+    polar = _polar(pullback, position, anatomy_at(pullback, position, THETA - turn, RADIUS), THETA - turn, rng)
     theta, radius = _pixel_grid(size)
     anatomy = anatomy_at(pullback, position, theta - turn, radius)
-    seen = radius < 1
+    in_view = radius < 1
     masks = {
-        "lumen": (anatomy.lumen < 0) & seen,
-        "side branch": (anatomy.branch < 0) & (anatomy.lumen >= 0) & seen,
-        "lipid core": (anatomy.lipid < 0) & seen,
+        "lumen": (anatomy.lumen < 0) & in_view,
+        "side branch": (anatomy.branch < 0) & (anatomy.lumen >= 0) & in_view,
+        "lipid core": (anatomy.lipid < 0) & in_view,
     }
     return _display(pullback, polar, size), {phrase: mask for phrase, mask in masks.items() if mask.any()}
 
 
-def _paint(pullback: Pullback, position: float, anatomy: Anatomy, theta: Array, rng: np.random.Generator) -> Array:
-    """Brightness [A, D] as the display shows it, speckle included."""
+def _polar(pullback: Pullback, position: float, anatomy: Anatomy, theta: Array, rng: np.random.Generator) -> Array:
+    """Compute the brightness [A, D] on the display, speckle included."""
     wall = np.minimum(anatomy.lumen, anatomy.branch)
     # A soft minimum, so that layers bend round the mouth of a branch instead of folding.
     depth = np.maximum(-0.05 * np.log(np.exp(-anatomy.lumen / 0.05) + np.exp(-anatomy.branch / 0.05)), 0)
@@ -103,7 +103,7 @@ def _wire(pullback: Pullback, position: float, theta: Array, level: Array) -> Ar
 
 
 def _display(pullback: Pullback, polar: Array, size: int) -> NDArray[np.uint8]:
-    """uint8 [S, S, 3]: polar to square, anti-aliased, in the console's colours."""
+    """Convert a polar image to a square one, anti-aliased, in the console's colours: uint8 [S, S, 3]."""
     fine = 2 * size
     theta, radius = _pixel_grid(fine)
     closed = np.vstack([polar, polar[:1]])
@@ -118,7 +118,7 @@ def _display(pullback: Pullback, polar: Array, size: int) -> NDArray[np.uint8]:
 
 
 def _draw_ruler(rgb: NDArray[np.uint8], angle: float) -> None:
-    """The measuring line that consoles lay over the frame, half blue, half yellow, with its marks."""
+    """Draw the measuring line that consoles lay over the frame, half blue, half yellow, with its marks."""
     size = rgb.shape[0]
     centre = (size - 1) / 2
     step = np.array([np.cos(angle), np.sin(angle)]) * centre
@@ -135,11 +135,11 @@ def _draw_ruler(rgb: NDArray[np.uint8], angle: float) -> None:
 
 @lru_cache(maxsize=4)
 def _pixel_grid(size: int) -> tuple[Array, Array]:
-    """Angle and radius [S, S] of the pixel centres of a square that the field of view just fills."""
+    """Compute angle and radius [S, S] of the pixel centres of the square around the field of view."""
     axis = ((np.arange(size, dtype=np.float32) + 0.5) * (2 / size) - 1).astype(np.float32)
     return np.arctan2(axis[:, None], axis[None, :]), np.hypot(axis[:, None], axis[None, :])
 
 
 def _step(x: Array, softness: float) -> Array:
-    """0 below zero, 1 above, over about four times `softness`."""
+    """Rise smoothly from 0 for negative x to 1 for positive x, over about four times `softness`."""
     return 0.5 * (1 + np.tanh(x / softness))

@@ -79,12 +79,12 @@ def write_source(
 
 
 def _rng(seed: int, *key: int) -> np.random.Generator:
-    """A generator of its own for a patient, a video (patient, video) or a frame (patient, video, frame)."""
+    """Make the generator of a patient, a video (patient, video) or a frame (patient, video, frame)."""
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=key))
 
 
 def _video(kind: str, count: int, size: int, seed: int, key: tuple[int, int]) -> Iterator[tuple[int, Frame]]:
-    """Frame numbers of a video with their frames."""
+    """Yield the frame numbers of a video with their frames."""
     rng = _rng(seed, *key)
     numbers = np.cumsum(rng.integers(1, 4, count)) - 1
     length = int(numbers[-1])
@@ -97,7 +97,7 @@ def _video(kind: str, count: int, size: int, seed: int, key: tuple[int, int]) ->
 
 
 def _video_names(patient: int, seed: int) -> list[str]:
-    """Names of a patient's videos in the spellings of the home set (A, B, C twice, D twice)."""
+    """Make the names of a patient's videos in the spellings of the home set (A, B, C twice, D twice)."""
     rng = _rng(seed, patient)
     index = (patient + 7 * seed) % (len(GIVEN) * len(FAMILY))
     # 12 and 10 share a factor: the quotient is added so that no two patients meet in one name.
@@ -125,6 +125,6 @@ def _write_frame(folder: Path, stem: str, image: NDArray[np.uint8], masks: dict[
     else:
         Image.fromarray(image).save(folder / "images" / f"{stem}.png")
     for phrase, mask in masks.items():
-        place = folder / "masks" / phrase.replace(" ", "_")
-        place.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(mask).save(place / f"{stem}_mask.png")
+        mask_folder = folder / "masks" / phrase.replace(" ", "_")
+        mask_folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(mask).save(mask_folder / f"{stem}_mask.png")
