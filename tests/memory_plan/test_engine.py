@@ -34,7 +34,7 @@ def test_one_process_holds_what_is_planned_to_the_byte(plan, make_batch, precisi
         total = sum(losses.values()) + lm_loss(output.lm_logits, output.lm_targets)
     total.backward()
     optimizer.step()
-    states = engine.states(planned(engine).work.network)
+    states = engine.states(planned(engine).measured.network)
     tensors = [*network.parameters(), *network.buffers()]
     assert states.held[PARAMETERS] == sum(t.nbytes for t in tensors)
     assert states.in_update[GRADIENTS] == sum(p.grad.nbytes for p in trained)
@@ -62,7 +62,7 @@ def test_engines_of_the_shipped_trainers(trainer, expected):
     assert _engine(f"trainer={trainer}") == expected
 
 
-def test_what_the_command_line_changes_is_seen():
+def test_options_of_the_command_line_change_the_engine():
     engine = _engine(
         "trainer=zero3", "trainer.devices=2", "trainer.num_nodes=3", "trainer.accumulate_grad_batches=8",
         "+trainer.strategy.zero.stage3_max_live_parameters=3e8",
@@ -80,8 +80,8 @@ def _engine(*overrides):
     return Engine.of(OmegaConf.to_container(config.trainer, resolve=True))
 
 
-def test_zero_cuts_as_its_stage_says():
-    alone = planned(Engine("bf16-mixed", ranks=3, stage=3)).work.network
+def test_zero_shards_as_its_stage_says():
+    alone = planned(Engine("bf16-mixed", ranks=3, stage=3)).measured.network
     numbers = [p.numel() for p in alone.parameters()]
     trained = [p.numel() for p in alone.parameters() if p.requires_grad]
     own = sum(math.ceil(n / 3) for n in trained)

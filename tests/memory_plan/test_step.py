@@ -11,9 +11,9 @@ from torch.utils._pytree import tree_iter
 
 from vessel.losses import NativeLoss, Sa2vaLoss, lm_loss
 from vessel.memory_plan.engine import Engine
-from vessel.memory_plan.live import Live
+from vessel.memory_plan.gpu_emulation import GpuEmulation
+from vessel.memory_plan.live_memory import LiveMemory
 from vessel.memory_plan.plan import Images, Setup, batch_of, memory_plan
-from vessel.memory_plan.stand_ins import OnGpu
 from vessel.model.baselines import PromptedSam2Config, UNetConfig
 from vessel.model.lora import Lora
 from vessel.model.sa2va import build_sa2va
@@ -105,28 +105,28 @@ SETUPS = {
 @pytest.mark.parametrize("name", SETUPS)
 def test_planned_activations_are_those_of_a_real_step(plan, prompt, name, monkeypatch):
     monkeypatch.setattr(
-        "vessel.memory_plan.live._BLOCK", 1
+        "vessel.memory_plan.live_memory._BLOCK", 1
     )  # of a GPU's allocator, whose ends weigh much in a small network
     setup = SETUPS[name]
-    planned = sum(memory_plan(setup).work.step.kept.values())
+    planned = sum(memory_plan(setup).measured.step.kept.values())
     assert planned == pytest.approx(really_kept(setup, plan, prompt), rel=0.1)
 
 
 def test_dropout_keeps_a_byte_an_element():
     x = torch.empty(1000, device="meta", requires_grad=True)
-    with OnGpu(), Kept([x]) as kept:
+    with GpuEmulation(), Kept([x]) as kept:
         torch.nn.functional.dropout(x, 0.1)
     assert sum(kept.bytes.values()) == 1000
 
 
 def test_attention_keeps_no_scores():
     query, key, value = (torch.empty(2, 4, 512, 8, device="meta", requires_grad=True) for _ in range(3))
-    with OnGpu(), Kept([query, key, value]) as kept:
+    with GpuEmulation(), Kept([query, key, value]) as kept:
         torch.nn.functional.scaled_dot_product_attention(query, key, value)
     assert sum(kept.bytes.values()) == 4 * (2 * 4 * 512 * 8 + 2 * 4 * 512)  # the result and a number a row
     mask = torch.empty(2, 1, 500, 500, dtype=torch.bool, device="meta")
     query, key, value = (torch.empty(2, 4, 500, 8, device="meta", requires_grad=True) for _ in range(3))
-    with OnGpu(), Kept([query, key, value]) as kept:
+    with GpuEmulation(), Kept([query, key, value]) as kept:
         torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
     # the mask as numbers, in rows of a multiple of eight
     assert sum(kept.bytes.values()) == 4 * (2 * 4 * 500 * 8 + 2 * 4 * 500 + 2 * 500 * 504)
@@ -136,7 +136,7 @@ def test_linear_layers_of_zero3_keep_their_input_for_frozen_weights():
     x = torch.empty(10, 4, device="meta", requires_grad=True)
     weight = torch.empty(3, 4, device="meta")
     for zero3, expected in ((False, 0), (True, 4 * 10 * 4)):
-        with OnGpu(zero3=zero3), Kept([weight]) as kept:
+        with GpuEmulation(zero3=zero3), Kept([weight]) as kept:
             torch.nn.functional.linear(x, weight)
         assert sum(kept.bytes.values()) == expected
 
@@ -182,7 +182,7 @@ def _loss(logits):
     return torch.stack(list(NativeLoss()(logits, masks, 64).values()))
 
 
-class _OnlyAttention(OnGpu):
+class AttentionOnlyEmulation(GpuEmulation):
     """Leaves all casts to torch but those of what enters attention, which torch never sees here."""
 
     def _cast(self, func, args, kwargs):
@@ -196,7 +196,7 @@ def test_autocast_is_that_of_torch(prompt, part):
     with torch.device("meta"):
         network = build_sa2va(SIZES, prompt.token_ids)
     call, args = _parts(network, "meta")[part]
-    with OnGpu(autocast=torch.bfloat16), Kept([*network.parameters(), *network.buffers()]) as ours:
+    with GpuEmulation(autocast=torch.bfloat16), Kept([*network.parameters(), *network.buffers()]) as ours:
         made = call(*args)
     with FakeTensorMode(allow_non_fake_inputs=True):
         call, args = _parts(network, "cuda")[part]
@@ -205,7 +205,10 @@ def test_autocast_is_that_of_torch(prompt, part):
         torch.set_autocast_dtype("cuda", torch.bfloat16)
         torch.autocast_increment_nesting()
         try:
-            with _OnlyAttention(autocast=torch.bfloat16), Kept([*network.parameters(), *network.buffers()]) as theirs:
+            with (
+                AttentionOnlyEmulation(autocast=torch.bfloat16),
+                Kept([*network.parameters(), *network.buffers()]) as theirs,
+            ):
                 expected = call(*args)
         finally:
             torch.autocast_decrement_nesting()
@@ -219,7 +222,7 @@ def test_autocast_is_that_of_torch(prompt, part):
 
 def test_what_lives_is_counted_and_what_dies_is_not():
     x = torch.empty(1024, device="meta")
-    live = Live([x])
+    live = LiveMemory([x])
     with live:
         y = x * 2
         with live.part("second"):

@@ -12,15 +12,16 @@ from vessel.memory_plan.engine import Engine
 from vessel.memory_plan.plan import GB, MemoryPlan, Setup, memory_plan
 from vessel.model.sa2va import Sa2VAConfig
 
-_FEWER_LIVE = 300_000_000
-_ZERO_GPUS = 4  # conf/trainer/zero3.yaml
-_RANKS = (64, 16)  # conf/lora
+FEWER_LIVE = 300_000_000
+ZERO_GPUS = 4  # a test compares it with trainer.devices of conf/trainer/zero3.yaml
+_RANKS = (64, 16)  # of adapters, the larger first
+COARSER = " (coarser masks)"  # remark behind an option
 
 
 def gpu_size(count: int | None = None) -> float | None:
-    """Size of the smallest of the first `count` GPUs, or of all, in GB of 2^30 bytes; None without one."""
-    there = range(torch.cuda.device_count())[:count]
-    sizes = [torch.cuda.get_device_properties(i).total_memory for i in there]
+    """Return the size of the smallest of the first `count` GPUs, or of all, in GB of 2^30 bytes; None without one."""
+    indices = range(torch.cuda.device_count())[:count]
+    sizes = [torch.cuda.get_device_properties(i).total_memory for i in indices]
     return min(sizes) / GB if sizes else None
 
 
@@ -39,24 +40,24 @@ def require_room(plan: MemoryPlan, gpu_gb: float) -> None:
 
 def advice(plan: MemoryPlan, gpu_gb: float) -> str:
     """Describe what each setting would take alone, the most helpful first; if none is enough, also several together."""
-    found = []
+    helpful = []
     for option, setup in alternatives(plan.setup):
         try:
             other = memory_plan(setup, like=plan)
         except VesselError:  # this network has no such choice
             continue
         if other.total < plan.total:
-            found.append((option, other))
-    found.sort(key=lambda pair: pair[1].total)
-    if not found:
+            helpful.append((option, other))
+    helpful.sort(key=lambda pair: pair[1].total)
+    if not helpful:
         return "No setting would help: use GPUs with more memory or a smaller model"
-    lines = [_line(option, other, plan, gpu_gb) for option, other in found]
-    told = "Settings that help, each alone:\n" + "\n".join(lines)
-    return told if found[0][1].fits(gpu_gb) else f"{told}\n{_together(found, gpu_gb)}"
+    lines = [_line(option, other, plan, gpu_gb) for option, other in helpful]
+    alone = "Settings that help, each alone:\n" + "\n".join(lines)
+    return alone if helpful[0][1].fits(gpu_gb) else f"{alone}\n{_combine(helpful, gpu_gb)}"
 
 
 def alternatives(setup: Setup) -> Iterator[tuple[str, Setup]]:
-    """Other settings for the same task, as they are written on the command line."""
+    """Yield other settings for the same task, each with its options as they are written on the command line."""
     engine, sizes, lora = setup.engine, setup.sizes, setup.lora
     if not setup.activation_checkpointing:
         yield "activation_checkpointing=true", replace(setup, activation_checkpointing=True)
@@ -74,19 +75,19 @@ def alternatives(setup: Setup) -> Iterator[tuple[str, Setup]]:
         yield option, replace(setup, engine=other)
     if sizes.geometry.frame_size > 512:
         option, half = sizes.with_frame_size(sizes.geometry.frame_size // 2)
-        yield f"{option} (coarser masks)", replace(setup, sizes=half)
+        yield f"{option}{COARSER}", replace(setup, sizes=half)
 
 
 def _other_engines(engine: Engine) -> Iterator[tuple[str, Engine]]:
-    cut = replace(engine, precision="bf16-mixed", stage=3, ranks=max(engine.ranks, _ZERO_GPUS))
+    sharded = replace(engine, precision="bf16-mixed", stage=3, ranks=max(engine.ranks, ZERO_GPUS))
     if engine.stage != 3:
-        yield f"trainer=zero3 trainer.devices={cut.ranks}", cut
-    elif engine.live > _FEWER_LIVE:
-        fewer = replace(engine, live=_FEWER_LIVE)
-        yield f"+trainer.strategy.zero.stage3_max_live_parameters={_FEWER_LIVE}", fewer
+        yield f"trainer=zero3 trainer.devices={sharded.ranks}", sharded
+    elif engine.live > FEWER_LIVE:
+        fewer = replace(engine, live=FEWER_LIVE)
+        yield f"+trainer.strategy.zero.stage3_max_live_parameters={FEWER_LIVE}", fewer
     if not engine.offload_parameters:
-        offloaded = replace(cut, offload_optimizer=True, offload_parameters=True)
-        yield f"trainer=zero3_offload trainer.devices={cut.ranks}", offloaded
+        offloaded = replace(sharded, offload_optimizer=True, offload_parameters=True)
+        yield f"trainer=zero3_offload trainer.devices={sharded.ranks}", offloaded
     if engine.stage > 1:
         yield f"trainer.devices={2 * engine.ranks}", replace(engine, ranks=2 * engine.ranks)
 
@@ -97,9 +98,9 @@ def _line(option: str, other: MemoryPlan, plan: MemoryPlan, gpu_gb: float) -> st
     return f"  {option}: {other.gigabytes:.1f} GB ({saved:.1f} less){', fits' if other.fits(gpu_gb) else ''}{host}"
 
 
-def _together(found: Sequence[tuple[str, MemoryPlan]], gpu_gb: float) -> str:
-    """Take one helpful setting after another until the run fits."""
-    (first, plan), *others = found
+def _combine(helpful: Sequence[tuple[str, MemoryPlan]], gpu_gb: float) -> str:
+    """Take one helpful setting after another until the run fits, and describe the result."""
+    (first, plan), *others = helpful
     taken = [first]
     for option, _ in others:
         setup = dict(alternatives(plan.setup)).get(option)  # what is taken already may leave nothing to change

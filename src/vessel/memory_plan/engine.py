@@ -1,4 +1,4 @@
-"""Derive from a trainer how training is spread over devices, and what each of them holds for good."""
+"""Derive from a trainer how training is spread over devices, and the bytes that each of them holds between steps."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vessel.memory_plan.step import GRADIENTS, How
+from vessel.memory_plan.step import GRADIENTS, StepSettings
 from vessel.processes.ranks import device_count
 
 PARAMETERS, OPTIMIZER, UPDATE = "parameters", "moments of the optimizer", "temporaries of the optimizer step"
@@ -50,7 +50,7 @@ class Engine:
 
     @classmethod
     def of(cls, trainer: Mapping[str, Any]) -> Engine:
-        """The engine of a trainer's configuration."""
+        """Read the engine from a trainer's configuration."""
         engine = cls(
             precision=str(trainer["precision"]),
             ranks=device_count(trainer["devices"], str(trainer["accelerator"])) * int(trainer.get("num_nodes", 1)),
@@ -73,17 +73,17 @@ class Engine:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of what does not train; under ZeRO, and where the precision is a `true` one, of everything."""
+        """Return the dtype of frozen tensors; under ZeRO, and where the precision is a `true` one, of all tensors."""
         return next((d for bits, d in _DTYPES.items() if self.precision.startswith(bits)), torch.float32)
 
     @property
-    def how(self) -> How:
+    def step_settings(self) -> StepSettings:
         """Return the settings of a step."""
         mixed = self.precision.endswith("mixed") and self.stage == 0
-        return How(
+        return StepSettings(
             autocast=self.dtype if mixed else None,
             zero3=self.stage == 3,
-            cut_gradients=self.stage > 1,
+            shard_gradients=self.stage > 1,
             bucket=self.bucket,
             accumulating=self.accumulate > 1,
         )
@@ -94,7 +94,7 @@ class Engine:
         for parameter in network.parameters():
             parameter.data = parameter.data.to(torch.float32 if mixed and parameter.requires_grad else self.dtype)
 
-    def states(self, network: nn.Module) -> States:
+    def states(self, network: nn.Module) -> StateBytes:
         """Count what a rank holds of a prepared network between two steps, and what an update takes beside it."""
         everything = list(network.parameters())
         trained = [p for p in everything if p.requires_grad]
@@ -104,10 +104,10 @@ class Engine:
             held = {PARAMETERS: sum(p.nbytes for p in everything) + buffers, OPTIMIZER: _MOMENTS * gradients}
             if self.ranks > 1:
                 held[BUCKETS] = gradients
-            return States(held, {}, {GRADIENTS: gradients}, 0)
-        return self._cut(everything, trained, buffers)
+            return StateBytes(held, {}, {GRADIENTS: gradients}, 0)
+        return self._shard_states(everything, trained, buffers)
 
-    def _cut(self, everything: Sequence[Tensor], trained: Sequence[Tensor], buffers: int) -> States:
+    def _shard_states(self, everything: Sequence[Tensor], trained: Sequence[Tensor], buffers: int) -> StateBytes:
         own = sum(math.ceil(p.numel() / self.ranks) for p in trained)
         state = _MOMENTS * 4 * own
         size, halved = self.dtype.itemsize, (self.stage == 3)
@@ -116,19 +116,19 @@ class Engine:
         on_host = parts * self.offload_parameters
         held = {
             PARAMETERS: parts - on_host + (whole if self.ranks > 1 or self.offload_parameters else 0) + buffers,
-            # a buffer that gradients are moved into, and the copy that is cut
+            # a buffer that gradients are moved into, and the copy that is sharded
             BUCKETS: 2 * min(self.bucket, sum(p.numel() for p in trained)) * size,
         }
         accumulated = 4 * own  # vessel.training.zero adds gradients up in float32
         if self.offload_optimizer:
-            return States(held, {}, {}, on_host + state + 4 * own + accumulated)
+            return StateBytes(held, {}, {}, on_host + state + 4 * own + accumulated)
         held |= {MASTERS: 4 * own, OPTIMIZER: state}
         # the flat copy of the gradients that the optimizer is given
-        return States(held, {GRADIENTS: accumulated}, {GRADIENTS: accumulated, UPDATE: 4 * own}, on_host)
+        return StateBytes(held, {GRADIENTS: accumulated}, {GRADIENTS: accumulated, UPDATE: 4 * own}, on_host)
 
 
 @dataclass(frozen=True)
-class States:
+class StateBytes:
     """Bytes by kind.
 
     Attributes:
@@ -148,7 +148,7 @@ _DTYPES = {"bf16": torch.bfloat16, "16": torch.float16, "64": torch.float64}
 
 
 def _named(strategy: str) -> dict[str, Any]:
-    """Of Lightning's names, such as `deepspeed_stage_3_offload`."""
+    """Read a name of Lightning's, such as `deepspeed_stage_3_offload`."""
     found = re.search(r"deepspeed_stage_(\d)", strategy)
     stage, offload = int(found[1]) if found else 0, "offload" in strategy
     return {"stage": stage, "offload_optimizer": offload, "offload_parameters": offload and stage == 3}

@@ -1,8 +1,8 @@
-"""ZeRO-3's gathered parameters: how many elements are whole at once, by the rules of DeepSpeed's coordinator.
+"""Count the elements that ZeRO-3 has gathered at once, by the rules of DeepSpeed's coordinator.
 
 A module's own parameters are gathered before it runs. After that, parameters of modules to come are fetched ahead, up
-to a bucket and while few enough are whole. When a module has run, its parameters are let go unless they are used again
-soon. Several that are fetched together arrive in one buffer, from which each is copied.
+to a bucket and while few enough are whole. When a module has run, its parameters are released unless they are used
+again soon. Several that are fetched in one go arrive in one buffer, from which each is copied.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ Uses = Sequence[tuple[tuple[int, int], ...]]  # of each module that runs: its pa
 
 
 def gathered_elements(order: Sequence[tuple[nn.Module, bool]], engine: Engine) -> int:
-    """Most elements that are whole at once beside a rank's own parts.
+    """Count the most elements that are whole at once beside a rank's own shards.
 
     Args:
         order: as in `vessel.memory_plan.step.Step`; the backward pass goes through it from its end.
         engine: ZeRO-3 on some ranks.
     """
     if engine.ranks == 1 and not engine.offload_parameters:
-        return 0  # a single rank's part is the whole
+        return 0  # a single rank's shard is the whole
     forward = [_own(module, engine.persistent) for module, _ in order]
     backward = [own for own, (_, passed) in zip(forward, order, strict=True) if passed][::-1]
     return _fullest([own for own in (*forward, *backward) if own], engine)
@@ -65,7 +65,7 @@ def _buffer(fetched: Sequence[tuple[int, int]]) -> int:
 
 
 def _soon(uses: Uses, now: int, ahead: int, reuse: int) -> set[int]:
-    """Find what is fetched ahead already, or used again before `reuse` elements have gone by."""
+    """Find the parameters that are fetched ahead already, or used again before `reuse` elements have gone by."""
     found, passed = {key for own in uses[now + 1 : ahead] for key, _ in own}, 0
     for own in uses[now + 1 :]:
         if passed >= reuse:

@@ -21,10 +21,10 @@ from vessel.model.network import Network, NetworkConfig
 
 GB = 2**30  # graphics memory is sold in these
 GATHERED, CONTEXT, GAPS = "gathered layers", "CUDA context and libraries", "gaps between blocks"
-# Not measured here: what a process takes of a GPU before its first tensor, the buffers of NCCL, and the share of what
-# comes and goes that the allocator cannot use again.
+# Not measured here: what a process takes of a GPU before its first tensor, the buffers of NCCL, and the fraction of
+# what comes and goes that the allocator cannot use again.
 _CONTEXT, _NCCL, _GAPS = int(0.6 * GB), int(0.4 * GB), 0.05
-_SMALL = 0.002  # share of the whole below which a part has no row of its own
+_SMALL = 0.002  # fraction of the total below which a part has no row of its own
 
 
 @dataclass(frozen=True)
@@ -68,18 +68,18 @@ class Setup:
 
     @property
     def tiles(self) -> int:
-        """Tiles that the largest image is cut into, thumbnail counted."""
+        """Return the number of tiles of the largest image, thumbnail counted."""
         height, width = self.images.size
         return tile_count(width, height, self.sizes.geometry)
 
 
 @dataclass(frozen=True)
-class Work:
-    """The memory that a plan measured.
+class MeasuredStep:
+    """A step of a network without content, and the memory that it takes.
 
     Attributes:
         network: without content, in the dtypes of training.
-        step: of it.
+        step: of that network.
         tokens: of a conversation.
     """
 
@@ -97,23 +97,23 @@ class MemoryPlan:
         rows: bytes by part, in the order of the table; they add up to `total`.
         moment: what runs then.
         host: bytes of each rank in the memory of its host, of what is offloaded.
-        work: what was measured for it.
+        measured: the step that the plan rests on.
     """
 
     setup: Setup
     rows: Mapping[str, int]
     moment: str
     host: int
-    work: Work = field(repr=False)
+    measured: MeasuredStep = field(repr=False)
 
     @property
     def total(self) -> int:
-        """Bytes a GPU must have."""
+        """Return the bytes that a GPU must have."""
         return sum(self.rows.values())
 
     @property
     def gigabytes(self) -> float:
-        """`total` in GB of 2^30 bytes."""
+        """Return `total` in GB of 2^30 bytes."""
         return self.total / GB
 
     def fits(self, gpu_gb: float) -> bool:
@@ -121,27 +121,27 @@ class MemoryPlan:
         return self.gigabytes <= gpu_gb
 
     def verdict(self, gpu_gb: float) -> str:
-        """One line, such as `fits: 18.3 of 24.0 GB`."""
+        """Return one line, such as `fits: 18.3 of 24.0 GB`."""
         if self.fits(gpu_gb):
             return f"fits: {self.gigabytes:.1f} of {gpu_gb:.1f} GB"
         return f"does not fit: {self.gigabytes:.1f} GB on a GPU of {gpu_gb:.1f} GB"
 
     def table(self) -> Table:
-        """The parts, for the terminal."""
+        """Return the table of the parts, for the terminal."""
         setup, engine = self.setup, self.setup.engine
         spread = f"ZeRO-{engine.stage} on {engine.ranks}" if engine.stage else f"{engine.ranks}, each with the network"
         height, width = setup.images.size
-        told = [
+        facts = [
             f"at the fullest moment: {self.moment}",
             f"GPUs: {spread}, {engine.precision}",
             f"activation_checkpointing={str(setup.activation_checkpointing).lower()}",
             f"a GPU's batch: {setup.batch_size} x ({width} x {height} px, {setup.tiles} tile(s), "
-            f"{setup.images.phrases} phrase(s), {self.work.tokens} tokens)",
+            f"{setup.images.phrases} phrase(s), {self.measured.tokens} tokens)",
             f"frames of {setup.sizes.geometry.frame_size} px",
         ]
         if self.host:
-            told.append(f"in the host's memory, for each GPU: {self.host / GB:.1f} GB")
-        table = Table(title="memory of each GPU", caption="\n".join(told), caption_justify="left")
+            facts.append(f"in the host's memory, for each GPU: {self.host / GB:.1f} GB")
+        table = Table(title="memory of each GPU", caption="\n".join(facts), caption_justify="left")
         table.add_column("part", min_width=66)
         table.add_column("GB", justify="right")
         small = {part for part, nbytes in self.rows.items() if nbytes < _SMALL * self.total}
@@ -160,37 +160,37 @@ def memory_plan(setup: Setup, *, like: MemoryPlan | None = None) -> MemoryPlan:
 
     Args:
         setup: what to plan.
-        like: a plan whose step is taken over where nothing that decides about it differs.
+        like: a plan whose measured step is used again where nothing that decides about it differs.
 
     Raises:
         VesselError: a choice of `lora` or `trainable` that does not exist.
     """
-    work = like.work if like is not None and _same_work(setup, like.setup) else _work(setup)
-    engine = setup.engine
-    states = engine.states(work.network)
+    measured = like.measured if like is not None and _has_same_step(setup, like.setup) else _measure(setup)
+    engine, step = setup.engine, measured.step
+    states = engine.states(measured.network)
     in_step = dict(states.in_step)
     if engine.stage == 3:
-        in_step[GATHERED] = gathered_elements(work.step.order, engine) * engine.dtype.itemsize
-    moments = {work.step.moment: _sum(in_step, work.step.fullest), "optimizer step": states.in_update}
+        in_step[GATHERED] = gathered_elements(step.order, engine) * engine.dtype.itemsize
+    moments = {step.moment: _sum(in_step, step.fullest), "optimizer step": states.in_update}
     moment = max(moments, key=lambda name: sum(moments[name].values()))
     rows = _sum(states.held, moments[moment])
     ordered = dict(sorted(rows.items(), key=lambda row: (row[0] != PARAMETERS, -row[1])))
     ordered[CONTEXT] = _CONTEXT + (_NCCL if engine.ranks > 1 else 0)
     ordered[GAPS] = int(_GAPS * sum(moments[moment].values()))
-    return MemoryPlan(setup, ordered, moment, states.host, work)
+    return MemoryPlan(setup, ordered, moment, states.host, measured)
 
 
-def _work(setup: Setup) -> Work:
-    prompt = Prompt()  # wordings are of nearly the same length with every tokenizer
+def _measure(setup: Setup) -> MeasuredStep:
+    prompt = Prompt()  # questions and answers are of nearly the same length with every tokenizer
     network = _network(setup, prompt)
     batch = batch_of(setup, prompt)
-    step = run_step(network, batch, setup.loss_function, setup.engine.how)
-    return Work(network, step, batch.input_ids.shape[1])
+    step = run_step(network, batch, setup.loss_function, setup.engine.step_settings)
+    return MeasuredStep(network, step, batch.input_ids.shape[1])
 
 
-def _same_work(one: Setup, other: Setup) -> bool:
-    alike = one.engine.how == other.engine.how and one.engine.dtype == other.engine.dtype
-    return alike and replace(one, engine=other.engine) == other
+def _has_same_step(one: Setup, other: Setup) -> bool:
+    a, b = one.engine, other.engine
+    return a.step_settings == b.step_settings and a.dtype == b.dtype and replace(one, engine=b) == other
 
 
 def _sum(*parts: Mapping[str, int]) -> dict[str, int]:
@@ -211,7 +211,10 @@ def _network(setup: Setup, prompt: Prompt) -> Network:
 
 
 def batch_of(setup: Setup, prompt: Prompt) -> Batch:
-    """A batch of the largest images with the longest wordings; of several conversations one is a token shorter."""
+    """Build a batch of the largest images, with the longest question and answer and without pixels.
+
+    Of several conversations all but the first have one token less, so that the batch is padded.
+    """
     geometry, count, images = setup.sizes.geometry, setup.batch_size, setup.images
     questions = [max(QUESTIONS, key=len).format(phrase="blood vessel")] * images.phrases
     answers = [max(ANSWERS, key=len)] * images.phrases

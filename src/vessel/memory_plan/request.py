@@ -1,4 +1,4 @@
-"""The memory plan of a configuration: shown on demand, and a reason to refuse a run."""
+"""Make the memory plan of a configuration: print it on demand, and refuse a run that the GPU cannot hold."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from vessel.memory_plan.engine import Engine
 from vessel.memory_plan.plan import Images, MemoryPlan, Setup, memory_plan
 from vessel.paths import expanded
 
-_USUAL_GB = 24.0  # of the GPU that is meant where none is there and none is named
+AUTO = "auto"  # of activation_checkpointing: where the memory of the GPU needs it
 
-AUTO = "auto"  # of checkpointing: where the memory of the GPU needs it
+_USUAL_GB = 24.0  # size to plan for where there is no GPU and none is named
 
 
-def show(config: DictConfig) -> None:
-    """Print the plan of a training configuration and its verdict; neither data, weights nor a GPU have to be there."""
+def print_plan(config: DictConfig) -> None:
+    """Print the plan of a training configuration and its verdict; neither data, weights nor a GPU are needed."""
     size = _size(config)
-    known = _USUAL_GB if size is None else size
-    plan = _plan(config, known)
+    gpu_gb = _USUAL_GB if size is None else size
+    plan = _plan(config, gpu_gb)
     console = Console()
     console.print(plan.table())
-    console.print(plan.verdict(known), markup=False, highlight=False)
-    if not plan.fits(known):
-        console.print(advice(plan, known), soft_wrap=True, markup=False, highlight=False)
+    console.print(plan.verdict(gpu_gb), markup=False, highlight=False)
+    if not plan.fits(gpu_gb):
+        console.print(advice(plan, gpu_gb), soft_wrap=True, markup=False, highlight=False)
 
 
 def require_memory(config: DictConfig) -> MemoryPlan | None:
@@ -52,7 +52,7 @@ def require_memory(config: DictConfig) -> MemoryPlan | None:
 
 
 def _plan(config: DictConfig, gpu_gb: float) -> MemoryPlan:
-    """The plan; with `activation_checkpointing=auto` layers are computed again where the step fits only so."""
+    """Plan a configuration; with `activation_checkpointing=auto` layers are computed again where it fits only so."""
     plan = memory_plan(setup_of(config))
     if config.activation_checkpointing != AUTO or plan.fits(gpu_gb):
         return plan
@@ -79,18 +79,18 @@ def setup_of(config: DictConfig) -> Setup:
 
 
 def _with_images(setup: Setup, data: DictConfig) -> Setup:
-    """With the phrases that are asked for, and of a data set that is there the image of most tiles, then pixels."""
-    asked = None if data.phrases is None else 1 if isinstance(data.phrases, str) else len(data.phrases)
+    """Add the number of phrases, and of an existing data set the size of the image with most tiles, then pixels."""
+    given = None if data.phrases is None else 1 if isinstance(data.phrases, str) else len(data.phrases)
     root = None if OmegaConf.is_missing(data, "root") else expanded(data.root)
     if root is None or not (root / "manifest.json").is_file():
-        return replace(setup, images=replace(setup.images, phrases=asked or setup.images.phrases))
+        return replace(setup, images=replace(setup.images, phrases=given or setup.images.phrases))
     catalog = Catalog.open(root)
-    phrases = len(catalog.phrases) if asked is None else asked
-    found = [
+    phrases = len(catalog.phrases) if given is None else given
+    candidates = [
         replace(setup, images=Images((height, width), phrases))
         for height, width in {(frame.height, frame.width) for frame in catalog.frames.values()}
     ]
-    return max(found, key=lambda one: (one.tiles, one.images.size[0] * one.images.size[1]))
+    return max(candidates, key=lambda one: (one.tiles, one.images.size[0] * one.images.size[1]))
 
 
 def _size(config: DictConfig) -> float | None:

@@ -1,4 +1,4 @@
-"""One training step of a network without content: what its activations take, and when it is fullest."""
+"""Run one training step of a network without content, and count the bytes of its activations."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from torch.utils._pytree import tree_iter
 
 from vessel.batch import Batch
 from vessel.losses import Loss, lm_loss
-from vessel.memory_plan.live import Live
-from vessel.memory_plan.stand_ins import OnGpu
+from vessel.memory_plan.gpu_emulation import GpuEmulation
+from vessel.memory_plan.live_memory import LiveMemory
 from vessel.model.network import Network
 
 GRADIENTS, BACKWARD, CASTS = "gradients", "temporaries of the backward pass", "weights cast to 16 bits"
@@ -23,19 +23,20 @@ LOSSES = "activations: losses"
 
 
 @dataclass(frozen=True)
-class How:
+class StepSettings:
     """The settings of a training step.
 
     Attributes:
-        autocast: as in `OnGpu`.
-        zero3: as in `OnGpu`; gradients are cut as they come.
-        bucket: elements; with cut gradients, one that is larger stays until the next one comes.
-        accumulating: gradients of a batch before are there.
+        autocast: as in `GpuEmulation`.
+        zero3: as in `GpuEmulation`.
+        shard_gradients: each gradient is sharded over the ranks as soon as it is computed.
+        bucket: elements; with sharded gradients, one that is larger stays until the next one is computed.
+        accumulating: gradients of an earlier batch exist already.
     """
 
     autocast: torch.dtype | None = None
     zero3: bool = False
-    cut_gradients: bool = False
+    shard_gradients: bool = False
     bucket: int = 200_000_000
     accumulating: bool = False
 
@@ -45,9 +46,9 @@ class Step:
     """Bytes of a step, parameters and optimizer not counted.
 
     Attributes:
-        kept: what the graph holds when the forward pass is over, by the part that made it.
-        fullest: what is alive at the fullest moment, by part; `gradients` among them.
-        moment: what runs then.
+        kept: bytes that the graph holds when the forward pass is over, by the part that made them.
+        fullest: bytes that are alive at the fullest moment, by part; `gradients` among them.
+        moment: the pass that runs then, and the part.
         order: modules with parameters of their own in the order of the forward pass, and whether gradients pass them.
     """
 
@@ -57,25 +58,25 @@ class Step:
     order: Sequence[tuple[nn.Module, bool]]
 
 
-def run_step(network: Network, batch: Batch, loss_function: Loss, how: How) -> Step:
+def run_step(network: Network, batch: Batch, loss_function: Loss, settings: StepSettings) -> Step:
     """Run forward and backward pass.
 
     Args:
         network: on the meta device, in the dtypes of training.
         batch: token ids, labels and attention mask with content; images and masks on the meta device.
         loss_function: mask loss.
-        how: precision and engine.
+        settings: precision and engine.
     """
     network.train()
     trained = [p for p in network.parameters() if p.requires_grad]
     for parameter in trained:
-        parameter.grad = torch.empty_like(parameter) if how.accumulating and not how.cut_gradients else None
+        parameter.grad = torch.empty_like(parameter) if settings.accumulating and not settings.shard_gradients else None
     known = [*network.parameters(), *network.buffers(), *(p.grad for p in trained if p.grad is not None)]
-    live = Live([*known, batch.tiles, batch.frames, *(batch.masks or ())])
+    live = LiveMemory([*known, batch.tiles, batch.frames, *(batch.masks or ())])
     lengths = batch.attention_mask.sum(1)
-    on_gpu = OnGpu(
-        autocast=how.autocast,
-        zero3=how.zero3,
+    gpu = GpuEmulation(
+        autocast=settings.autocast,
+        zero3=settings.zero3,
         padded=bool((lengths != lengths.max()).any()),
         casting=lambda: live.part(CASTS),
     )
@@ -84,10 +85,10 @@ def run_step(network: Network, batch: Batch, loss_function: Loss, how: How) -> S
         for handle in [
             *_watch_parts(network, live),
             *_watch_order(network, order),
-            *_watch_gradients(trained, live, how),
+            *_watch_gradients(trained, live, settings),
         ]:
             stack.callback(handle.remove)
-        stack.enter_context(on_gpu)
+        stack.enter_context(gpu)
         stack.enter_context(live)
         output = network(batch)
         with live.part(LOSSES):
@@ -96,7 +97,7 @@ def run_step(network: Network, batch: Batch, loss_function: Loss, how: How) -> S
             losses["lm_loss"] = lm_loss(output.lm_logits, output.lm_targets.to(output.lm_logits.device))
             loss = torch.stack(list(losses.values())).sum()
         del output, losses
-        on_gpu.forget_casts()
+        gpu.forget_casts()
         kept = +live.now
         forward = list(order)
         with live.part(BACKWARD):
@@ -104,25 +105,25 @@ def run_step(network: Network, batch: Batch, loss_function: Loss, how: How) -> S
     for parameter in trained:
         parameter.grad = None
     moment = "backward pass" if live.moment == BACKWARD else f"forward pass ({live.moment})"
-    return Step(kept, _with_gradients_before(live, trained, how), moment, forward)
+    return Step(kept, _with_gradients_before(live, trained, settings), moment, forward)
 
 
 def _backward(loss: Tensor) -> None:
-    # Its method is itself a function that the stand-ins would be asked about, and would run without them; layers that
-    # are computed again need them.
+    # `Tensor.backward` is itself a function that the emulation would intercept, and everything inside would run without
+    # it; layers that are computed again need it.
     engine: Any = torch.autograd.Variable._execution_engine
     engine.run_backward(
         (loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True
     )
 
 
-def _with_gradients_before(live: Live, trained: Sequence[Tensor], how: How) -> Mapping[str, int]:
-    if not how.accumulating or how.cut_gradients:
+def _with_gradients_before(live: LiveMemory, trained: Sequence[Tensor], settings: StepSettings) -> Mapping[str, int]:
+    if not settings.accumulating or settings.shard_gradients:
         return +live.fullest
     return live.fullest + Counter({GRADIENTS: sum(tensor.nbytes for tensor in trained)})
 
 
-def _watch_parts(network: Network, live: Live) -> list[Any]:
+def _watch_parts(network: Network, live: LiveMemory) -> list[Any]:
     handles = []
     for part, module in network.parts().items():
         name = f"activations: {part}"
@@ -140,20 +141,20 @@ def _watch_parts(network: Network, live: Live) -> list[Any]:
 
 
 def _watch_order(network: nn.Module, order: list[tuple[nn.Module, bool]]) -> list[Any]:
-    def ran(module: nn.Module, _: Any, made: Any) -> None:
+    def note_order(module: nn.Module, _: Any, made: Any) -> None:
         order.append((module, any(isinstance(t, Tensor) and t.requires_grad for t in tree_iter(made))))
 
-    return [module.register_forward_hook(ran) for module in network.modules()]
+    return [module.register_forward_hook(note_order) for module in network.modules()]
 
 
-def _watch_gradients(trained: Sequence[Tensor], live: Live, how: How) -> list[Any]:
+def _watch_gradients(trained: Sequence[Tensor], live: LiveMemory, settings: StepSettings) -> list[Any]:
     waiting: list[Tensor] = []
 
-    def came(parameter: Tensor) -> None:
+    def count_gradient(parameter: Tensor) -> None:
         assert parameter.grad is not None
         live.move(parameter.grad, GRADIENTS)
-        if how.cut_gradients:
-            waiting[:] = [parameter.grad] if parameter.numel() > how.bucket else []
+        if settings.shard_gradients:
+            waiting[:] = [parameter.grad] if parameter.numel() > settings.bucket else []
             parameter.grad = None
 
-    return [parameter.register_post_accumulate_grad_hook(came) for parameter in trained]
+    return [parameter.register_post_accumulate_grad_hook(count_gradient) for parameter in trained]

@@ -31,7 +31,7 @@ from vessel.data.prompt import Prompt
 from vessel.errors import VesselError
 from vessel.files import size_on_disk
 from vessel.loggers import JsonLines, PrivateWandb, wandb_environment
-from vessel.memory_plan.request import require_memory, show
+from vessel.memory_plan.request import print_plan, require_memory
 from vessel.model.network import Network, NetworkConfig
 from vessel.privacy.scanner import Scanner
 from vessel.runs.manifest import Manifest, read_result, without_places, write_result
@@ -56,7 +56,7 @@ def train(config: DictConfig) -> float | None:
     """
     check(config)
     if config.plan:
-        show(config)
+        print_plan(config)
         return None
     plan = require_memory(config)
     config.activation_checkpointing = (

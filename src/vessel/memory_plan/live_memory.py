@@ -15,11 +15,11 @@ from torch.utils._pytree import tree_iter
 _BLOCK = 512  # CUDA's allocator hands out multiples of this
 
 
-class Live(TorchDispatchMode):
-    """Counts what is alive while it is active, by the part of the step that made it.
+class LiveMemory(TorchDispatchMode):
+    """A counter of the bytes that are alive while it is active, by the part of the step that made them.
 
     Args:
-        known: tensors that were there before, which are not counted; of the others those on the meta device are.
+        known: tensors that existed before, which are not counted; of the others those on the meta device are.
 
     Attributes:
         now: bytes alive by part.
@@ -38,7 +38,7 @@ class Live(TorchDispatchMode):
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Count what is made inside as the part of that name."""
+        """Count tensors that are made inside as those of the part of that name."""
         self._parts.append(name)
         try:
             yield

@@ -9,8 +9,8 @@ from lightning.pytorch import Callback
 from typing_extensions import override
 
 
-class Holds(Callback):
-    """Looks after the last step.
+class MemoryRecorder(Callback):
+    """Write what a rank holds after the last step.
 
     Args:
         out: folder.

@@ -29,14 +29,14 @@ _HIGH = {
 }
 
 
-class OnGpu(TorchFunctionMode):
-    """Functions as a GPU runs them, on tensors without content.
+class GpuEmulation(TorchFunctionMode):
+    """A mode in which functions on tensors without content keep what they would keep on a GPU.
 
     Args:
         autocast: dtype that mixed precision casts to; None where there is none. Its rules are those of
             https://docs.pytorch.org/docs/stable/amp.html for CUDA.
         zero3: DeepSpeed's linear layer is in place, which keeps its input even for a frozen weight.
-        padded: whether rows of the batch differ in length, which is what the language model asks of its mask.
+        padded: whether rows of the batch differ in length, which the language model reads from its mask.
         casting: wraps the casts of weights, which stay until the step is over.
     """
 
@@ -53,7 +53,7 @@ class OnGpu(TorchFunctionMode):
         self._casts: dict[int, Tensor] = {}
 
     def __torch_function__(self, func: Any, types: Iterable[Any], args: Any = (), kwargs: Any = None) -> Any:
-        """Run a function, or what stands for it."""
+        """Run a function, or the one that imitates it."""
         kwargs = kwargs or {}
         if func is Tensor.__bool__ and args[0].is_meta:
             return not self.padded
