@@ -39,17 +39,17 @@ def cases_of(*networks: str) -> list[tuple[str, str]]:
 
 @dataclass(frozen=True)
 class Golden:
-    """A recorded network, restored, with its cases.
+    """A recorded network, loaded, with its cases.
 
     Attributes:
         folder: the Sa2VA folder.
-        restored: what vessel makes of it.
+        model: the network, loaded by vessel.
         cases: by name, as expected.json lists them.
         tensors: of expected.safetensors.
     """
 
     folder: Path
-    restored: LoadedModel
+    model: LoadedModel
     cases: dict[str, dict]
     tensors: dict[str, torch.Tensor]
 
@@ -86,7 +86,5 @@ def unpack(network: str, folder: Path) -> Path:
 def open_golden(folder: Path) -> Golden:
     """Load the network of a folder, and what the public code computed with it."""
     expected = json.loads((folder / "expected.json").read_text())["cases"]
-    restored = load_model(str(folder), LoadSettings(grounding=GROUNDING))
-    return Golden(
-        folder, restored, {case["name"]: case for case in expected}, load_file(folder / "expected.safetensors")
-    )
+    model = load_model(str(folder), LoadSettings(grounding=GROUNDING))
+    return Golden(folder, model, {case["name"]: case for case in expected}, load_file(folder / "expected.safetensors"))

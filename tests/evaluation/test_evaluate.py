@@ -21,7 +21,7 @@ from vessel.inference.loading import load_model
 from vessel.inference.options import NetworkOptions
 from vessel.prediction.command import predict
 from vessel.prediction.options import PredictOptions
-from vessel.publishing.verification import account_of, drawn_image
+from vessel.publishing.verification import network_results, synthetic_image
 
 pytestmark = pytest.mark.slow
 
@@ -39,7 +39,9 @@ def set_threshold(run, threshold):
 def run_folder(tiny_run, tmp_path):
     """A copy of the run without results, with a threshold at which its hardly trained network draws something."""
     shutil.copytree(tiny_run, tmp_path / "run")
-    probabilities = account_of(load_model(str(tiny_run)), {"drawn": drawn_image(64)}).maps["drawn"]
+    probabilities = network_results(load_model(str(tiny_run)), {"synthetic": synthetic_image(64)}).probabilities[
+        "synthetic"
+    ]
     set_threshold(tmp_path / "run", float(np.median(probabilities)))
     return tmp_path / "run"
 

@@ -20,7 +20,7 @@ from vessel.evaluation.options import DataOptions, EvaluateOptions
 from vessel.evaluation.probability_store import ProbabilityStore
 from vessel.evaluation.search import check_search, run_search
 from vessel.inference.cleanup import Cleanup
-from vessel.inference.decision import DECISION_FILE, Decision, given_decision
+from vessel.inference.decision import DECISION_FILE, Decision, read_given_decision
 from vessel.inference.loading import load_model
 from vessel.inference.options import NetworkOptions
 from vessel.inference.predictor import Failure
@@ -263,6 +263,6 @@ def test_guard_I6_a_search_that_would_look_at_other_images_is_refused(search_of,
     with pytest.raises(VesselError, match=r"lies in no run folder.*out=DIR"):
         search_of(lone, split="val")
     content = search_of(lone, split="val", out=str(tmp_path / "decided"))
-    decision, _ = given_decision(str(tmp_path / "decided"), load_model(str(lone)).manifest)
+    decision, _ = read_given_decision(str(tmp_path / "decided"), load_model(str(lone)).manifest)
     assert decision.to_json() == content["decision"]
     assert not (run_folder / DECISION_FILE).exists()

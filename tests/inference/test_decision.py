@@ -15,10 +15,10 @@ from vessel.inference.decision import (
     DECISION_FILE,
     CleanupOptions,
     Decision,
-    Stored,
-    decided_by_user,
-    decision_for,
-    given_decision,
+    StoredDecision,
+    override_decision,
+    read_decision,
+    read_given_decision,
 )
 from vessel.runs.manifest import Manifest
 
@@ -96,7 +96,7 @@ def test_json_and_words():
 
 def by_user(**told):
     options = {"threshold": AUTO, "hysteresis": AUTO, "cleanup": CleanupOptions(), "tta": AUTO}
-    return decided_by_user(FULL, **options | told)
+    return override_decision(FULL, **options | told)
 
 
 def test_what_the_user_says_wins_and_the_rest_is_as_validation_chose():
@@ -136,14 +136,14 @@ def manifest():
     return Manifest("run", {}, data, ("lumen",), "phi3", threshold=0.35, fingerprint="weights")
 
 
-STORED = Stored("weights", FULL, "data", "split", None, ({"option": "threshold", "value": "0.60"},))
+STORED = StoredDecision("weights", FULL, "data", "split", None, ({"option": "threshold", "value": "0.60"},))
 
 
 def test_what_was_searched_is_stored_and_found_again(manifest, tmp_path):
     STORED.write(tmp_path / DECISION_FILE)
-    assert Stored.read(tmp_path / DECISION_FILE) == STORED
+    assert StoredDecision.read(tmp_path / DECISION_FILE) == STORED
     assert [file.name for file in tmp_path.iterdir()] == [DECISION_FILE]
-    assert decision_for(manifest, tmp_path) == (FULL, "searched on validation")
+    assert read_decision(manifest, tmp_path) == (FULL, "searched on validation")
 
 
 @pytest.mark.parametrize(
@@ -156,7 +156,7 @@ def test_what_was_searched_is_stored_and_found_again(manifest, tmp_path):
 )
 def test_guard_I6_a_decision_of_other_weights_or_data_is_not_used_and_said(manifest, tmp_path, changes, told):
     replace(STORED, **changes).write(tmp_path / DECISION_FILE)
-    decision, source = decision_for(manifest, tmp_path)
+    decision, source = read_decision(manifest, tmp_path)
     assert decision == Decision(0.35)
     assert "decision.json of the run is not used" in source
     assert told in source
@@ -166,33 +166,33 @@ def test_a_decision_that_the_user_names_has_to_fit(manifest, tmp_path):
     """A public network has no data of its own: then what it is used on has to be what it was chosen on."""
     STORED.write(tmp_path / DECISION_FILE)
     for place in (tmp_path, tmp_path / DECISION_FILE):
-        assert given_decision(str(place), manifest)[0] == FULL
+        assert read_given_decision(str(place), manifest)[0] == FULL
     public = replace(manifest, data={})
     same = {"fingerprint": "data", "split_hash": "split"}
-    assert given_decision(str(tmp_path), public)[0] == given_decision(str(tmp_path), public, same)[0] == FULL
+    assert read_given_decision(str(tmp_path), public)[0] == read_given_decision(str(tmp_path), public, same)[0] == FULL
     for wrong, data, told in (
         (replace(manifest, fingerprint="others"), None, "other weights"),
         (public, {**same, "split_hash": "new"}, "another data set or split"),
     ):
         with pytest.raises(VesselError, match=f"decision=.*{told}.*search=true"):
-            given_decision(str(tmp_path), wrong, data)
+            read_given_decision(str(tmp_path), wrong, data)
     with pytest.raises(VesselError, match="cannot be read as a decision"):
-        given_decision(str(tmp_path / "none.json"), manifest)
+        read_given_decision(str(tmp_path / "none.json"), manifest)
 
 
 def test_without_a_search_the_threshold_of_training_stands(manifest, tmp_path):
-    assert decision_for(manifest, tmp_path)[0] == decision_for(manifest, None)[0] == Decision(0.35)
-    assert "chosen on validation" in decision_for(manifest, None)[1]
-    assert decision_for(replace(manifest, threshold=None), None) == (Decision(0.5), "none stored, 0.5 taken")
+    assert read_decision(manifest, tmp_path)[0] == read_decision(manifest, None)[0] == Decision(0.35)
+    assert "chosen on validation" in read_decision(manifest, None)[1]
+    assert read_decision(replace(manifest, threshold=None), None) == (Decision(0.5), "none stored, 0.5 taken")
 
 
 def test_an_export_carries_its_decision(manifest):
     carried = Manifest.from_dict(replace(manifest, decision=FULL.to_json()).as_dict())
-    assert decision_for(carried, None)[0] == FULL
+    assert read_decision(carried, None)[0] == FULL
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[]", '{"decision": {"threshold": 0.5}}'])
 def test_a_damaged_file_is_named(manifest, tmp_path, text):
     (tmp_path / DECISION_FILE).write_text(text)
     with pytest.raises(VesselError, match=r"decision\.json cannot be read.*search=true"):
-        decision_for(manifest, tmp_path)
+        read_decision(manifest, tmp_path)

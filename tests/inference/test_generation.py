@@ -15,7 +15,7 @@ from vessel.data.images import read_rgb
 from vessel.data.inputs import InputImage
 from vessel.data.prompt import QUESTIONS, Prompt
 from vessel.data.questions import question_sample
-from vessel.inference.generation import Conversations, converse
+from vessel.inference.generation import Conversations, generate_answers
 from vessel.inference.predictor import Predictor
 from vessel.inference.samples import question_sample_loader
 
@@ -23,7 +23,7 @@ from vessel.inference.samples import question_sample_loader
 def answer_to(network, prompt, sample, **options):
     """Ids of the answer to the question that a sample ends with."""
     batch = collate([sample], prompt.token_ids.pad)
-    [answer] = Conversations(network, prompt, batch, **options).ask([sample.input_ids])
+    [answer] = Conversations(network, prompt, batch, **options).generate([sample.input_ids])
     return answer
 
 
@@ -166,37 +166,37 @@ def test_together_images_get_the_answers_and_states_of_each_read_anew(talkative,
     assert any(len(answer) == LIMIT and answer[-1] == prompt.token_ids.seg for answer in said)
     spoken = []
     for i in range(0, 3, batch):
-        spoken += converse(network, prompt, samples[i : i + batch], max_new_tokens=LIMIT)
+        spoken += generate_answers(network, prompt, samples[i : i + batch], max_new_tokens=LIMIT)
     for said, sample, (answers, states, ids) in zip(spoken, samples, expected, strict=True):
         assert said.answers == tuple(prompt.decode(answer).strip() for answer in answers)
         assert torch.equal(said.sample.input_ids, ids)
         assert said.phrases == sample.phrases
         assert len(said.sample.phrases) == len(states)
-        assert torch.allclose(said.states, states, rtol=1e-4, atol=1e-5)
+        assert torch.allclose(said.seg_states, states, rtol=1e-4, atol=1e-5)
 
 
 def test_what_is_known_of_an_image_is_not_computed_again(talkative, prompt):
     network, samples = talkative
-    expected = converse(network, prompt, samples, max_new_tokens=LIMIT)
+    expected = generate_answers(network, prompt, samples, max_new_tokens=LIMIT)
     with torch.no_grad():
         known = Features(network.encode_tiles(samples[1].tiles), network.encode_frame(samples[1].frame[None]))
     stored = replace(samples[1], tiles=samples[1].tiles[:0], frame=samples[1].frame[:, :0, :0], features=known)
     seen = []
     network.mllm.model.vision_tower.register_forward_hook(lambda _, __, output: seen.append(len(output[0])))
-    found = converse(network, prompt, [samples[0], stored, samples[2]], max_new_tokens=LIMIT)
+    found = generate_answers(network, prompt, [samples[0], stored, samples[2]], max_new_tokens=LIMIT)
     assert seen == [len(samples[0].tiles) + len(samples[2].tiles)]
     for a, b in zip(expected, found, strict=True):
         assert a.answers == b.answers
-        assert torch.allclose(a.states, b.states, atol=1e-5)
+        assert torch.allclose(a.seg_states, b.seg_states, atol=1e-5)
 
 
 def test_compiled_layers_are_not_compiled_anew_for_every_token(talkative, prompt):
     network, samples = talkative
-    expected = converse(network, prompt, samples[:1], max_new_tokens=LIMIT)
+    expected = generate_answers(network, prompt, samples[:1], max_new_tokens=LIMIT)
     compiled = []
     for layer in network.mllm.model.language_model.layers:
         layer.compile(backend=lambda graph, _: compiled.append(graph) or graph)
-    found = converse(network, prompt, samples[:1], max_new_tokens=LIMIT)
+    found = generate_answers(network, prompt, samples[:1], max_new_tokens=LIMIT)
     assert not compiled
     assert found[0].answers == expected[0].answers
 
@@ -210,13 +210,13 @@ def test_an_image_is_seen_once_and_a_token_read_once_whatever_the_turns(talkativ
     network.mllm.model.language_model.register_forward_pre_hook(
         lambda _, __, given: read.append(given["inputs_embeds"].shape[:2]), with_kwargs=True
     )
-    [said] = converse(network, prompt, samples[1:2], max_new_tokens=LIMIT)
+    [said] = generate_answers(network, prompt, samples[1:2], max_new_tokens=LIMIT)
     assert seen == [len(samples[1].tiles)]
     tokens = sum(length for _, length in read)
     end = 3  # the last token of the last answer, what closes it and a line break: nothing comes after them
     assert len(said.sample.input_ids) - end <= tokens <= len(said.sample.input_ids)
     alone, read[:] = len(read), []
-    converse(network, prompt, samples, max_new_tokens=LIMIT)
+    generate_answers(network, prompt, samples, max_new_tokens=LIMIT)
     assert seen[1:] == [sum(len(sample.tiles) for sample in samples)]
     assert {rows for rows, _ in read} == {3}
     assert alone <= len(read) < alone + LIMIT  # in step with the longest, not one after the other
@@ -226,10 +226,8 @@ def answered(golden, name):
     """Let a golden network speak about a case; gives the prediction, whose answer is compared with the recorded one."""
     file = golden.folder / f"images/{name}.png"
     target = InputImage(name, file, file.name)
-    predictor = Predictor(golden.restored, device="cpu", decode="generate")
-    [answer] = predictor.predict(
-        [target], question_sample_loader([target], golden.cases[name]["text"], golden.restored)
-    )
+    predictor = Predictor(golden.model, device="cpu", decode="generate")
+    [answer] = predictor.predict([target], question_sample_loader([target], golden.cases[name]["text"], golden.model))
     assert answer.answers == (golden.cases[name]["prediction"],) == ("[SEG]<|im_end|>",)
     return answer
 
@@ -254,19 +252,19 @@ def test_golden_answers_and_masks_of_generate(golden_network, network, name):
 @pytest.mark.parametrize(("network", "name"), [*cases_of(*NETWORKS), (INTERNLM2_WHOLE, "wide")])
 def test_golden_states_and_masks_forced_and_generated_are_equal(golden_network, network, name):
     golden = golden_network(network)
-    restored, case, expected = golden.restored, golden.cases[name], golden.tensors
-    network, prompt = restored.network, restored.prompt
+    model, case, expected = golden.model, golden.cases[name], golden.tensors
+    network, prompt = model.network, model.prompt
     image = read_rgb(golden.folder / f"images/{name}.png")
-    sample = question_sample(image, case["text"], prompt, restored.geometry)
+    sample = question_sample(image, case["text"], prompt, model.geometry)
     assert len(sample.input_ids) == case["prompt_tokens"]
     with torch.no_grad():
         said, generated = generated_states(network, prompt, sample)
         taught = taught_states(network, prompt, sample, said)
-        [own] = converse(network, prompt, [sample])
+        [own] = generate_answers(network, prompt, [sample])
         pyramid = network.encode_frame(sample.frame[None])
         logits = network.decode_masks(pyramid, torch.cat([generated, taught]), torch.tensor([0, 0]))
     assert prompt.decode(said) == own.answers[0] == case["prediction"]
-    assert torch.allclose(own.states, generated, rtol=1e-4, atol=1e-5)
+    assert torch.allclose(own.seg_states, generated, rtol=1e-4, atol=1e-5)
     assert torch.allclose(generated, expected[f"{name}.seg_state"], rtol=1e-4, atol=1e-5)
     assert torch.allclose(taught, expected[f"{name}.seg_state"], rtol=1e-4, atol=1e-5)
     assert torch.allclose(logits[0], logits[1], atol=1e-4)
@@ -277,13 +275,13 @@ def test_golden_states_and_masks_forced_and_generated_are_equal(golden_network, 
 def test_golden_prompt_of_a_video(golden_network, network):
     """Five frames, one tile each, give the state that the public code recorded."""
     golden = golden_network(network)
-    restored, prompt, side = golden.restored, golden.restored.prompt, golden.restored.geometry.tile_size
+    model, prompt, side = golden.model, golden.model.prompt, golden.model.geometry.tile_size
     frames = [Image.fromarray(golden.image(f"pullback_{i}")).resize((side, side)) for i in range(5)]
     tiles = torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)
     ids, _ = prompt.conversation([golden.cases["pullback"]["text"]], ["[SEG]"], 256, frames=5)
     with torch.no_grad():
-        hidden = restored.network.mllm.model.language_model(
-            inputs_embeds=restored.network.embed(ids[None], restored.network.encode_tiles(tiles))
+        hidden = model.network.mllm.model.language_model(
+            inputs_embeds=model.network.embed(ids[None], model.network.encode_tiles(tiles))
         ).last_hidden_state
     state = hidden[ids[None] == prompt.token_ids.seg]
     assert torch.allclose(state, golden.tensors["pullback.seg_state"], rtol=1e-4, atol=1e-5)

@@ -10,7 +10,7 @@ from tests.conftest import SIZES
 from tests.weights.layouts import internvl_state, write_folder, write_sa2va, write_sam2
 
 from vessel.errors import VesselError
-from vessel.inference.decision import DECISION_FILE, Decision, Stored
+from vessel.inference.decision import DECISION_FILE, Decision, StoredDecision
 from vessel.inference.loading import load_model
 from vessel.inference.options import LoadSettings, NetworkOptions
 from vessel.runs.manifest import Manifest
@@ -31,20 +31,20 @@ def public(plan, prompt, tmp_path):
 
 
 def test_a_public_folder_is_a_network_without_phrases(public, plan, make_batch):
-    restored = load_model(str(public()), READING)
-    assert not restored.tuned
-    assert restored.threshold == 0.5
-    assert restored.manifest.fingerprint == restored.reports[0].fingerprint != ""
+    model = load_model(str(public()), READING)
+    assert not model.tuned
+    assert model.threshold == 0.5
+    assert model.manifest.fingerprint == model.reports[0].fingerprint != ""
     batch = make_batch([["lumen"]])
     with torch.no_grad():
-        assert torch.equal(restored.network(batch).mask_logits, plan().build().eval()(batch).mask_logits)
-    assert not restored.network.trainable_groups()
+        assert torch.equal(model.network(batch).mask_logits, plan().build().eval()(batch).mask_logits)
+    assert not model.network.trainable_groups()
 
 
 def test_template_and_ids_come_from_the_folder(public, prompt):
-    restored = load_model(str(public(template="internlm2_chat")), READING)
-    assert restored.prompt.name == "internlm2_chat"
-    assert restored.prompt.token_ids == prompt.token_ids
+    model = load_model(str(public(template="internlm2_chat")), READING)
+    assert model.prompt.name == "internlm2_chat"
+    assert model.prompt.token_ids == prompt.token_ids
 
 
 def test_an_unknown_template_is_refused(public):
@@ -94,19 +94,19 @@ def test_guard_I4_a_network_too_large_for_the_memory_is_refused_before_it_is_rea
 
 def test_guard_I4_bf16_is_the_default_on_a_gpu_and_halves_the_network(public):
     options = NetworkOptions(dtype="auto", device_map=None, base=None, grounding=None)
-    assert options.reading(torch.device("cuda")).dtype == torch.bfloat16
-    assert options.reading(torch.device("cpu")).dtype == torch.float32
-    restored = load_model(str(public()), LoadSettings(torch.bfloat16, grounding=SIZES.grounding))
-    assert {parameter.dtype for parameter in restored.network.parameters()} == {torch.bfloat16}
+    assert options.load_settings(torch.device("cuda")).dtype == torch.bfloat16
+    assert options.load_settings(torch.device("cpu")).dtype == torch.float32
+    model = load_model(str(public()), LoadSettings(torch.bfloat16, grounding=SIZES.grounding))
+    assert {parameter.dtype for parameter in model.network.parameters()} == {torch.bfloat16}
 
 
 def test_wrong_network_options_are_refused():
     with pytest.raises(VesselError, match=r"network\.dtype=fp8"):
-        NetworkOptions("fp8", None, None, None).reading(torch.device("cpu"))
+        NetworkOptions("fp8", None, None, None).load_settings(torch.device("cpu"))
     with pytest.raises(VesselError, match=r"embed_dims"):
-        NetworkOptions("auto", None, None, {"embed_dims": 3}).reading(torch.device("cpu"))
+        NetworkOptions("auto", None, None, {"embed_dims": 3}).load_settings(torch.device("cpu"))
     with pytest.raises(VesselError, match=r"'frame'.* frame_size,"):
-        NetworkOptions("auto", None, None, {"frame": 64}).reading(torch.device("cpu"))
+        NetworkOptions("auto", None, None, {"frame": 64}).load_settings(torch.device("cpu"))
 
 
 @pytest.mark.parametrize(
@@ -160,7 +160,7 @@ def test_a_search_that_ends_meanwhile_does_not_part_a_decision_from_its_source(t
     model = load_model(str(tmp_path / "run"))
     first = model.decision
     data = model.manifest.data["fingerprint"], model.manifest.data["split_hash"]
-    Stored(model.manifest.fingerprint, Decision(0.3, 0.2), *data).write(tmp_path / "run" / DECISION_FILE)
+    StoredDecision(model.manifest.fingerprint, Decision(0.3, 0.2), *data).write(tmp_path / "run" / DECISION_FILE)
     assert model.decision == first
     assert "searched" not in model.decision_source
     again = load_model(str(tmp_path / "run"))

@@ -109,7 +109,7 @@ def test_golden_pullback_from_images_to_masks(golden_network, monkeypatch, name,
         monkeypatch.setattr(f"{module}.ANSWERS", ("[SEG]",))  # what was recorded, when it is forced
     heard = {}
     monkeypatch.setattr(pullback_module, "Tracker", lambda grounding, p: heard.update(p=p) or Tracker(grounding, p))
-    predictor = Predictor(golden.restored, device="cpu", decode=decode)
+    predictor = Predictor(golden.model, device="cpu", decode=decode)
     files = [golden.folder / f"images/pullback_{i}.png" for i in range(7)]
     series = Pullback(".", tuple(InputImage(file.stem, file, file.name) for file in files), None)
     assert QUESTIONS[0].format(phrase="lumen") == "Please segment the lumen in this image."

@@ -47,11 +47,11 @@ class Hoarder(Tracker):
 @pytest.mark.parametrize("name", WITH_MASKS)
 def test_golden_pullback_is_what_the_public_code_draws(golden_network, name):
     golden = golden_network(name)
-    grounding = golden.restored.network.grounding
+    grounding = golden.model.network.grounding
     tracker = Tracker(grounding, golden.tensors["pullback.seg_embedding"])
     for index, truth in enumerate(golden.mask("pullback")):
         image = golden.image(f"pullback_{index}")
-        frame = whole_frame(image, golden.restored.geometry)
+        frame = whole_frame(image, golden.model.geometry)
         with torch.inference_mode():
             logits = tracker.step(grounding.encode(normalise(frame[None])))
         at_1024 = upsample(logits, 1024, (1024, 1024))[0, 8::16, 8::16]

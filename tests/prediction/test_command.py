@@ -18,7 +18,7 @@ from vessel.data.images import read_rgb
 from vessel.data.inputs import InputImage, find_images
 from vessel.errors import VesselError
 from vessel.inference.cleanup import Cleanup
-from vessel.inference.decision import DECISION_FILE, CleanupOptions, Decision, Stored
+from vessel.inference.decision import DECISION_FILE, CleanupOptions, Decision, StoredDecision
 from vessel.inference.loading import load_model
 from vessel.inference.options import NetworkOptions
 from vessel.inference.predictor import Predictor
@@ -26,7 +26,7 @@ from vessel.inference.pullbacks import Pullback
 from vessel.inference.samples import phrase_sample_loader
 from vessel.prediction.command import _merged, _workers, predict
 from vessel.prediction.options import PredictOptions
-from vessel.publishing.verification import account_of
+from vessel.publishing.verification import network_results
 
 pytestmark = pytest.mark.slow
 
@@ -136,14 +136,14 @@ def test_an_answer_without_seg_is_said_and_leaves_no_mask(options, tmp_path):
 
 @pytest.fixture
 def saying(monkeypatch):
-    """`saying(ckpt, words)`: what is restored then says these words, each image of a batch its own."""
+    """`saying(ckpt, words)`: the loaded network then answers these texts, each image of a batch its own."""
 
     def say(ckpt, words):
         from vessel.inference.loading import load_model
 
-        restored = load_model(ckpt)
-        scripted(restored.network, *(restored.prompt.tokenizer(text).input_ids for text in words))
-        monkeypatch.setattr("vessel.prediction.command.load_model", lambda *_, **__: restored)
+        model = load_model(ckpt)
+        scripted(model.network, *(model.prompt.tokenizer(text).input_ids for text in words))
+        monkeypatch.setattr("vessel.prediction.command.load_model", lambda *_, **__: model)
 
     return say
 
@@ -202,11 +202,11 @@ def searched(options, tiny_run, scans, tmp_path):
     run = tmp_path / "searched"
     shutil.copytree(tiny_run, run)
     manifest = load_model(str(run)).manifest
-    values = account_of(load_model(str(run)), {"x 1": read_rgb(scans / "a/x 1.png")}).maps["x 1"][0]
+    values = network_results(load_model(str(run)), {"x 1": read_rgb(scans / "a/x 1.png")}).probabilities["x 1"][0]
     low, high = (float(value) for value in np.quantile(values, [0.3, 0.6]))
     decision = Decision(high, low, Cleanup(opening=1, min_size=30), ("flip_lr",))
     data = manifest.data["fingerprint"], manifest.data["split_hash"]
-    Stored(manifest.fingerprint, decision, *data).write(run / DECISION_FILE)
+    StoredDecision(manifest.fingerprint, decision, *data).write(run / DECISION_FILE)
     return decision, lambda **changes: predict(options(ckpt=str(run), overwrite=True, **changes))
 
 
@@ -215,9 +215,9 @@ def test_guard_I6_what_validation_chose_is_applied(searched, tiny_run, tmp_path)
     results = run_it()
     assert Decision.from_json(results["decision"]) == decision
     assert results["decision_source"] == "searched on validation"
-    targets, restored = find_images(str(tmp_path / "scans"))[:1], load_model(str(tiny_run))
-    load = phrase_sample_loader(targets, restored.manifest.phrases, restored)
-    [mean] = Predictor(restored, device="cpu", tta=("flip_lr",)).predict(targets, load)
+    targets, model = find_images(str(tmp_path / "scans"))[:1], load_model(str(tiny_run))
+    load = phrase_sample_loader(targets, model.manifest.phrases, model)
+    [mean] = Predictor(model, device="cpu", tta=("flip_lr",)).predict(targets, load)
     probability, entry = mean.probabilities[0].numpy(), results["images"][0]["phrases"]["lumen"]
     mask = np.asarray(Image.open(tmp_path / "out" / entry["mask"]))
     assert np.allclose(np.asarray(Image.open(tmp_path / "out" / entry["probability"])) / 65535, probability, atol=1e-4)
@@ -309,8 +309,8 @@ def test_results_of_shares_are_in_the_order_of_what_was_asked():
 )
 def test_loaders_start_where_they_gain_and_find_room(options, tiny_run, monkeypatch, asked, images, free, workers):
     """An image is 3 x (2 x 56 x 56 + 64 x 64) bytes here; two batches of four wait for each loader, 13 elsewhere."""
-    restored = load_model(str(tiny_run))
-    geometry = replace(restored.geometry, max_tiles=1)
+    model = load_model(str(tiny_run))
+    geometry = replace(model.geometry, max_tiles=1)
     predictor = SimpleNamespace(geometry=geometry, augmented=())
     monkeypatch.setattr("vessel.prediction.command.SHARED_MEMORY", tiny_run)
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=free))

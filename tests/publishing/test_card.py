@@ -9,7 +9,7 @@ from huggingface_hub import ModelCard
 from vessel.inference.decision import Decision
 from vessel.metrics.scores import METRICS, Scores
 from vessel.metrics.summary import ImageScore, summarise
-from vessel.publishing.card import Facts, model_card
+from vessel.publishing.card import CardContent, model_card
 from vessel.runs.manifest import Manifest
 
 MANIFEST = Manifest(
@@ -36,7 +36,7 @@ REPORT = {
     "note": "Few patients.", "length_unit": "mm", "metrics": {name: asdict(metric) for name, metric in METRICS.items()},
     "summary": json.loads(json.dumps(summarise(ROWS))),
 }  # fmt: skip
-FACTS = Facts(MANIFEST, "sa2va", "bf16", ["owner/Sa2VA-8B"], has_code=True, evaluation=REPORT)
+FACTS = CardContent(MANIFEST, "sa2va", "bf16", ["owner/Sa2VA-8B"], has_code=True, evaluation=REPORT)
 
 
 @pytest.mark.parametrize("layout", ["sa2va", "native", "adapter"])

@@ -22,7 +22,7 @@ from vessel.inference.loading import load_model
 from vessel.inference.options import LoadSettings
 from vessel.publishing import folder as folder_module
 from vessel.publishing import upload
-from vessel.publishing.command import ExportOptions, Origin, export
+from vessel.publishing.command import ExportNetworkOptions, ExportOptions, export
 from vessel.weights.entry import Weights
 from vessel.weights.sources import open_source
 
@@ -34,13 +34,14 @@ DEFAULTS = {
 }  # fmt: skip
 
 
-def asked(ckpt, out, base=None, grounding=None, **changes):
-    return ExportOptions(ckpt=str(ckpt), out=str(out), network=Origin(base, grounding), **DEFAULTS | changes)
+def export_options(ckpt, out, base=None, grounding=None, **changes):
+    network = ExportNetworkOptions(base, grounding)
+    return ExportOptions(ckpt=str(ckpt), out=str(out), network=network, **DEFAULTS | changes)
 
 
 @pytest.fixture(scope="module")
 def exported(tiny_run, tmp_path_factory):
-    return export(asked(tiny_run, tmp_path_factory.mktemp("exports") / "oct"))
+    return export(export_options(tiny_run, tmp_path_factory.mktemp("exports") / "oct"))
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +114,7 @@ def test_names_and_config_are_public(exported):
 def test_guard_W6_every_layout_draws_and_speaks_as_the_network_with_its_adapters(
     lora_run, base, out, capsys, layout, dtype
 ):
-    made = export(asked(lora_run, out, layout=layout, dtype=dtype, to_pth=layout == "native"))
+    made = export(export_options(lora_run, out, layout=layout, dtype=dtype, to_pth=layout == "native"))
     told = capsys.readouterr().out
     assert f"MB as {dtype}" in told
     assert "of mask pixels equal" in told
@@ -122,8 +123,8 @@ def test_guard_W6_every_layout_draws_and_speaks_as_the_network_with_its_adapters
     stored = {tensor.dtype for file in files for tensor in load_file(file).values()}
     assert stored == {{"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]}
     assert {"vessel.json", "tokenizer.json", "README.md"} <= {path.name for path in made.iterdir()}
-    reading = LoadSettings(base=[Weights(str(base))] if layout == "adapter" else ())
-    run, again = load_model(str(lora_run)), load_model(str(made), reading)
+    settings = LoadSettings(base=[Weights(str(base))] if layout == "adapter" else ())
+    run, again = load_model(str(lora_run)), load_model(str(made), settings)
     assert again.threshold == run.threshold
     assert again.manifest.parent["fingerprint"] == run.manifest.fingerprint
     assert ("lora" in again.network.trainable_groups()) == (layout == "adapter")
@@ -138,11 +139,11 @@ def test_guard_W6_every_layout_draws_and_speaks_as_the_network_with_its_adapters
 
 
 def test_an_adapter_is_merged_by_exporting_it_again(lora_run, base, tmp_path):
-    adapter = export(asked(lora_run, tmp_path / "adapter", layout="adapter"))
+    adapter = export(export_options(lora_run, tmp_path / "adapter", layout="adapter"))
     with pytest.raises(VesselError, match=r"base=FOLDER"):
-        export(asked(adapter, tmp_path / "merged"))
-    at_once = export(asked(lora_run, tmp_path / "at_once"))
-    merged = export(asked(adapter, tmp_path / "merged", base=str(base)))
+        export(export_options(adapter, tmp_path / "merged"))
+    at_once = export(export_options(lora_run, tmp_path / "at_once"))
+    merged = export(export_options(adapter, tmp_path / "merged", base=str(base)))
     one, two = (load_file(folder / "model.safetensors") for folder in (at_once, merged))
     assert one.keys() == two.keys()
     assert all(torch.equal(one[name], two[name]) for name in one)
@@ -151,40 +152,40 @@ def test_an_adapter_is_merged_by_exporting_it_again(lora_run, base, tmp_path):
 
 
 def test_guard_W4_an_export_with_a_file_lost_or_changed_is_refused(lora_run, base, tmp_path):
-    adapter = export(asked(lora_run, tmp_path / "adapter", layout="adapter"))
-    reading = LoadSettings(base=[Weights(str(base))])
-    assert load_model(str(adapter), reading).tuned
+    adapter = export(export_options(lora_run, tmp_path / "adapter", layout="adapter"))
+    settings = LoadSettings(base=[Weights(str(base))])
+    assert load_model(str(adapter), settings).tuned
     (adapter / "non_lora.safetensors").unlink()
     with pytest.raises(VesselError, match="not those that were exported"):
-        load_model(str(adapter), reading)
+        load_model(str(adapter), settings)
 
 
 def test_a_run_without_adapters_has_none_to_export(tiny_run, out, tmp_path):
     with pytest.raises(VesselError, match="no adapters that trained; choose layout=sa2va"):
-        export(asked(tiny_run, out, layout="adapter"))
+        export(export_options(tiny_run, out, layout="adapter"))
     assert nothing_left(tmp_path)
 
 
 def test_guard_W11_the_public_code_goes_with_the_weights_and_is_never_run(lora_run, base, exported, tmp_path, capsys):
-    made = export(asked(lora_run, tmp_path / "of_the_base", dtype="bf16"))
+    made = export(export_options(lora_run, tmp_path / "of_the_base", dtype="bf16"))
     assert {file.name: file.read_text() for file in made.glob("*.py")} == CODE
     assert "predict_forward" in (made / "README.md").read_text()
     assert "remote_code=FOLDER" not in capsys.readouterr().out
-    again = export(asked(made, tmp_path / "of_an_export"))
+    again = export(export_options(made, tmp_path / "of_an_export"))
     assert {file.name for file in again.glob("*.py")} == set(CODE)
     # From random weights there is none, unless a folder is named; both are said.
     assert not list(exported.glob("*.py"))
     assert "remote_code=FOLDER" in (exported / "README.md").read_text()
-    named = export(asked(exported, tmp_path / "named", remote_code=str(base)))
+    named = export(export_options(exported, tmp_path / "named", remote_code=str(base)))
     assert {file.name for file in named.glob("*.py")} == set(CODE)
-    export(asked(exported, tmp_path / "unnamed"))
+    export(export_options(exported, tmp_path / "unnamed"))
     assert "remote_code=FOLDER" in capsys.readouterr().out.splitlines()[-1]
 
 
 def test_a_public_network_comes_out_in_another_form(exported, base, tmp_path, capsys):
     sam2 = json.loads((exported / "vessel.json").read_text())["config"]["model"]["grounding"]
     del sam2["_target_"]
-    made = export(asked(base, tmp_path / "made", grounding=sam2, layout="native"))
+    made = export(export_options(base, tmp_path / "made", grounding=sam2, layout="native"))
     assert "nothing was trained here" in capsys.readouterr().out
     assert not (made / "vessel.json").exists()
     assert "vessel did not train it" in (made / "README.md").read_text()
@@ -197,7 +198,7 @@ def test_a_public_network_comes_out_in_another_form(exported, base, tmp_path, ca
 def test_the_recorded_networks_pass_the_gate(golden_folder, out, name, capsys):
     folder = golden_folder(name)
     images = str(folder / "images/square.png")
-    made = export(asked(folder, out, grounding=asdict(GROUNDING), images=images))
+    made = export(export_options(folder, out, grounding=asdict(GROUNDING), images=images))
     assert "1 of 1 answers equal" in capsys.readouterr().out
     one, two = (load_file(place / "model.safetensors") for place in (folder, made))
     assert one.keys() == two.keys()
@@ -205,7 +206,7 @@ def test_the_recorded_networks_pass_the_gate(golden_folder, out, name, capsys):
 
 
 def test_guard_D11_no_folder_of_this_machine_travels(exported, lora_run, base, oct_set, tiny_run, tmp_path):
-    adapter = export(asked(lora_run, tmp_path / "made", layout="adapter"))
+    adapter = export(export_options(lora_run, tmp_path / "made", layout="adapter"))
     for file in (*exported.glob("*.*"), *adapter.glob("*.*")):
         if file.suffix in (".json", ".md"):
             text = file.read_text()
@@ -216,7 +217,7 @@ def test_guard_D11_no_folder_of_this_machine_travels(exported, lora_run, base, o
 def test_guard_D11_a_raw_identifier_stops_the_export(tiny_run, out, tmp_path):
     ckpt = edited(tiny_run, tmp_path, lambda c: c["vessel"].update(name="Anna Invented 0123456789"))
     with pytest.raises(VesselError, match="looks like a patient's name or id"):
-        export(asked(ckpt, out))
+        export(export_options(ckpt, out))
     assert nothing_left(tmp_path)
 
 
@@ -226,14 +227,14 @@ def test_guard_D11_names_are_those_of_the_mapping_that_is_named(tiny_run, out, t
     (names / "mapping.json").write_text(json.dumps({"patients": {}, "files": {}, "names": ["ana invented"]}))
     ckpt = edited(tiny_run, tmp_path, lambda c: c["vessel"].update(name="Ana_Invented"))
     with pytest.raises(VesselError, match="patient's name or id"):
-        export(asked(ckpt, out, mapping=str(names)))
+        export(export_options(ckpt, out, mapping=str(names)))
     with pytest.raises(VesselError, match=r"no mapping\.json"):
-        export(asked(tiny_run, out, mapping=str(tmp_path)))
+        export(export_options(tiny_run, out, mapping=str(tmp_path)))
     assert nothing_left(tmp_path)
     # The painted data set has no mapping beside it: that is said. And a hub that is not there takes nothing away.
     monkeypatch.setattr(upload, "HfApi", lambda: HfApi(endpoint="http://127.0.0.1:9", token="hf_x"))
     with pytest.raises(VesselError, match="the hub was not reached"):
-        export(asked(ckpt, out, push="me/oct"))
+        export(export_options(ckpt, out, push="me/oct"))
     told = capsys.readouterr().out
     assert "only patterns were checked" in told
     assert "me/oct (private), 6 files" in told
@@ -244,13 +245,13 @@ def test_guard_W4_training_from_an_export_and_exporting_again(train_tiny, export
     """Weights that did not move are found out, weights that did pass."""
     started = (f"weights=[{exported}]", f"prompt.tokenizer={exported}", "trainable=decoder_only")
     train_tiny(tmp_path / "moved", *started, "optimizer.lr=0.01")
-    export(asked(tmp_path / "moved", tmp_path / "first", dtype="bf16"))
+    export(export_options(tmp_path / "moved", tmp_path / "first", dtype="bf16"))
     told = capsys.readouterr().out
     assert "every trained group differs from its base: " in told
     assert "text_hidden_fcs" in told.split("differs from its base: ")[1].splitlines()[0]
     train_tiny(tmp_path / "still", *started, "optimizer.lr=0.0", "~callbacks.first_step_check")
     with pytest.raises(VesselError, match=r"text_hidden_fcs.*equal to the base"):
-        export(asked(tmp_path / "still", out, dtype="bf16"))
+        export(export_options(tmp_path / "still", out, dtype="bf16"))
     assert nothing_left(tmp_path)
 
 
@@ -263,7 +264,7 @@ def test_guard_W4_a_checkpoint_that_holds_the_base_again_is_found_out(lora_run, 
                 tensor.zero_()
 
     with pytest.raises(VesselError, match=r"^lora: to be trained, yet equal to the base"):
-        export(asked(edited(lora_run, tmp_path, undo), out))
+        export(export_options(edited(lora_run, tmp_path, undo), out))
     assert nothing_left(tmp_path)
 
 
@@ -278,7 +279,7 @@ def test_guard_W4_another_base_than_the_runs_is_found_out(lora_run, base, out, t
         checkpoint["vessel"]["config"]["weights"][0]["source"] = str(other)
 
     with pytest.raises(VesselError, match=r"other: its tensors .* are not those that the run was trained on"):
-        export(asked(edited(lora_run, tmp_path, move), out))
+        export(export_options(edited(lora_run, tmp_path, move), out))
     assert nothing_left(tmp_path)
 
 
@@ -288,7 +289,7 @@ def test_guard_W5_a_checkpoint_without_what_it_trained_is_refused(lora_run, out,
         checkpoint["state_dict"] = kept
 
     with pytest.raises(VesselError, match="lora_"):
-        export(asked(edited(lora_run, tmp_path, drop), out))
+        export(export_options(edited(lora_run, tmp_path, drop), out))
     assert nothing_left(tmp_path)
 
 
@@ -315,7 +316,7 @@ def test_guard_W4_what_is_on_the_disk_must_be_what_was_in_memory(
 
     monkeypatch.setattr(folder_module, "write_layout", spoilt)
     with pytest.raises(VesselError, match=rf"tensor \S*(lm_head|text_hidden_fcs)\S* {what}"):
-        export(asked(lora_run, out, layout=layout, to_pth=True))
+        export(export_options(lora_run, out, layout=layout, to_pth=True))
     assert nothing_left(tmp_path)
 
 
@@ -330,7 +331,7 @@ def test_guard_W6_masks_or_words_that_differ_leave_nothing(tiny_run, out, tmp_pa
 
     monkeypatch.setattr(folder_module, "write_layout", wrong)
     with pytest.raises(VesselError, match=r"sample \S+: the export's probabilities differ"):
-        export(asked(tiny_run, out, to_pth=True))
+        export(export_options(tiny_run, out, to_pth=True))
     assert nothing_left(tmp_path)
 
 
@@ -341,9 +342,9 @@ def test_guard_W9_too_small_a_disk_is_seen_before(tiny_run, exported, out, tmp_p
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9 - free, free))
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(VesselError, match=r"take 105\.\d MB and 104\.\d MB are free.*bf16"):
-        export(asked(tiny_run, out, to_pth=True))
+        export(export_options(tiny_run, out, to_pth=True))
     with pytest.raises(VesselError, match="fresh process"):  # far behind the look at the disk
-        export(asked(tiny_run, out))
+        export(export_options(tiny_run, out))
     assert nothing_left(tmp_path)
 
 
@@ -351,7 +352,7 @@ def test_guard_W9_inputs_are_not_touched_by_a_failure(lora_run, base, out, tmp_p
     before = {file: file.stat().st_mtime_ns for folder in (lora_run, base) for file in folder.rglob("*")}
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(VesselError, match="fresh process"):
-        export(asked(lora_run, out, to_pth=True))
+        export(export_options(lora_run, out, to_pth=True))
     after = {file: file.stat().st_mtime_ns for folder in (lora_run, base) for file in folder.rglob("*")}
     assert before == after
     assert nothing_left(tmp_path)
@@ -359,7 +360,7 @@ def test_guard_W9_inputs_are_not_touched_by_a_failure(lora_run, base, out, tmp_p
 
 def test_guard_W8_the_size_is_printed_and_bf16_is_the_default(tiny_run, exported, tmp_path, capsys):
     whole = sum(tensor.nbytes for tensor in load_file(exported / "model.safetensors").values())
-    made = export(asked(tiny_run, tmp_path / "made", dtype=_configuration("export", ["ckpt=", "out="]).dtype))
+    made = export(export_options(tiny_run, tmp_path / "made", dtype=_configuration("export", ["ckpt=", "out="]).dtype))
     assert sum(tensor.nbytes for tensor in load_file(made / "model.safetensors").values()) == whole // 2
     assert f"weights: {readable(whole / 2)} as bf16" in capsys.readouterr().out
 
@@ -370,14 +371,14 @@ def test_guard_W11_an_export_that_does_not_load_in_a_fresh_process_leaves_nothin
     broken.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(broken))
     with pytest.raises(VesselError, match=r"fresh process.*: ImportError: no such thing"):
-        export(asked(tiny_run, out))
+        export(export_options(tiny_run, out))
     assert nothing_left(tmp_path)
 
 
 def test_bad_choices_are_refused_before_anything_is_read(tmp_path, exported):
     def refused(**changes):
         with pytest.raises(VesselError) as caught:
-            export(asked("nowhere", changes.pop("out", tmp_path / "made"), **changes))
+            export(export_options("nowhere", changes.pop("out", tmp_path / "made"), **changes))
         return str(caught.value)
 
     assert "never written over" in refused(out=tmp_path)
@@ -400,7 +401,7 @@ def test_as_a_user_runs_it(tiny_run, oct_set, tmp_path):
     measured = json.loads((tmp_path / "run/evaluate/test/metrics.json").read_text())["summary"]["lumen"]["iou"]
     done = run("export", "ckpt=run", "out=made", "dtype=fp32", f"images={oct_set}")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("proved:") == 3
+    assert done.stdout.count("verified:") == 3
     assert f"| lumen | IoU | {measured['mean']:.3f} | " in (tmp_path / "made/README.md").read_text()
     scored = run("evaluate", "ckpt=made", f"data.root={oct_set}", "out=results")
     assert scored.returncode == 0, scored.stderr

@@ -7,9 +7,9 @@ import pytest
 
 from vessel.data.prompt import Prompt
 from vessel.inference.cleanup import Cleanup
-from vessel.inference.decision import DECISION_FILE, Decision, Stored
+from vessel.inference.decision import DECISION_FILE, Decision, StoredDecision
 from vessel.inference.loading import load_model
-from vessel.publishing.folder import exported_manifest, public_code_of, write_export, write_tokenizer
+from vessel.publishing.folder import exported_manifest, public_code_files, write_export, write_tokenizer
 from vessel.runs.manifest import LOCAL, Manifest
 
 MANIFEST = Manifest(name="oct", config={}, data={"name": "set"}, phrases=("lumen",), prompt="qwen_chat", versions={})
@@ -58,8 +58,8 @@ def test_public_code_is_that_of_the_first_folder_that_has_it(tmp_path):
         for file in files:
             (tmp_path / folder / file).touch()
     places = [tmp_path / "none" / "other.py", tmp_path / "none", tmp_path / "first"]
-    assert [file.name for file in public_code_of(places)] == ["modeling_sa2va_chat.py", "sam2.py"]
-    assert public_code_of(places[:2]) == []
+    assert [file.name for file in public_code_files(places)] == ["modeling_sa2va_chat.py", "sam2.py"]
+    assert public_code_files(places[:2]) == []
 
 
 @pytest.mark.slow
@@ -70,7 +70,7 @@ def test_guard_I6_an_export_carries_what_was_searched_on_validation(tiny_run, tm
     assert load_model(str(tmp_path)).decision == run.decision == Decision(run.threshold)
     decision = Decision(0.4, 0.2, Cleanup(min_size=9), ("flip_lr",))
     data = run.manifest.data["fingerprint"], run.manifest.data["split_hash"]
-    Stored(run.manifest.fingerprint, decision, *data).write(tmp_path / "run" / DECISION_FILE)
+    StoredDecision(run.manifest.fingerprint, decision, *data).write(tmp_path / "run" / DECISION_FILE)
     run = load_model(str(tmp_path / "run"))
     write_export(tmp_path, run, layout="native", dtype="fp32", code=[])
     assert load_model(str(tmp_path)).decision == decision

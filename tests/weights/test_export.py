@@ -315,20 +315,20 @@ def golden(request, golden_network):
 
 
 def test_config_of_the_recorded_networks_says_what_theirs_says(golden):
-    restored, family = golden.restored, golden.restored.sizes.language.family
-    ours = public_config(restored.sizes, restored.prompt.token_ids, template=restored.prompt.name, dtype=FP32)
+    model, family = golden.model, golden.model.sizes.language.family
+    ours = public_config(model.sizes, model.prompt.token_ids, template=model.prompt.name, dtype=FP32)
     theirs = json.loads((golden.folder / "config.json").read_text())
     for part, keys in MATTERS.items():
         one, other = (ours[part], theirs[part]) if part else (ours, theirs)
         more = OF_A_FAMILY[family] if part == "llm_config" else ()
         assert {key: one[key] for key in (*keys, *more)} == {key: other[key] for key in (*keys, *more)}
         assert one.keys() <= other.keys()
-    assert ours["llm_config"]["vocab_size"] == len(restored.prompt.tokenizer)
+    assert ours["llm_config"]["vocab_size"] == len(model.prompt.tokenizer)
 
 
 def test_the_recorded_networks_come_out_as_they_went_in(golden, tmp_path):
-    restored = golden.restored
-    in_memory = write(tmp_path, restored.network, restored.sizes, restored.prompt.token_ids, layout="sa2va")
+    model = golden.model
+    in_memory = write(tmp_path, model.network, model.sizes, model.prompt.token_ids, layout="sa2va")
     theirs = load_file(golden.folder / "model.safetensors")
     ours = load_file(tmp_path / "model.safetensors")
     assert ours.keys() == theirs.keys() == in_memory.keys()

@@ -22,7 +22,7 @@ from vessel.evaluation.scoring import Ruler, score_part
 from vessel.evaluation.search import check_search, run_search
 from vessel.evaluation.staging import require_own, staged
 from vessel.evaluation.terminal import print_evaluation
-from vessel.inference.decision import given_decision
+from vessel.inference.decision import read_given_decision
 from vessel.inference.loading import LoadedModel, load_model
 from vessel.inference.options import choose_device
 from vessel.inference.predictor import Predictor
@@ -72,7 +72,7 @@ def _expanded(out: str | None) -> Path | None:
 def _score(options: EvaluateOptions, default_out: Path) -> Mapping[str, Any]:
     assert options.ckpt is not None
     device = choose_device(options.device)
-    model = load_model(options.ckpt, options.network.reading(device))
+    model = load_model(options.ckpt, options.network.load_settings(device))
     for load_report in model.reports:
         Console().print(load_report.table())
     part, dataset = _data(options, model)
@@ -105,7 +105,7 @@ def _decided(path: str, model: LoadedModel, part: Part) -> LoadedModel:
     if model.run is not None:
         raise VesselError(f"decision={path}: a run keeps its own, see search=true; this is for what lies in none")
     data = {"fingerprint": part.catalog.fingerprint, "split_hash": part.catalog.split.hash}
-    decision, _ = given_decision(path, model.manifest, data)
+    decision, _ = read_given_decision(path, model.manifest, data)
     return replace(model, manifest=replace(model.manifest, decision=decision.to_json()))
 
 

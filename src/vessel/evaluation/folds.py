@@ -147,7 +147,7 @@ def _require_own(out: Path, runs: Sequence[FoldRun], catalog: Catalog, options: 
 
 def _load(run: FoldRun, options: EvaluateOptions) -> LoadedModel:
     """Load the last checkpoint of a fold."""
-    return load_model(str(run.checkpoint), options.network.reading(choose_device(options.device)))
+    return load_model(str(run.checkpoint), options.network.load_settings(choose_device(options.device)))
 
 
 def _opened(run: FoldRun, catalog: Catalog, options: EvaluateOptions) -> tuple[LoadedModel, Predictor, VesselDataset]:

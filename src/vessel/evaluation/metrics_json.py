@@ -16,7 +16,7 @@ from vessel.errors import VesselError
 from vessel.evaluation.results import METRICS_FILE, ROWS_FILE, present_use, rows_hash, seal
 from vessel.evaluation.scoring import Ruler, Scored, missing_seg
 from vessel.files import write_json
-from vessel.inference.decision import DECISION_FILE, Stored
+from vessel.inference.decision import DECISION_FILE, StoredDecision
 from vessel.inference.loading import LoadedModel
 from vessel.metrics.scores import METRICS
 from vessel.metrics.summary import per_patient, summarise, write_per_image_csv
@@ -140,8 +140,8 @@ def _searched(model: LoadedModel) -> list[Mapping[str, Any]]:
     """Read the trials of `search=true` for these weights."""
     if model.run is None or not (file := model.run / DECISION_FILE).is_file():
         return []
-    stored = Stored.read(file)
-    return list(stored.searched) if stored.misfit(model.manifest) is None else []
+    stored = StoredDecision.read(file)
+    return list(stored.searched) if stored.mismatch(model.manifest) is None else []
 
 
 def _curve(model: LoadedModel) -> dict[str, list[float]] | None:

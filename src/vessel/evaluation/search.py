@@ -20,7 +20,7 @@ from vessel.evaluation.metrics_json import Part
 from vessel.evaluation.options import EvaluateOptions
 from vessel.evaluation.probability_store import require_room
 from vessel.evaluation.scoring import input_images
-from vessel.inference.decision import DECISION_FILE, Decision, Stored
+from vessel.inference.decision import DECISION_FILE, Decision, StoredDecision
 from vessel.inference.loading import LoadedModel
 from vessel.inference.options import choose_device
 from vessel.inference.predictor import Failure, Predictor
@@ -74,7 +74,7 @@ def run_search(model: LoadedModel, part: Part, dataset: VesselDataset, options: 
     with tempfile.TemporaryDirectory(prefix=".search.", dir=folder) as temporary:
         search = Search(predict, Path(temporary))
         decision = search.run(Decision(model.threshold))
-    stored = Stored(
+    stored = StoredDecision(
         model.manifest.fingerprint,
         decision,
         part.catalog.fingerprint,

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from vessel.errors import VesselError
 from vessel.files import write_json
 from vessel.inference.cleanup import Cleanup
-from vessel.inference.tta import check_views
+from vessel.inference.tta import check_augmentations
 from vessel.paths import expanded
 from vessel.runs.manifest import Manifest
 from vessel.runs.old_names import present_decision
@@ -50,7 +50,7 @@ class Decision:
                 f"hysteresis={self.hysteresis}: use auto, null for no hysteresis, or a number between 0 and "
                 f"the threshold, {self.threshold}"
             )
-        check_views(self.tta)
+        check_augmentations(self.tta)
 
     def __call__(self, probability: NDArray[np.float32]) -> NDArray[np.bool_]:
         """The mask bool [H, W] of probabilities float32 [H, W]."""
@@ -102,7 +102,7 @@ class CleanupOptions:
         return {name: value for name, value in vars(self).items() if value != AUTO}
 
 
-def decided_by_user(
+def override_decision(
     chosen: Decision, *, threshold: Any, hysteresis: Any, cleanup: CleanupOptions, tta: Any
 ) -> Decision:
     """Combine what validation chose with the user's options, which come first.
@@ -122,7 +122,7 @@ def decided_by_user(
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredDecision:
     """The content of decision.json.
 
     Attributes:
@@ -150,7 +150,7 @@ class Stored:
         write_json(file, self.to_json())
 
     @classmethod
-    def read(cls, file: Path) -> Stored:
+    def read(cls, file: Path) -> StoredDecision:
         """The inverse of `write`.
 
         Raises:
@@ -165,7 +165,7 @@ class Stored:
                 f"{file} cannot be read as a decision ({error}); make it anew by vessel.evaluate search=true"
             ) from error
 
-    def misfit(self, manifest: Manifest, data: Mapping[str, Any] | None = None) -> str | None:
+    def mismatch(self, manifest: Manifest, data: Mapping[str, Any] | None = None) -> str | None:
         """Why it is not for the weights of a manifest; None where it is.
 
         Args:
@@ -180,7 +180,7 @@ class Stored:
         return None
 
 
-def decision_for(manifest: Manifest, run: Path | None) -> tuple[Decision, str]:
+def read_decision(manifest: Manifest, run: Path | None) -> tuple[Decision, str]:
     """Read what was decided for some weights, and describe where that comes from.
 
     Args:
@@ -192,11 +192,11 @@ def decision_for(manifest: Manifest, run: Path | None) -> tuple[Decision, str]:
     """
     passed_over = ""
     if run is not None and (file := run / DECISION_FILE).is_file():
-        stored = Stored.read(file)
-        misfit = stored.misfit(manifest)
-        if misfit is None:
+        stored = StoredDecision.read(file)
+        mismatch = stored.mismatch(manifest)
+        if mismatch is None:
             return stored.decision, "searched on validation"
-        passed_over = f"; {DECISION_FILE} of the run is not used: {misfit}"
+        passed_over = f"; {DECISION_FILE} of the run is not used: {mismatch}"
     if manifest.decision is not None:
         return Decision.from_json(manifest.decision), "searched on validation, stored with the weights"
     if manifest.threshold is None:
@@ -204,21 +204,21 @@ def decision_for(manifest: Manifest, run: Path | None) -> tuple[Decision, str]:
     return Decision(manifest.threshold), f"chosen on validation, stored with the weights{passed_over}"
 
 
-def given_decision(place: str, manifest: Manifest, data: Mapping[str, Any] | None = None) -> tuple[Decision, str]:
+def read_given_decision(place: str, manifest: Manifest, data: Mapping[str, Any] | None = None) -> tuple[Decision, str]:
     """A decision that the user names, for weights without a run folder.
 
     Args:
         place: decision.json, or its folder.
         manifest: of the weights.
-        data: as `Stored.misfit` takes it.
+        data: as `StoredDecision.mismatch` takes it.
 
     Raises:
         VesselError: not there, damaged, or not for these weights.
     """
     file = expanded(place) / DECISION_FILE if expanded(place).is_dir() else expanded(place)
-    stored = Stored.read(file)
-    if misfit := stored.misfit(manifest, data):
-        raise VesselError(f"decision={place}: {misfit}; make one for them by vessel.evaluate search=true out=DIR")
+    stored = StoredDecision.read(file)
+    if mismatch := stored.mismatch(manifest, data):
+        raise VesselError(f"decision={place}: {mismatch}; make one for them by vessel.evaluate search=true out=DIR")
     return stored.decision, "searched on validation"
 
 

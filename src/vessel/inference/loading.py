@@ -18,7 +18,7 @@ from vessel.checkpoints.reading import find_checkpoint, read_checkpoint
 from vessel.data.prompt import Prompt
 from vessel.errors import VesselError
 from vessel.files import read_json, readable
-from vessel.inference.decision import Decision, decision_for
+from vessel.inference.decision import Decision, read_decision
 from vessel.inference.options import LoadSettings
 from vessel.model.lora import Lora
 from vessel.model.network import Network, NetworkConfig
@@ -75,7 +75,7 @@ class LoadedModel:
         return self.network
 
     @property
-    def sa2va_sizes(self) -> Sa2VAConfig:
+    def sa2va_config(self) -> Sa2VAConfig:
         """Its shape, where `require_language` has let pass."""
         assert isinstance(self.sizes, Sa2VAConfig)
         return self.sizes
@@ -105,7 +105,7 @@ class LoadedModel:
     @cached_property
     def _chosen(self) -> tuple[Decision, str]:
         """Read decision.json once: a search that ends meanwhile must not part the decision from its source."""
-        return decision_for(self.manifest, self.run)
+        return read_decision(self.manifest, self.run)
 
     @property
     def decision(self) -> Decision:
@@ -118,30 +118,30 @@ class LoadedModel:
         return self._chosen[1]
 
 
-def load_model(ckpt: str, reading: LoadSettings | None = None) -> LoadedModel:
+def load_model(ckpt: str, settings: LoadSettings | None = None) -> LoadedModel:
     """Read a run folder (its best checkpoint), a checkpoint file, an export, or a public Sa2VA folder or hub id.
 
     Raises:
         VesselError: nothing there, damaged, of a kind that holds no whole network, or too large for the memory.
     """
-    reading = reading or LoadSettings()
+    settings = settings or LoadSettings()
     path = expanded(ckpt)
     if path.is_file():
-        return _from_checkpoint(path, reading)
+        return _from_checkpoint(path, settings)
     if path.is_dir() and not any((path / name).is_file() for name in ("config.json", ADAPTER_CONFIG)):
-        return _from_checkpoint(find_checkpoint(path), reading)
+        return _from_checkpoint(find_checkpoint(path), settings)
     source = open_source(ckpt)
     if (source.path / EXPORT_MANIFEST).is_file():
-        return _from_export(source, reading)
-    return _from_public(source, reading)
+        return _from_export(source, settings)
+    return _from_public(source, settings)
 
 
-def _from_checkpoint(path: Path, reading: LoadSettings) -> LoadedModel:
+def _from_checkpoint(path: Path, settings: LoadSettings) -> LoadedModel:
     checkpoint = read_checkpoint(path)
     beside = path.parent.parent / "tokenizer"
     manifest = Manifest.from_dict(checkpoint["vessel"])
     prompt = _prompt(manifest.config, str(beside) if beside.is_dir() else None)
-    plan = _plan(manifest, prompt, reading, reading.base or Weights.listed(manifest.config["weights"]))
+    plan = _plan(manifest, prompt, settings, settings.base or Weights.listed(manifest.config["weights"]))
     network = plan.build()
     require_same_base(manifest.weights, plan.reports)
     source = open_source(str(path))
@@ -152,23 +152,23 @@ def _from_checkpoint(path: Path, reading: LoadSettings) -> LoadedModel:
         raise VesselError(f"{path}: {len(absent)} tensors that only this run has are not there (first: {absent[0]})")
     sweep = checkpoint.get("callbacks", {}).get("ThresholdSweep", {})
     manifest = replace(manifest, threshold=sweep.get("threshold"), fingerprint=report.fingerprint)
-    return _restored(network, prompt, plan, manifest, path, report)
+    return _loaded_model(network, prompt, plan, manifest, path, report)
 
 
-def _from_export(source: WeightSource, reading: LoadSettings) -> LoadedModel:
+def _from_export(source: WeightSource, settings: LoadSettings) -> LoadedModel:
     manifest = Manifest.from_dict(read_json(source.path / EXPORT_MANIFEST))
     prompt = _prompt(manifest.config, str(source.path))
     if source.kind.on_top:
-        base = reading.base or Weights.listed(manifest.config["weights"])
+        base = settings.base or Weights.listed(manifest.config["weights"])
         if not base or any(entry.source == LOCAL for entry in base):
             raise VesselError(
                 f"{source.path}: an adapter whose base is not on the hub; name the weights that it was trained on: "
                 "network.base=FOLDER"
             )
-        plan = _plan(manifest, prompt, reading, [*base, source.entry])
+        plan = _plan(manifest, prompt, settings, [*base, source.entry])
     else:
         plain = replace(manifest, config={**manifest.config, "trainable": "nothing"})
-        plan = _plan(plain, prompt, reading, [source.entry], lora=Lora(r=0))
+        plan = _plan(plain, prompt, settings, [source.entry], lora=Lora(r=0))
     network = plan.build()
     *before, own = plan.reports
     if source.kind.on_top:
@@ -178,10 +178,10 @@ def _from_export(source: WeightSource, reading: LoadSettings) -> LoadedModel:
             f"{source.path}: its tensors (fingerprint {own.fingerprint}) are not those that were exported "
             f"({manifest.fingerprint}); a file is missing or was changed, export again"
         )
-    return _restored(network, prompt, plan, manifest, source.path)
+    return _loaded_model(network, prompt, plan, manifest, source.path)
 
 
-def _from_public(source: WeightSource, reading: LoadSettings) -> LoadedModel:
+def _from_public(source: WeightSource, settings: LoadSettings) -> LoadedModel:
     """A network that vessel never trained: nothing but its own files says what it is."""
     if source.kind.on_top or source.kind is INTERNVL or "grounding" not in source.kind.modules:
         raise VesselError(
@@ -194,20 +194,20 @@ def _from_public(source: WeightSource, reading: LoadSettings) -> LoadedModel:
             f"{source.path}: its tokenizer has no [SEG], so it is not that of a Sa2VA; copy the right one"
         )
     shapes = {name: tuple(tensor.shape) for name, tensor in source.outline().items()}
-    sizes = read_sizes(source.config, shapes, grounding=reading.grounding)
+    sizes = read_sizes(source.config, shapes, grounding=settings.grounding)
     plan = NetworkPlan(
         sizes, prompt.token_ids, prompt.new_tokens, trainable="nothing", weights=[source.entry],
-        frozen_dtype=reading.dtype, compile=reading.compile,
+        frozen_dtype=settings.dtype, compile=settings.compile,
     )  # fmt: skip
     _check_memory(plan)
     manifest = Manifest(
         name=source.path.name if source.revision is None else source.entry.source,
         config={"weights": [source.entry.source]}, data={}, phrases=(), prompt=prompt.name,
     )  # fmt: skip
-    return _restored(plan.build(), prompt, plan, manifest, source.path)
+    return _loaded_model(plan.build(), prompt, plan, manifest, source.path)
 
 
-def _restored(
+def _loaded_model(
     network: Network, prompt: Prompt, plan: NetworkPlan, manifest: Manifest, source: Path, *reports: LoadReport
 ) -> LoadedModel:
     told = (*plan.reports, *reports)
@@ -223,7 +223,7 @@ def _prompt(config: Mapping[str, Any], tokenizer: str | None) -> Prompt:
 
 
 def _plan(
-    manifest: Manifest, prompt: Prompt, reading: LoadSettings, weights: Sequence[Weights], *, lora: Lora | None = None
+    manifest: Manifest, prompt: Prompt, settings: LoadSettings, weights: Sequence[Weights], *, lora: Lora | None = None
 ) -> NetworkPlan:
     fields = {} if lora is None else {"lora": lora}
     plan = NetworkPlan.from_config(
@@ -232,8 +232,8 @@ def _plan(
         new_tokens=prompt.new_tokens,
         phrases=manifest.phrases,
         weights=weights,
-        frozen_dtype=reading.dtype,
-        compile=reading.compile,
+        frozen_dtype=settings.dtype,
+        compile=settings.compile,
         **fields,
     )
     _check_memory(plan)

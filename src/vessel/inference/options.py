@@ -41,7 +41,7 @@ class NetworkOptions:
     grounding: Any
     compile: bool = False
 
-    def reading(self, device: torch.device) -> LoadSettings:
+    def load_settings(self, device: torch.device) -> LoadSettings:
         """Return the settings for a device; `auto` is bf16 on a GPU, as the public code, and fp32 on a CPU.
 
         Raises:

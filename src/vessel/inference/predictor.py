@@ -19,12 +19,12 @@ from vessel.data.inputs import InputImage
 from vessel.data.prompt import ANSWERS, IGNORED
 from vessel.errors import VesselError, is_out_of_memory
 from vessel.inference.decoders import DECODERS
-from vessel.inference.generation import MAX_NEW_TOKENS, Spoken, converse
+from vessel.inference.generation import MAX_NEW_TOKENS, AnsweredConversation, generate_answers
 from vessel.inference.loading import LoadedModel
 from vessel.inference.options import choose_device
 from vessel.inference.results import Failure, Prediction
 from vessel.inference.samples import AugmentedSamples, SamplesOrFailures
-from vessel.inference.tta import averaged, check_views
+from vessel.inference.tta import average_augmented, check_augmentations
 from vessel.model.placement import place
 from vessel.model.sa2va import Sa2VA
 
@@ -33,7 +33,7 @@ class Predictor:
     """A trained network that is asked for masks.
 
     Args:
-        restored: network, prompt and views.
+        model: network, prompt and views.
         device: `auto`, `cpu` or `cuda`; a GPU computes in bf16.
         device_map: parts of the network on several devices, as `vessel.model.placement.place` takes it.
         decode: `forced` teaches the answer and takes one pass a batch; `generate` lets the network speak, phrase by
@@ -44,7 +44,7 @@ class Predictor:
 
     def __init__(
         self,
-        restored: LoadedModel,
+        model: LoadedModel,
         *,
         device: str | torch.device = "auto",
         device_map: str | Mapping[str, str | int] | None = None,
@@ -59,8 +59,8 @@ class Predictor:
         self.augmented = _checked(tta, decode)
         self.device = device if isinstance(device, torch.device) else choose_device(device)
         self.decode, self.max_new_tokens = decode, max_new_tokens
-        self.prompt, self.geometry = restored.prompt, restored.geometry
-        network = restored.network.eval()
+        self.prompt, self.geometry = model.prompt, model.geometry
+        network = model.network.eval()
         self.network = network.to(self.device) if device_map is None else place(network, device_map)
 
     def with_tta(self, tta: Sequence[str]) -> Predictor:
@@ -100,7 +100,7 @@ class Predictor:
         if not self.augmented:
             return good[0]
         own, *others = (torch.stack([one for one in result.probabilities if one is not None]) for result in good)
-        return replace(good[0], probabilities=tuple(averaged(own, zip(self.augmented, others, strict=True))))
+        return replace(good[0], probabilities=tuple(average_augmented(own, zip(self.augmented, others, strict=True))))
 
     def _answer(self, asked: list[tuple[InputImage, Sample]]) -> list[Prediction | Failure]:
         """One result for each; a batch too large for the memory is asked again image by image."""
@@ -119,7 +119,7 @@ class Predictor:
     @torch.inference_mode()
     def _pass(self, asked: list[tuple[InputImage, Sample]]) -> list[Prediction | Failure]:
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.device.type == "cuda"):
-            spoken = self.converse([sample for _, sample in asked])
+            spoken = self.answer_questions([sample for _, sample in asked])
             drawn = iter(self._draw([said for said in spoken if said.sample.phrases]))
         nothing = (torch.empty(0), torch.empty(0, dtype=torch.bool))
         return [
@@ -127,7 +127,7 @@ class Predictor:
             for (target, sample), said in zip(asked, spoken, strict=True)
         ]
 
-    def converse(self, samples: Sequence[Sample], *, frames: int = 1) -> list[Spoken]:
+    def answer_questions(self, samples: Sequence[Sample], *, frames: int = 1) -> list[AnsweredConversation]:
         """The conversation about each sample: taught, or the network's own, each answer in the light of those before.
 
         Args:
@@ -135,14 +135,14 @@ class Predictor:
             frames: of a pullback, one tile each.
         """
         if self.decode == "generate":
-            return converse(self.sa2va, self.prompt, samples, frames=frames, max_new_tokens=self.max_new_tokens)
+            return generate_answers(self.sa2va, self.prompt, samples, frames=frames, max_new_tokens=self.max_new_tokens)
         imposed = ANSWERS[:1] if self.network.phrases is None else ()
         return [
-            Spoken(replace(sample, masks=None), asked, imposed * len(asked), tuple(range(len(asked))))
+            AnsweredConversation(replace(sample, masks=None), asked, imposed * len(asked), tuple(range(len(asked))))
             for sample, asked in ((sample, sample.phrases) for sample in samples)
         ]
 
-    def _draw(self, spoken: Sequence[Spoken]) -> list[tuple[Tensor, Tensor | None]]:
+    def _draw(self, spoken: Sequence[AnsweredConversation]) -> list[tuple[Tensor, Tensor | None]]:
         """For each conversation with its N `[SEG]`: probabilities float32 [N, H, W], and `emitted` bool [N].
 
         A network without a language model has emitted None.
@@ -157,7 +157,7 @@ class Predictor:
         counts = [len(said.sample.phrases) for said in spoken]
         emitted: Sequence[Tensor | None] = [None] * len(spoken)
         if self.decode == "generate":
-            output = self._drawn(batch, torch.cat([said.states for said in spoken if said.states is not None]))
+            output = self._drawn(batch, torch.cat([said.seg_states for said in spoken if said.seg_states is not None]))
             emitted = [torch.ones(n, dtype=torch.bool) for n in counts]
         else:
             # Of the words only whether they are `[SEG]` is asked: the head need not see the others.
@@ -186,19 +186,19 @@ class Predictor:
 def _checked(tta: Sequence[str], decode: str) -> tuple[str, ...]:
     if tta and decode != "forced":
         raise VesselError(f"tta= with decode={decode}: several predictions make no one answer; use decode=forced")
-    return check_views(tta)
+    return check_augmentations(tta)
 
 
 def _result(
-    target: InputImage, sample: Sample, said: Spoken, probabilities: Tensor, emitted: Tensor | None
+    target: InputImage, sample: Sample, said: AnsweredConversation, probabilities: Tensor, emitted: Tensor | None
 ) -> Prediction | Failure:
     if not torch.isfinite(probabilities).all():
         return Failure(target.id, target.name, "the network gave values that are not finite")
-    chosen = () if emitted is None else tuple(at is not None and bool(emitted[at]) for at in said.at)
+    chosen = () if emitted is None else tuple(at is not None and bool(emitted[at]) for at in said.seg_indices)
     return Prediction(
         target=target,
         sample=replace(sample, phrases=said.phrases),
         answers=said.answers,
-        probabilities=tuple(None if at is None else probabilities[at] for at in said.at),
+        probabilities=tuple(None if at is None else probabilities[at] for at in said.seg_indices),
         emitted=chosen,
     )

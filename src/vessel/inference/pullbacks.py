@@ -24,7 +24,7 @@ from vessel.data.inputs import InputImage
 from vessel.data.prompt import ANSWERS, QUESTIONS
 from vessel.data.transforms import cut_tiles, whole_frame
 from vessel.errors import VesselError, is_out_of_memory
-from vessel.inference.generation import Spoken
+from vessel.inference.generation import AnsweredConversation
 from vessel.inference.predictor import Failure, Predictor
 from vessel.inference.results import Prediction
 from vessel.model.network import normalise
@@ -115,7 +115,7 @@ def _predictions(
     tiles = torch.cat([cut_tiles(image, replace(geometry, max_tiles=1)) for _, image in shown])
     sample = _sample(predictor, tiles, phrases, question, size=shown[0][1].shape[:2])
     prompts, emitted, told = _prompts_of_answer(predictor, sample, frames=len(tiles))
-    drawn = [at for at in told.at if at is not None]
+    drawn = [at for at in told.seg_indices if at is not None]
     grounding = predictor.sa2va.grounding
     tracker = Tracker(grounding, prompts[drawn].to(grounding.device))
     for target, image in chain(shown, frames):
@@ -125,8 +125,8 @@ def _predictions(
             target=target,
             sample=sample,
             answers=told.answers,
-            probabilities=tuple(None if at is None else next(masks) for at in told.at),
-            emitted=tuple(at is not None and bool(emitted[at]) for at in told.at),
+            probabilities=tuple(None if at is None else next(masks) for at in told.seg_indices),
+            emitted=tuple(at is not None and bool(emitted[at]) for at in told.seg_indices),
         )
 
 
@@ -163,12 +163,14 @@ def _sample(
 
 
 @torch.inference_mode()
-def _prompts_of_answer(predictor: Predictor, sample: Sample, *, frames: int) -> tuple[Tensor, Tensor, Spoken]:
+def _prompts_of_answer(
+    predictor: Predictor, sample: Sample, *, frames: int
+) -> tuple[Tensor, Tensor, AnsweredConversation]:
     """The conversation; of its N `[SEG]` the embeddings [N, C], and whether the network itself would say them."""
     network, seg = predictor.sa2va, predictor.prompt.token_ids.seg
     with _precision(predictor):
-        [told] = predictor.converse([sample], frames=frames)
-        states = told.states
+        [told] = predictor.answer_questions([sample], frames=frames)
+        states = told.seg_states
         if states is None:
             batch = collate([told.sample], predictor.prompt.token_ids.pad).to(predictor.device)
             hidden = network.hidden_states(batch)[0]

@@ -21,7 +21,7 @@ from vessel.data.questions import question_sample, read_regions
 from vessel.errors import VesselError
 from vessel.inference.loading import LoadedModel
 from vessel.inference.results import Failure
-from vessel.inference.tta import changed
+from vessel.inference.tta import augment_image
 
 
 def phrase_sample_loader(
@@ -83,7 +83,7 @@ class AugmentedSamples:
         if not self.names:
             return []
         pixels = read_rgb(image.file)
-        return [make_sample(changed(pixels, name), phrases, self.prompt, self.geometry) for name in self.names]
+        return [make_sample(augment_image(pixels, name), phrases, self.prompt, self.geometry) for name in self.names]
 
 
 class SamplesOrFailures(Dataset["tuple[InputImage, list[Sample]] | Failure"]):

@@ -19,27 +19,27 @@ from vessel.errors import VesselError
 FLIPS = ("flip_lr", "flip_ud")
 TURNS = ("turn_90", "turn_180", "turn_270")
 SCALES = ("scale_0.8", "scale_1.25")
-VIEWS = (*FLIPS, *TURNS, *SCALES)
+AUGMENTATIONS = (*FLIPS, *TURNS, *SCALES)
 
 _AXES = {"flip_lr": -1, "flip_ud": -2}
 _QUARTERS = {"turn_90": 1, "turn_180": 2, "turn_270": 3}
 
 
-def check_views(tta: Sequence[str]) -> tuple[str, ...]:
+def check_augmentations(tta: Sequence[str]) -> tuple[str, ...]:
     """The names of views, each once.
 
     Raises:
         VesselError: one is unknown, or there twice.
     """
     names = tuple(tta)
-    if unknown := [name for name in names if name not in VIEWS]:
-        raise VesselError(f"tta={list(names)}: {unknown[0]} is none; choose among {', '.join(VIEWS)}")
+    if unknown := [name for name in names if name not in AUGMENTATIONS]:
+        raise VesselError(f"tta={list(names)}: {unknown[0]} is none; choose among {', '.join(AUGMENTATIONS)}")
     if len(set(names)) < len(names):
         raise VesselError(f"tta={list(names)}: one is there twice; name each once")
     return names
 
 
-def changed(image: NDArray[np.uint8], view: str) -> NDArray[np.uint8]:
+def augment_image(image: NDArray[np.uint8], view: str) -> NDArray[np.uint8]:
     """A view of an image.
 
     Args:
@@ -60,7 +60,7 @@ def changed(image: NDArray[np.uint8], view: str) -> NDArray[np.uint8]:
     return np.pad(image, ((rows, rows), (columns, columns), (0, 0)), mode="symmetric")
 
 
-def averaged(own: Tensor, others: Iterable[tuple[str, Tensor]]) -> Tensor:
+def average_augmented(own: Tensor, others: Iterable[tuple[str, Tensor]]) -> Tensor:
     """The mean over an image and its views, pixel by pixel over those that show it.
 
     Args:

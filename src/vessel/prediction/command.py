@@ -19,7 +19,7 @@ from vessel.data.inputs import InputImage, find_images, requested_phrases
 from vessel.data.questions import check_question
 from vessel.errors import VesselError
 from vessel.files import write_json
-from vessel.inference.decision import AUTO, Decision, decided_by_user, given_decision
+from vessel.inference.decision import AUTO, Decision, override_decision, read_given_decision
 from vessel.inference.loading import LoadedModel, load_model
 from vessel.inference.options import choose_device
 from vessel.inference.predictor import Predictor
@@ -86,14 +86,14 @@ def _predict_share(
     """
     console = Console(quiet=index > 0)
     device = _device(options, index, of)
-    restored = load_model(options.ckpt, options.network.reading(device))
-    _require_language(options, restored)
-    for told in restored.reports:
+    model = load_model(options.ckpt, options.network.load_settings(device))
+    _require_language(options, model)
+    for told in model.reports:
         console.print(told.table())
-    phrases = _phrases(options, restored, console)
-    decision, source = _decision(options, restored, console)
+    phrases = _phrases(options, model, console)
+    decision, source = _decision(options, model, console)
     predictor = Predictor(
-        restored,
+        model,
         device=device,
         device_map=options.network.device_map,
         decode=options.decode,
@@ -108,11 +108,11 @@ def _predict_share(
         answers = segment_pullback(predictor, pullback, phrases, question=options.question)
         files.add_pullback(pullback, tracked(answers, total=len(pullback.frames)))
     if targets := [one for one in shown if isinstance(one, InputImage)]:
-        load = _loader(options, targets, phrases, restored)
+        load = _loader(options, targets, phrases, model)
         workers = _workers(options, len(targets), predictor, of=of)
         answers = predictor.predict(targets, load, batch_size=options.batch_size, workers=workers)
         files.add(tracked(answers, total=len(targets)))
-    return _results(options, restored, files, source)
+    return _results(options, model, files, source)
 
 
 def _device(options: PredictOptions, index: int, of: int) -> torch.device:
@@ -140,28 +140,28 @@ def _workers(options: PredictOptions, images: int, predictor: Predictor, *, of: 
     return min(options.workers, images // IMAGES_A_WORKER, max(0, free) // (ahead * batch * sample))
 
 
-def _require_language(options: PredictOptions, restored: LoadedModel) -> None:
+def _require_language(options: PredictOptions, model: LoadedModel) -> None:
     asked = {
         "question=": options.question,
         "video=true": options.video,
         "decode=generate": options.decode == "generate",
     }
     if needs := [option for option, given in asked.items() if given]:
-        restored.require_language(needs[0])
+        model.require_language(needs[0])
 
 
-def _phrases(options: PredictOptions, restored: LoadedModel, console: Console) -> tuple[str, ...]:
+def _phrases(options: PredictOptions, model: LoadedModel, console: Console) -> tuple[str, ...]:
     """Return the phrases to segment; none with a free question."""
     if options.question is not None:
-        check_question(options.question, restored.prompt)
+        check_question(options.question, model.prompt)
         return ()
-    known = restored.manifest.phrases
-    phrases = requested_phrases(options.phrases, known, restored.prompt)
+    known = model.manifest.phrases
+    phrases = requested_phrases(options.phrases, known, model.prompt)
     if not phrases:
         raise VesselError(f"phrases= is missing: ckpt={options.ckpt} does not say what it was trained to segment")
     if len({slug(phrase) for phrase in phrases}) < len(phrases):
         raise VesselError(f"phrases={list(phrases)}: two of them would share a folder; ask for one at a time")
-    require_known(restored.network, phrases)
+    require_known(model.network, phrases)
     if known and (new := [phrase for phrase in phrases if phrase not in known]):
         told = f"warning: never trained on {', '.join(new)}; it was on {', '.join(known)}"
         console.print(told, style="yellow", soft_wrap=True)
@@ -169,29 +169,29 @@ def _phrases(options: PredictOptions, restored: LoadedModel, console: Console) -
 
 
 def _loader(
-    options: PredictOptions, targets: Sequence[InputImage], phrases: Sequence[str], restored: LoadedModel
+    options: PredictOptions, targets: Sequence[InputImage], phrases: Sequence[str], model: LoadedModel
 ) -> Callable[[int], Sample]:
     if options.question is None:
-        return phrase_sample_loader(targets, phrases, restored)
+        return phrase_sample_loader(targets, phrases, model)
     regions = None if options.mask_prompts is None else expanded(options.mask_prompts)
-    return question_sample_loader(targets, options.question, restored, regions=regions)
+    return question_sample_loader(targets, options.question, model, regions=regions)
 
 
-def _decision(options: PredictOptions, restored: LoadedModel, console: Console) -> tuple[Decision, str]:
+def _decision(options: PredictOptions, model: LoadedModel, console: Console) -> tuple[Decision, str]:
     """Combine what validation chose with the user's options, and describe where it comes from."""
     alone = "video=true" if options.video else f"decode={options.decode}" if options.decode != "forced" else None
     if alone and options.tta not in (AUTO, None, []):
         raise VesselError(f"tta= with {alone}: several predictions make no one answer; use decode=forced without video")
-    chosen, source = restored.decision, restored.decision_source
+    chosen, source = model.decision, model.decision_source
     if options.decision is not None:
-        chosen, source = given_decision(options.decision, restored.manifest)
+        chosen, source = read_given_decision(options.decision, model.manifest)
     asked = {
         "threshold": options.threshold,
         "hysteresis": options.hysteresis,
         "cleanup": options.cleanup,
         "tta": options.tta,
     }
-    decision = decided_by_user(chosen, **asked)
+    decision = override_decision(chosen, **asked)
     if decision != chosen:
         source = f"the user's; validation: {chosen}, {source}"
     if alone and decision.tta:
@@ -208,12 +208,12 @@ def _make_place(options: PredictOptions) -> None:
         (options.target / name).mkdir(parents=True)
 
 
-def _results(options: PredictOptions, restored: LoadedModel, files: ResultFiles, source: str) -> dict[str, Any]:
+def _results(options: PredictOptions, model: LoadedModel, files: ResultFiles, source: str) -> dict[str, Any]:
     entries = [entry for image in files.images for entry in image["phrases"].values()]
     silent = sum(entry["mask"] is None for entry in entries) + sum(not image["phrases"] for image in files.images)
     return {
-        "run": restored.manifest.name,
-        "fingerprint": restored.manifest.fingerprint,
+        "run": model.manifest.name,
+        "fingerprint": model.manifest.fingerprint,
         "decode": options.decode,
         "question": options.question,
         "threshold": files.decision.threshold,

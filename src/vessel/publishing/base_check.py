@@ -12,11 +12,11 @@ from vessel.weights.export import trained_changes
 from vessel.weights.sources import open_source
 
 
-def differs_from_base(restored: LoadedModel, dtype: torch.dtype) -> str:
+def compare_with_base(model: LoadedModel, dtype: torch.dtype) -> str:
     """Compare every trained group with all that the training started from.
 
     Args:
-        restored: what is exported.
+        model: what is exported.
         dtype: of the export, which decides what is left of a difference.
 
     Returns:
@@ -25,16 +25,16 @@ def differs_from_base(restored: LoadedModel, dtype: torch.dtype) -> str:
     Raises:
         VesselError: a group equals its base in every tensor; names it.
     """
-    if not restored.network.trainable_groups():
+    if not model.network.trainable_groups():
         return "nothing was trained here: the same network in another form"
-    if not restored.base:
+    if not model.base:
         return "no base to differ from: training began with random weights"
-    names, before = public_names(restored.sa2va_sizes.language), dict[str, str]()
-    for entry, report in zip(restored.base, restored.reports[:-1], strict=True):
+    names, before = public_names(model.sa2va_config.language), dict[str, str]()
+    for entry, report in zip(model.base, model.reports[:-1], strict=True):
         loaded = set(report.all("loaded"))
         tensors = open_source(entry).tensors(names)
         before |= digests((name, tensor.to(dtype)) for name, tensor in tensors if name in loaded)
-    changes = trained_changes(restored.sa2va, before, dtype)
+    changes = trained_changes(model.sa2va, before, dtype)
     if same := [group for group, (old, new) in changes.items() if old == new]:
         raise VesselError(
             f"{', '.join(same)}: to be trained, yet equal to the base in every tensor. Either the wrong checkpoint was "

@@ -20,7 +20,7 @@ HOW_TO_GET_CODE = (
 
 
 @dataclass(frozen=True)
-class Facts:
+class CardContent:
     """The contents of a model card.
 
     Attributes:
@@ -41,14 +41,14 @@ class Facts:
     remarks: Sequence[str] = ()
 
 
-def model_card(facts: Facts) -> str:
+def model_card(content: CardContent) -> str:
     """README.md with the front matter of the hub."""
-    manifest = facts.manifest
+    manifest = content.manifest
     front = ModelCardData(
-        library_name=_LIBRARIES[facts.layout],
+        library_name=_LIBRARIES[content.layout],
         pipeline_tag="image-segmentation",
         tags=["image-segmentation", "medical", "sa2va", "vessel"],
-        base_model=list(facts.bases) or None,
+        base_model=list(content.bases) or None,
     )
     what = (
         f"A Sa2VA network trained by vessel to segment: {', '.join(manifest.phrases)}."
@@ -57,21 +57,21 @@ def model_card(facts: Facts) -> str:
     )
     parts = [
         f"---\n{front.to_yaml()}\n---\n# {manifest.name}\n\n{what}",
-        _provenance(facts),
-        *([_evaluation(facts), _use(manifest)] if manifest.phrases else ()),
-        _loading(facts),
+        _provenance(content),
+        *([_evaluation(content), _use(manifest)] if manifest.phrases else ()),
+        _loading(content),
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def _provenance(facts: Facts) -> str:
-    manifest, data = facts.manifest, facts.manifest.data
+def _provenance(content: CardContent) -> str:
+    manifest, data = content.manifest, content.manifest.data
     parent = (manifest.parent or {}).get("fingerprint")
     merged = "" if parent is None else f", made from checkpoint `{parent}`"
     unnamed = "a local folder" if manifest.config.get("weights") else "none, random"
     rows = [
-        ("base weights", ", ".join(facts.bases) or unnamed),
-        ("weights", f"{facts.layout}, {facts.dtype}, fingerprint `{manifest.fingerprint}`{merged}"),
+        ("base weights", ", ".join(content.bases) or unnamed),
+        ("weights", f"{content.layout}, {content.dtype}, fingerprint `{manifest.fingerprint}`{merged}"),
         ("made", manifest.created),
     ]
     if manifest.phrases:
@@ -95,8 +95,8 @@ def _decision(manifest: Manifest) -> str:
     return "none chosen, 0.5 is taken" if chosen is None else f"{chosen:.2f}, chosen on the validation part"
 
 
-def _evaluation(facts: Facts) -> str:
-    report = facts.evaluation
+def _evaluation(content: CardContent) -> str:
+    report = content.evaluation
     if report is None or not report["summary"]:
         return (
             "## Evaluation\n\nNo evaluation of these weights was at hand when this was written: how well it does is "
@@ -144,20 +144,20 @@ def _use(manifest: Manifest) -> str:
     )
 
 
-def _loading(facts: Facts) -> str:
-    base = "" if facts.layout != "adapter" else " network.base=[BASE]"
+def _loading(content: CardContent) -> str:
+    base = "" if content.layout != "adapter" else " network.base=[BASE]"
     ours = f"python -m vessel.predict ckpt=THIS_FOLDER images=FOLDER out=DIR{base}"
-    phrase = (*facts.manifest.phrases, "blood vessel")[0]
+    phrase = (*content.manifest.phrases, "blood vessel")[0]
     parts = [f"## How to load\n\n```sh\n{ours}\n```"]
-    if facts.layout == "adapter":
+    if content.layout == "adapter":
         parts.append(
             "`adapter_model.safetensors` is what peft's `PeftModel.from_pretrained(language_model, THIS_FOLDER)` reads "
             "into the language model of the base (transformers' `Qwen2ForCausalLM`, or `LlamaForCausalLM` for "
             "InternLM2); `non_lora.safetensors` has the other trained tensors under their public names."
         )
-    elif facts.layout == "native":
+    elif content.layout == "native":
         parts.append("The tensors have vessel's own names; `layout=sa2va` of vessel.export writes the public ones.")
-    elif facts.has_code:
+    elif content.has_code:
         parts.append(
             "Or with the public code, whose files lie beside `config.json` and whose masks are cut at 0.5:\n\n"
             "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
@@ -168,7 +168,7 @@ def _loading(facts: Facts) -> str:
         )
     else:
         parts.append(f"{HOW_TO_GET_CODE}.")
-    return "\n\n".join([*parts, *facts.remarks])
+    return "\n\n".join([*parts, *content.remarks])
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

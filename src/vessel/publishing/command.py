@@ -24,11 +24,11 @@ from vessel.inference.options import LoadSettings, NetworkOptions
 from vessel.paths import expanded
 from vessel.privacy.scanner import Scanner
 from vessel.privacy.texts import texts_of
-from vessel.publishing.base_check import differs_from_base
+from vessel.publishing.base_check import compare_with_base
 from vessel.publishing.card import HOW_TO_GET_CODE
-from vessel.publishing.folder import public_code_of, write_export
+from vessel.publishing.folder import public_code_files, write_export
 from vessel.publishing.upload import check_repository, push
-from vessel.publishing.verification import account_in_a_fresh_process, account_of, compare, drawn_image
+from vessel.publishing.verification import compare_results, network_results, results_of_fresh_process, synthetic_image
 from vessel.weights.architecture import public_names
 from vessel.weights.export import DTYPES, EXPORT_LAYOUTS, exported_size, write_pth
 from vessel.weights.hub_config import REMOTE_CODE
@@ -38,15 +38,15 @@ _SPARE_BYTES = 100 * 10**6  # tokenizer, texts, and room for the system to breat
 
 
 @dataclass
-class Origin:
+class ExportNetworkOptions:
     """Return the settings that the checkpoint does not hold, as in vessel.predict."""
 
     base: Any
     grounding: Any
 
-    def reading(self) -> LoadSettings:
+    def load_settings(self) -> LoadSettings:
         """In float32, in which adapters are merged."""
-        return NetworkOptions("fp32", None, self.base, self.grounding).reading(torch.device("cpu"))
+        return NetworkOptions("fp32", None, self.base, self.grounding).load_settings(torch.device("cpu"))
 
 
 @dataclass
@@ -63,7 +63,7 @@ class ExportOptions:
     mapping: str | None
     push: str | None
     private: bool
-    network: Origin
+    network: ExportNetworkOptions
 
     @property
     def target(self) -> Path:
@@ -88,29 +88,29 @@ def export(options: ExportOptions) -> Path:
     """
     console = Console()
     _check(options)
-    restored = load_model(options.ckpt, options.network.reading())
-    restored.require_language("vessel.export")
-    if options.layout == "adapter" and "lora" not in restored.network.trainable_groups():
+    model = load_model(options.ckpt, options.network.load_settings())
+    model.require_language("vessel.export")
+    if options.layout == "adapter" and "lora" not in model.network.trainable_groups():
         raise VesselError("layout=adapter: this network has no adapters that trained; choose layout=sa2va or native")
-    code = _public_code(options, restored)
-    _require_space(options, restored, console)
-    images = _samples(options, restored)
-    expected = account_of(restored, images)
+    code = _public_code(options, model)
+    _require_space(options, model, console)
+    images = _samples(options, model)
+    expected = network_results(model, images)
     with write_folder(options.target) as folder, _write_pth(options.pth) as pth:
-        fingerprint, told = _write(folder, pth, restored, options, code)
-        searched = _refuse_raw_identifiers(folder, restored, options)
-        fresh = _reading_of_the_export(restored, options)
-        threshold = restored.decision.threshold
-        del restored  # the comparison needs room for one network at a time
-        found = account_in_a_fresh_process(folder, images, fresh)
+        fingerprint, told = _write(folder, pth, model, options, code)
+        searched = _refuse_raw_identifiers(folder, model, options)
+        fresh = _load_settings_of_export(model, options)
+        threshold = model.decision.threshold
+        del model  # the comparison needs room for one network at a time
+        found = results_of_fresh_process(folder, images, fresh)
         if found.fingerprint != fingerprint:
             raise VesselError(
                 f"a fresh process read other tensors (fingerprint {found.fingerprint}) than were written "
                 f"({fingerprint}); something else writes there, nothing was exported"
             )
-        told.append(compare(expected, found, threshold=threshold, dtype=options.dtype))
+        told.append(compare_results(expected, found, threshold=threshold, dtype=options.dtype))
     for sentence in told:
-        console.print(f"proved: {sentence}", soft_wrap=True, markup=False)
+        console.print(f"verified: {sentence}", soft_wrap=True, markup=False)
     console.print(f"raw identifiers: {searched}", soft_wrap=True, markup=False)
     if options.pth:
         console.print(f"for the public training code: {options.pth}", soft_wrap=True)
@@ -142,12 +142,12 @@ def _check(options: ExportOptions) -> None:
         check_repository(options.push)
 
 
-def _require_space(options: ExportOptions, restored: LoadedModel, console: Console) -> None:
-    size = exported_size(restored.sa2va, options.layout, DTYPES[options.dtype])
+def _require_space(options: ExportOptions, model: LoadedModel, console: Console) -> None:
+    size = exported_size(model.sa2va, options.layout, DTYPES[options.dtype])
     console.print(f"weights: {readable(size)} as {options.dtype}")
     needed = size + _SPARE_BYTES
     if options.pth:
-        more = exported_size(restored.sa2va, "sa2va", DTYPES[options.dtype])
+        more = exported_size(model.sa2va, "sa2va", DTYPES[options.dtype])
         console.print(f"{options.pth.name}: {readable(more)}")
         needed += more
     remedy = "choose another disk with out=DIR" + (", or dtype=bf16" if options.dtype == "fp32" else "")
@@ -170,55 +170,55 @@ def _write_pth(path: Path | None) -> Iterator[Path | None]:
         raise
 
 
-def _samples(options: ExportOptions, restored: LoadedModel) -> dict[str, NDArray[np.uint8]]:
-    """Images that the proof is made on: those asked for, else of the run's validation set, else a drawn one."""
+def _samples(options: ExportOptions, model: LoadedModel) -> dict[str, NDArray[np.uint8]]:
+    """Images that the proof is made on: those asked for, else of the run's validation set, else a synthetic one."""
     if options.images is not None:
         chosen = find_images(options.images)[:_SAMPLES]
         return {target.id: read_rgb(target.file) for target in chosen}
-    data = restored.manifest.config.get("data") or {}
+    data = model.manifest.config.get("data") or {}
     try:
         catalog = Catalog.open(Path(data["root"]))
         frames = catalog.part("val", data.get("fold"))[:_SAMPLES]
         return {frame.id: read_rgb(catalog.root / frame.image) for frame in frames}
     except (KeyError, TypeError, VesselError):  # an export knows no root; a run's data set may have moved
-        return {"drawn": drawn_image()}
+        return {"synthetic": synthetic_image()}
 
 
-def _public_code(options: ExportOptions, restored: LoadedModel) -> list[Path]:
+def _public_code(options: ExportOptions, model: LoadedModel) -> list[Path]:
     """The files of the folder named, else of what the network was read from."""
     if options.layout != "sa2va":
         return []
     if options.remote_code is not None:
-        return public_code_of([expanded(options.remote_code)])
-    return public_code_of([restored.source, *(entry.fetch()[0] for entry in restored.base)])
+        return public_code_files([expanded(options.remote_code)])
+    return public_code_files([model.source, *(entry.fetch()[0] for entry in model.base)])
 
 
 def _write(
-    folder: Path, pth: Path | None, restored: LoadedModel, options: ExportOptions, code: Sequence[Path]
+    folder: Path, pth: Path | None, model: LoadedModel, options: ExportOptions, code: Sequence[Path]
 ) -> tuple[str, list[str]]:
     """Write everything, and compare what lies on the disk with what is in memory and with the base.
 
     Returns:
         fingerprint of the export, and what was found, in sentences.
     """
-    dtype, names = DTYPES[options.dtype], public_names(restored.sa2va_sizes.language)
-    written = write_export(folder, restored, layout=options.layout, dtype=options.dtype, code=code)
-    told = [f"{written.tensors} tensors read back equal the merged network", differs_from_base(restored, dtype)]
+    dtype, names = DTYPES[options.dtype], public_names(model.sa2va_config.language)
+    written = write_export(folder, model, layout=options.layout, dtype=options.dtype, code=code)
+    told = [f"{written.tensors} tensors read back equal the merged network", compare_with_base(model, dtype)]
     if pth is not None:
-        count = write_pth(pth, restored.sa2va, names, dtype)
+        count = write_pth(pth, model.sa2va, names, dtype)
         told.append(f"{count} tensors of {options.target.name}.pth read back equal the merged network")
     return written.fingerprint, told
 
 
-def _reading_of_the_export(restored: LoadedModel, options: ExportOptions) -> LoadSettings:
+def _load_settings_of_export(model: LoadedModel, options: ExportOptions) -> LoadSettings:
     """Return the settings that the export's own files do not hold."""
-    base = restored.base if options.layout == "adapter" else ()
-    return LoadSettings(base=base, grounding=None if restored.tuned else restored.sa2va_sizes.grounding)
+    base = model.base if options.layout == "adapter" else ()
+    return LoadSettings(base=base, grounding=None if model.tuned else model.sa2va_config.grounding)
 
 
-def _refuse_raw_identifiers(folder: Path, restored: LoadedModel, options: ExportOptions) -> str:
+def _refuse_raw_identifiers(folder: Path, model: LoadedModel, options: ExportOptions) -> str:
     """Search what is public text by the mapping given, else the one beside the data set; says what was searched."""
-    root, given = (restored.manifest.config.get("data") or {}).get("root"), options.mapping
+    root, given = (model.manifest.config.get("data") or {}).get("root"), options.mapping
     scanner = Scanner(expanded(given)) if given else Scanner.beside(root)
     name = [("the name of the repository", options.push)] if options.push else []
     count = scanner.require_clean([*name, *texts_of(folder)], doing="the export") - len(name)

@@ -15,7 +15,7 @@ from vessel.hub import is_hub_name
 from vessel.inference.decision import Decision
 from vessel.inference.loading import LoadedModel
 from vessel.model.lora import adapter_config
-from vessel.publishing.card import Facts, model_card
+from vessel.publishing.card import CardContent, model_card
 from vessel.runs.manifest import EXPORT_MANIFEST, LOCAL, Manifest, without_places
 from vessel.weights.architecture import public_names
 from vessel.weights.entry import Weights
@@ -29,7 +29,7 @@ _KEPT = ("name", "seed", "model", "prompt", "lora", "trainable", "weights", "los
 
 
 @dataclass(frozen=True)
-class Written:
+class WrittenExport:
     """The files of an export, as written.
 
     Attributes:
@@ -41,12 +41,12 @@ class Written:
     fingerprint: str
 
 
-def write_export(folder: Path, restored: LoadedModel, *, layout: str, dtype: str, code: Sequence[Path]) -> Written:
+def write_export(folder: Path, model: LoadedModel, *, layout: str, dtype: str, code: Sequence[Path]) -> WrittenExport:
     """Write every file of an export, and read the tensors again.
 
     Args:
         folder: empty.
-        restored: what is exported.
+        model: what is exported.
         layout: of the tensors.
         dtype: of the tensors.
         code: files of the public code, to be copied.
@@ -54,33 +54,33 @@ def write_export(folder: Path, restored: LoadedModel, *, layout: str, dtype: str
     Raises:
         VesselError: a tensor on the disk is not the one in memory; names it.
     """
-    names, chosen = public_names(restored.sa2va_sizes.language), DTYPES[dtype]
+    names, chosen = public_names(model.sa2va_config.language), DTYPES[dtype]
     # Of merged weights the base need not be at hand.
-    base = restored.base or Weights.listed(restored.manifest.config.get("weights"))
+    base = model.base or Weights.listed(model.manifest.config.get("weights"))
     public = [name for entry in base if (name := entry.hub_name) is not None]
     if layout == "adapter":
         first = public[0] if public else None
         base_id, revision = (first.repository, first.revision) if first else (None, None)
-        adapter_config(restored.sa2va, base=base_id, revision=revision).save_pretrained(str(folder))
+        adapter_config(model.sa2va, base=base_id, revision=revision).save_pretrained(str(folder))
     else:
         config = public_config if layout == "sa2va" else native_config
-        tokens, template = restored.prompt.token_ids, restored.prompt.name
-        _write_json(folder / "config.json", config(restored.sa2va_sizes, tokens, template=template, dtype=chosen))
-    in_memory = write_layout(folder, restored.sa2va, names, layout=layout, dtype=chosen)
+        tokens, template = model.prompt.token_ids, model.prompt.name
+        _write_json(folder / "config.json", config(model.sa2va_config, tokens, template=template, dtype=chosen))
+    in_memory = write_layout(folder, model.sa2va, names, layout=layout, dtype=chosen)
     fingerprint = read_back(open_source(str(folder)), names, in_memory)
     for file in code:
         shutil.copyfile(file, folder / file.name)
-    write_tokenizer(folder, restored.prompt)
-    decision = restored.decision
-    searched = None if decision == Decision(restored.threshold) else decision.to_json()
-    manifest = exported_manifest(replace(restored.manifest, decision=searched), fingerprint=fingerprint)
-    if restored.tuned:  # a public network's own files say everything
+    write_tokenizer(folder, model.prompt)
+    decision = model.decision
+    searched = None if decision == Decision(model.threshold) else decision.to_json()
+    manifest = exported_manifest(replace(model.manifest, decision=searched), fingerprint=fingerprint)
+    if model.tuned:  # a public network's own files say everything
         _write_json(folder / EXPORT_MANIFEST, manifest.as_dict())
-    remarks = limits_of_public_code(restored.sa2va_sizes) if code else []
+    remarks = limits_of_public_code(model.sa2va_config) if code else []
     bases = [name.repository for name in public]
-    card = model_card(Facts(manifest, layout, dtype, bases, bool(code), _evaluation(restored), remarks))
+    card = model_card(CardContent(manifest, layout, dtype, bases, bool(code), _evaluation(model), remarks))
     (folder / "README.md").write_text(card, encoding="utf-8")
-    return Written(len(in_memory), fingerprint)
+    return WrittenExport(len(in_memory), fingerprint)
 
 
 def write_tokenizer(folder: Path, prompt: Prompt) -> None:
@@ -95,7 +95,7 @@ def write_tokenizer(folder: Path, prompt: Prompt) -> None:
     _write_json(file, config)
 
 
-def public_code_of(places: Sequence[Path]) -> list[Path]:
+def public_code_files(places: Sequence[Path]) -> list[Path]:
     """The files of the public code in the first of these folders that has them; they are copied, never imported."""
     folder = next((place for place in places if (place / REMOTE_CODE).is_file()), None)
     return [] if folder is None else sorted(folder.glob("*.py"))
@@ -124,12 +124,12 @@ def _without_place(source: Mapping[str, Any]) -> dict[str, Any]:
     return {**source, "source": source["source"] if is_hub_name(source["source"]) else LOCAL}
 
 
-def _evaluation(restored: LoadedModel) -> Mapping[str, Any] | None:
+def _evaluation(model: LoadedModel) -> Mapping[str, Any] | None:
     """The report on the test part, if it is about these very weights."""
-    if restored.run is None or not (file := restored.run / _EVALUATION).is_file():
+    if model.run is None or not (file := model.run / _EVALUATION).is_file():
         return None
     report = read_json(file)
-    return report if report.get("fingerprint") == restored.manifest.fingerprint else None
+    return report if report.get("fingerprint") == model.manifest.fingerprint else None
 
 
 def _write_json(file: Path, content: Mapping[str, Any]) -> None:
