@@ -94,7 +94,7 @@ def test_an_answer_is_over_by_a_token_or_by_a_stop_word_in_pieces(shared):
     qwen, phi3 = Prompt(tokenizer), Prompt(tokenizer, "phi3_chat")
 
     def over(prompt, text):
-        return prompt.is_over(prompt.tokenizer(text).input_ids)
+        return prompt.is_finished(prompt.tokenizer(text).input_ids)
 
     assert [over(qwen, text) for text in ("Yes<|im_end|>", "Yes<|endoftext|>", "Yes<|end|>", "Yes")] == [1, 1, 0, 0]
     assert [over(phi3, text) for text in ("Yes<|im_end|>", "Yes<|endoftext|>", "Yes<|end|>", "Yes")] == [1, 0, 1, 0]

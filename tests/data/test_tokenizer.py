@@ -74,7 +74,7 @@ def test_added_tokens_keep_their_ids_and_new_ones_follow(trained, folder):
     assert prompt.token_ids.seg == base + 5
     assert (prompt.token_ids.eos, prompt.token_ids.pad) == (2, 2)
     assert not prompt.has_seg
-    assert prompt.is_over([7, trained.piece_to_id("[UNUSED_1]")])
+    assert prompt.is_finished([7, trained.piece_to_id("[UNUSED_1]")])
 
 
 def test_a_conversation_begins_with_one_first_token(trained, folder):

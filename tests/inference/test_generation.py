@@ -125,7 +125,7 @@ def naive(network, prompt, sample, limit):
     for turn in range(len(questions)):
         before, _ = prompt.conversation(questions[: turn + 1], answers, image_tokens)
         answer = []
-        while len(answer) < limit and not prompt.is_over(answer):
+        while len(answer) < limit and not prompt.is_finished(answer):
             state = language(network, sample, torch.cat([before, torch.tensor(answer, dtype=torch.int64)]))[-1]
             logits = network.mllm.lm_head(state)
             logits[prompt.token_ids.image] = -torch.inf

@@ -154,7 +154,7 @@ class Prompt:
             labels += supervised + [IGNORED] * len(between)
         return torch.tensor(ids), torch.tensor(labels)
 
-    def is_over(self, ids: Sequence[int]) -> bool:
+    def is_finished(self, ids: Sequence[int]) -> bool:
         """Return whether generated ids end an answer: by their last token, or by a stop word of several tokens."""
         if not ids:
             return False
@@ -188,7 +188,7 @@ class Prompt:
     def _closed(self, answer: str | Sequence[int]) -> list[int]:
         if isinstance(answer, str):
             return self._ids(answer + self.template.end)
-        return [*answer] if self.is_over(answer) else [*answer, *self._end]
+        return [*answer] if self.is_finished(answer) else [*answer, *self._end]
 
     def _expand_images(self, ids: list[int], features: Iterator[int]) -> list[int]:
         """Repeat each image token once for each feature; the text of a prompt is the same whatever their number."""

@@ -114,7 +114,7 @@ class Conversations:
         return logits.argmax(-1).tolist()
 
     def _is_finished(self, answer: Sequence[int]) -> bool:
-        return len(answer) == self.max_new_tokens or self.prompt.is_over(answer)
+        return len(answer) == self.max_new_tokens or self.prompt.is_finished(answer)
 
 
 @dataclass(frozen=True)
