@@ -67,9 +67,9 @@ class Features(NamedTuple):
     tile_features: Tensor
     pyramid: FeaturePyramid
 
-    def map(self, move: Callable[[Tensor], Tensor]) -> Features:
-        """The same with every tensor moved."""
-        return Features(move(self.tile_features), FeaturePyramid(*map(move, self.pyramid)))
+    def map(self, function: Callable[[Tensor], Tensor]) -> Features:
+        """Apply a function to every tensor."""
+        return Features(function(self.tile_features), FeaturePyramid(*map(function, self.pyramid)))
 
 
 @dataclass(frozen=True)
@@ -86,10 +86,10 @@ class Sample:
         input_ids: int64 [L].
         labels: int64 [L], -100 where a token is not supervised.
         size: native (H, W); masks and predictions have this size.
-        masks: bool [K, H, W], an all-false mask says that the phrase is absent; None when there is no truth.
-        regions: bool [R, s, s], what of the last tile's s x s features each region that is pointed at holds; None when
-            nothing is pointed at.
-        features: in place of tiles and frame, when they are known already.
+        masks: bool [K, H, W], an all-false mask declares the phrase absent; None without ground truth.
+        regions: bool [R, s, s], the features of the last tile, of its s x s, in each region that the question refers
+            to; None when it refers to none.
+        features: cached ones, in place of tiles and frame.
     """
 
     id: str
@@ -108,7 +108,7 @@ class Sample:
 
 @dataclass  # not frozen: Lightning's half and DeepSpeed precisions refuse a frozen dataclass
 class Batch:
-    """B samples collated. Nothing assigns to a batch that exists: what differs is a new one, by `dataclasses.replace`.
+    """B samples collated. No code assigns to the fields of a batch; `dataclasses.replace` makes a changed one.
 
     Attributes:
         ids, patients, videos, phrases, sizes: as in `Sample`, one entry an image.
@@ -117,8 +117,8 @@ class Batch:
         input_ids: int64 [B, L], right-padded.
         attention_mask: bool [B, L].
         labels: int64 [B, L], -100 where a token is not supervised.
-        masks: one bool [K, H, W] an image, or None when there is no truth.
-        regions: one bool [R, s, s] an image, or None when nothing is pointed at.
+        masks: one bool [K, H, W] an image, or None without ground truth.
+        regions: one bool [R, s, s] an image, or None without regions.
         features: an entry an image, None where its tiles and frame are to be encoded; None when all are.
     """
 
@@ -155,12 +155,12 @@ class Batch:
         return self._map(lambda tensor: tensor.to(*args, **kwargs))
 
     def pin_memory(self) -> Batch:
-        """Page-locked copy; the DataLoader calls this."""
+        """Copy to page-locked memory; the DataLoader calls this."""
         return self._map(Tensor.pin_memory)
 
 
 class Output(NamedTuple):
-    """The outputs of the network for a batch; a tuple, as DeepSpeed looks for tensors in nothing else.
+    """The outputs of the network for a batch; a tuple, as DeepSpeed finds tensors in nothing else.
 
     Attributes:
         mask_logits: float32 [N, h, w], a quarter of the SAM2 frame a side; of a U-Net the whole frame.
@@ -198,7 +198,7 @@ def collate(samples: list[Sample], pad_id: int) -> Batch:
         if 0 < len(missing) < len(samples):
             raise ValueError(f"samples with and without {what} in one batch; without: {missing}")
     lengths = torch.tensor([len(s.input_ids) for s in samples])
-    shown = [s for s in samples if s.features is None]
+    to_encode = [s for s in samples if s.features is None]
 
     def padded(rows: list[Tensor], value: int) -> Tensor:
         return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
@@ -210,13 +210,13 @@ def collate(samples: list[Sample], pad_id: int) -> Batch:
         phrases=tuple(s.phrases for s in samples),
         sizes=tuple(s.size for s in samples),
         tiles=torch.cat([s.tiles for s in samples]),
-        frames=torch.stack([s.frame for s in shown]) if shown else samples[0].frame[None][:0],
+        frames=torch.stack([s.frame for s in to_encode]) if to_encode else samples[0].frame[None][:0],
         input_ids=padded([s.input_ids for s in samples], pad_id),
         attention_mask=torch.arange(int(lengths.max()))[None] < lengths[:, None],
         labels=padded([s.labels for s in samples], -100),
         masks=tuple(s.masks for s in samples if s.masks is not None) or None,
         regions=tuple(s.regions for s in samples if s.regions is not None) or None,
-        features=tuple(s.features for s in samples) if len(shown) < len(samples) else None,
+        features=tuple(s.features for s in samples) if len(to_encode) < len(samples) else None,
     )
 
 

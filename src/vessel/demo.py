@@ -32,7 +32,7 @@ def commands(home: Path, options: Sequence[str] = ()) -> tuple[tuple[str, ...], 
     """List the commands as a user would type them after `python`, in order.
 
     Args:
-        home: folder of everything that is made.
+        home: folder of all outputs.
         options: of the training, beside those of the experiment.
     """
     data, run, export = home / "data", home / "train", home / "export"
@@ -50,7 +50,7 @@ def _print_products(home: Path) -> None:
     from rich.table import Table
 
     table = Table(title=str(home))
-    for product, place in {
+    for product, path in {
         "data set, with a contact sheet of its masks": "data/contact_sheet.png",
         "run: numbers": "train/metrics.jsonl",
         "run: checkpoints": "train/checkpoints",
@@ -63,8 +63,8 @@ def _print_products(home: Path) -> None:
         "predictions from the export": "predictions/results.json",
         "overlays": "predictions/overlays",
     }.items():
-        assert (home / place).exists(), f"{place} was not made"
-        table.add_row(product, place)
+        assert (home / path).exists(), f"{path} was not made"
+        table.add_row(product, path)
     table.show_header = False
     Console().print(table)
 

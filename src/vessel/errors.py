@@ -1,4 +1,4 @@
-"""Errors that a user can mend: what was wrong, where, and what to do. They reach the terminal without a traceback."""
+"""Errors that a user can fix: what was wrong, where, and what to do. They reach the terminal without a traceback."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class VesselError(ValueError):
-    """Bad input or a refused action; the message says what, where and what to do."""
+    """Bad input or a refused action; the message names what, where and the remedy."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class BadItemsError(VesselError):
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error says that the memory of the host or of a GPU is too small."""
+    """Return whether an error means that the memory of the host or of a GPU is too small."""
     import torch
     from lightning.pytorch.utilities.memory import is_oom_error  # seconds, which only a failure costs
 

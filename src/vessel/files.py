@@ -13,7 +13,7 @@ from typing import Any
 
 from vessel.errors import VesselError
 
-PART = ".part"  # suffix of what is still being written; its name begins with a dot
+PART = ".part"  # suffix of a file or folder that is still being written; its name begins with a dot
 
 
 def write_file(path: Path, content: str | bytes, *, private: bool = False) -> None:
@@ -55,7 +55,7 @@ def write_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     stays as it was.
 
     Args:
-        path: where the folder shall be.
+        path: of the folder.
         overwrite: whether a file or folder that is there is replaced.
 
     Yields:
@@ -65,7 +65,7 @@ def write_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         VesselError: `path` is there and `overwrite` is not set.
     """
     if path.exists() and not overwrite and (path.is_file() or any(path.iterdir())):
-        raise VesselError(f"{path} is there already; choose another place, or remove it")
+        raise VesselError(f"{path} is there already; choose another path, or remove it")
     new_parents = [parent for parent in path.parents if not parent.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{secrets.token_hex(4)}{PART}")
@@ -83,7 +83,7 @@ def write_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
 
 
 def flush(path: Path) -> None:
-    """Make the disk hold a file, or every file of a folder and the folders that name them."""
+    """Flush a file, or every file and folder of a folder, to the disk."""
     for inner in sorted(path.rglob("*"), reverse=True) if path.is_dir() else ():
         _flush_one(inner)
     _flush_one(path)
@@ -157,18 +157,18 @@ def readable(nbytes: float, *, below: str = ".1f") -> str:
 
 
 def require_space(folder: Path, nbytes: int, what: str, remedy: str) -> None:
-    """Refuse to begin what the disk has no room for.
+    """Refuse to write more than the disk has room for.
 
     Args:
-        folder: where it will be written; it need not exist yet.
-        nbytes: that will be written there, beside what is there already.
-        what: that is, in the plural.
+        folder: to write into; it need not exist yet.
+        nbytes: to write, beside what is there already.
+        what: name of the content, in the plural.
         remedy: what helps beside making room.
 
     Raises:
-        VesselError: says how much is needed and free, and what helps.
+        VesselError: with the bytes needed and free, and the remedy.
     """
-    existing = next(place for place in (folder, *folder.absolute().parents) if place.is_dir())
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.is_dir())
     free = shutil.disk_usage(existing).free
     if free < nbytes:
         raise VesselError(

@@ -1,4 +1,4 @@
-"""`metrics.jsonl`, the numbers of a run, and what sends figures and tables to dashboards, which are views of them."""
+"""Write `metrics.jsonl`, the numbers of a run; send them, figures and tables to dashboards."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ _SHOWN = tuple(f"WANDB_{what}" for what in ("NAME", "NOTES", "TAGS", "RUN_GROUP"
 
 
 class JsonLines(Logger):
-    """One JSON object a line and a call: `step`, `epoch` where known, `time` (Unix seconds), then the metrics.
+    """A logger that writes a JSON line a call: `step`, `epoch` where known, `time` (Unix seconds), then the metrics.
 
-    Appended to, so a resumed run goes on in the same file; steps repeated after a resume appear again, the later line
+    It appends, so a resumed run continues in the same file; steps repeated after a resume appear again, the later line
     counts. A non-finite number becomes null, as JSON has none.
     """
 
@@ -53,7 +53,7 @@ class JsonLines(Logger):
     @override
     @rank_zero_only
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing to do: the run's manifest keeps the configuration."""
+        """Ignore hyperparameters: the run's manifest keeps the configuration."""
 
     @override
     @rank_zero_only
@@ -81,7 +81,7 @@ def wandb_environment() -> list[tuple[str, str]]:
 
 
 class PrivateWandb(WandbLogger):
-    """W&B that refuses raw identifiers before it sends anything, and tells nothing about this machine.
+    """A W&B logger that refuses raw identifiers before it sends anything, and sends nothing about this machine.
 
     By itself W&B sends the command line, folders, the host's name and what is printed; of these nothing goes.
 
@@ -99,7 +99,7 @@ class PrivateWandb(WandbLogger):
         tags: Sequence[str] = (),
         notes: str | None = None,
     ) -> None:
-        """Arguments are those of `wandb.init`; its group and entity come from WANDB_RUN_GROUP and WANDB_ENTITY."""
+        """Take arguments of `wandb.init`; its group and entity come from WANDB_RUN_GROUP and WANDB_ENTITY."""
         from wandb import Settings
 
         self.scanner = Scanner()

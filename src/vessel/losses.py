@@ -22,18 +22,18 @@ _COUNT_EPS = 1e-4 + torch.finfo(torch.float32).eps
 
 
 def lm_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy over supervised positions, 0 where there are none; logits [P, V], targets int64 [P]."""
+    """Compute the mean cross-entropy over supervised positions, 0 where there are none; logits [P, V], int64 [P]."""
     return F.cross_entropy(logits.float(), targets) if len(targets) else logits.new_zeros(())
 
 
 def mask_bce(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean binary cross-entropy, logits and targets float [N, P], targets in [0, 1]."""
+    """Compute the mean binary cross-entropy, logits and targets float [N, P], targets in [0, 1]."""
     total = F.binary_cross_entropy_with_logits(logits, targets, reduction="sum")
     return total / (logits.numel() + _COUNT_EPS)
 
 
 def dice_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Naive soft Dice with smoothing 1, averaged over N masks; logits and targets float [N, P].
+    """Compute the naive soft Dice loss with smoothing 1, averaged over N masks; logits and targets float [N, P].
 
     An empty target is driven towards an empty prediction: 1 - 1 / (sum of probabilities + 1).
     """
@@ -50,7 +50,7 @@ def sample_at(maps: Tensor, points: Tensor) -> Tensor:
 
 
 def uncertain_points(logits: Tensor, count: int, *, oversample: float, importance: float) -> Tensor:
-    """Draw points where the prediction is least sure (PointRend, arXiv 1912.08193).
+    """Draw points where the prediction is least certain (PointRend, arXiv 1912.08193).
 
     Args:
         logits: [N, h, w].
@@ -63,8 +63,8 @@ def uncertain_points(logits: Tensor, count: int, *, oversample: float, importanc
     """
     with torch.no_grad():
         candidates = torch.rand(len(logits), int(count * oversample), 2, device=logits.device)
-        sure = sample_at(logits, candidates).abs()
-        kept = sure.topk(int(importance * count), largest=False).indices
+        certainty = sample_at(logits, candidates).abs()
+        kept = certainty.topk(int(importance * count), largest=False).indices
         important = candidates.gather(1, kept[:, :, None].expand(-1, -1, 2))
         uniform = torch.rand(len(logits), count - kept.shape[1], 2, device=logits.device)
     return torch.cat([important, uniform], dim=1)
@@ -83,7 +83,7 @@ class NativeLoss:
     dice_weight: float = 0.5
 
     def __call__(self, mask_logits: Tensor, masks: Sequence[Tensor], frame_size: int) -> Mapping[str, Tensor]:
-        """Mask losses of a batch.
+        """Compute the mask losses of a batch.
 
         Args:
             mask_logits: [N, h, w], decoder resolution.
@@ -94,12 +94,12 @@ class NativeLoss:
             weighted scalars `mask_loss` and `dice_loss`.
         """
         bce, dice = [], []
-        for logits, truth in zip(mask_logits.split([len(m) for m in masks]), masks, strict=True):
-            height, width = truth.shape[-2:]
+        for logits, masks_of_image in zip(mask_logits.split([len(m) for m in masks]), masks, strict=True):
+            height, width = masks_of_image.shape[-2:]
             full = upsample(logits, frame_size, (height, width)).flatten(1)
-            target = truth.flatten(1).float()
-            bce.append(mask_bce(full, target) * len(truth))
-            dice.append(dice_loss(full, target) * len(truth))
+            target = masks_of_image.flatten(1).float()
+            bce.append(mask_bce(full, target) * len(masks_of_image))
+            dice.append(dice_loss(full, target) * len(masks_of_image))
         n = len(mask_logits)
         return {
             "mask_loss": self.mask_weight * torch.stack(bce).sum() / n,
@@ -128,7 +128,7 @@ class Sa2vaLoss:
     importance: float = 0.75
 
     def __call__(self, mask_logits: Tensor, masks: Sequence[Tensor], frame_size: int) -> Mapping[str, Tensor]:
-        """As `NativeLoss`, `frame_size` is not used."""
+        """Compute the losses as `NativeLoss` does; `frame_size` is not used."""
         logits = mask_logits.float()
         points = uncertain_points(logits, self.points, oversample=self.oversample, importance=self.importance)
         per_image = zip(masks, points.split([len(m) for m in masks]), strict=True)
@@ -141,11 +141,11 @@ class Sa2vaLoss:
 
 
 class Loss(Protocol):
-    """A mask loss, see `vessel.losses`."""
+    """A mask loss with the weight of the language-model loss beside it."""
 
     @property
     def lm_weight(self) -> float:
-        """Weight of the language-model loss."""
+        """Return the weight of the language-model loss."""
 
     def __call__(self, mask_logits: Tensor, masks: Sequence[Tensor], frame_size: int) -> Mapping[str, Tensor]:
-        """Weighted mask losses by name."""
+        """Compute the weighted mask losses by name."""

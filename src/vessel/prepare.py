@@ -26,7 +26,7 @@ def app(cfg: DictConfig) -> None:
         options = typed(cfg, PrepareOptions, "vessel.prepare")
         try:
             prepare(options)
-        except OSError as error:  # no permission, no space: the system's words name the place
+        except OSError as error:  # no permission, no space: the system's message names the path
             raise VesselError(f"{error}; nothing was written") from error
 
 

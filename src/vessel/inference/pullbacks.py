@@ -1,4 +1,4 @@
-"""Pullbacks: the network is asked about the first frames, and SAM2's memory carries the masks through the others.
+"""Segment pullbacks: prompt the network with the first frames; SAM2's memory carries the masks through the others.
 
 Frames are read one by one: memory does not grow with their number.
 """
@@ -37,7 +37,7 @@ class Pullback:
     """Frames of one vessel, one after the other.
 
     Attributes:
-        id: the video of a prepared data set, or the folder relative to the one the user named, which is `.`.
+        id: the video of a prepared data set, or the folder relative to the one that the user named, which is `.`.
         frames: in order.
         depth: bits of 16-bit grey frames, one for all so that the brightness does not flicker; None without such.
     """
@@ -47,33 +47,33 @@ class Pullback:
     depth: int | None
 
 
-def find_pullbacks(images: str, targets: Sequence[InputImage]) -> list[Pullback]:
-    """Put images into pullbacks: by the video of a prepared data set, else by folder, `frame_2` before `frame_10`.
+def find_pullbacks(source: str, images: Sequence[InputImage]) -> list[Pullback]:
+    """Group images into pullbacks: by the video of a prepared data set, else by folder, `frame_2` before `frame_10`.
 
     Args:
-        images: what the user named.
-        targets: what `find_images` found there.
+        source: the value of the option `images`.
+        images: that `find_images` found there.
     """
     try:
-        known = Catalog.open(expanded(images)).frames
-    except VesselError:  # no data set: a broken one would have been refused when its images were looked for
+        known = Catalog.open(expanded(source)).frames
+    except VesselError:  # no data set: `find_images` would have refused a broken one
         known = {}
     groups: dict[str, list[tuple[tuple[object, ...], InputImage]]] = defaultdict(list)
-    for target in targets:
-        if frame := known.get(target.id):
-            groups[frame.video].append(((frame.frame,), target))
+    for image in images:
+        if frame := known.get(image.id):
+            groups[frame.video].append(((frame.frame,), image))
         else:
-            path = PurePosixPath(target.name)
-            groups[path.parent.as_posix()].append((_natural(path.name), target))
+            path = PurePosixPath(image.name)
+            groups[path.parent.as_posix()].append((_natural(path.name), image))
     pullbacks = []
     for name in sorted(groups, key=_natural):
-        frames = tuple(target for _, target in sorted(groups[name], key=lambda pair: pair[0]))
+        frames = tuple(image for _, image in sorted(groups[name], key=lambda pair: pair[0]))
         pullbacks.append(Pullback(name, frames, common_depth(frame.file for frame in frames)))
     return pullbacks
 
 
 def _natural(name: str) -> tuple[object, ...]:
-    """Key that sorts the numbers in names by value."""
+    """Return a key that sorts the numbers in names by value."""
     parts = re.split(r"(\d+)", name)
     return tuple(int(part) if i % 2 else part for i, part in enumerate(parts)), name
 
@@ -81,13 +81,13 @@ def _natural(name: str) -> tuple[object, ...]:
 def segment_pullback(
     predictor: Predictor, pullback: Pullback, phrases: Sequence[str], *, question: str | None = None
 ) -> Iterator[Prediction | Failure]:
-    """Masks of every frame in order; a `Failure` ends them, and then the pullback as a whole has failed.
+    """Predict the masks of every frame in order; a `Failure` ends them, and then the whole pullback has failed.
 
     Args:
-        predictor: the network, and whether it answers itself.
+        predictor: of the network, with its way of decoding.
         pullback: at least one frame.
-        phrases: what to look for, asked in one conversation about the first frames.
-        question: a free question in their place; each `[SEG]` of the answer is followed.
+        phrases: to segment, all in one conversation about the first frames.
+        question: a free question instead of phrases; each `[SEG]` of the answer is one object.
     """
     try:
         yield from _predictions(predictor, pullback, phrases, question)
@@ -111,50 +111,50 @@ def _predictions(
     predictor: Predictor, pullback: Pullback, phrases: Sequence[str], question: str | None
 ) -> Iterator[Prediction]:
     frames, geometry = _read(pullback), predictor.geometry
-    shown = list(islice(frames, PROMPTED_FRAMES))
-    tiles = torch.cat([cut_tiles(image, replace(geometry, max_tiles=1)) for _, image in shown])
-    sample = _sample(predictor, tiles, phrases, question, size=shown[0][1].shape[:2])
-    prompts, emitted, told = _prompts_of_answer(predictor, sample, frames=len(tiles))
-    drawn = [at for at in told.seg_indices if at is not None]
+    prompted = list(islice(frames, PROMPTED_FRAMES))
+    tiles = torch.cat([cut_tiles(pixels, replace(geometry, max_tiles=1)) for _, pixels in prompted])
+    sample = _sample(predictor, tiles, phrases, question, size=prompted[0][1].shape[:2])
+    prompts, emitted, answer = _generate_prompts(predictor, sample, frames=len(tiles))
+    segmented = [at for at in answer.seg_indices if at is not None]
     grounding = predictor.sa2va.grounding
-    tracker = Tracker(grounding, prompts[drawn].to(grounding.device))
-    for target, image in chain(shown, frames):
-        sample = replace(told.sample, phrases=told.phrases, frame=whole_frame(image, geometry))
-        masks = iter(_segment_frame(predictor, tracker, sample) if drawn else ())
+    tracker = Tracker(grounding, prompts[segmented].to(grounding.device))
+    for image, pixels in chain(prompted, frames):
+        sample = replace(answer.sample, phrases=answer.phrases, frame=whole_frame(pixels, geometry))
+        masks = iter(_segment_frame(predictor, tracker, sample) if segmented else ())
         yield Prediction(
-            target=target,
+            target=image,
             sample=sample,
-            answers=told.answers,
-            probabilities=tuple(None if at is None else next(masks) for at in told.seg_indices),
-            emitted=tuple(at is not None and bool(emitted[at]) for at in told.seg_indices),
+            answers=answer.answers,
+            probabilities=tuple(None if at is None else next(masks) for at in answer.seg_indices),
+            emitted=tuple(at is not None and bool(emitted[at]) for at in answer.seg_indices),
         )
 
 
 def _read(pullback: Pullback) -> Iterator[tuple[InputImage, NDArray[np.uint8]]]:
-    """Frames one by one.
+    """Read the frames one by one.
 
     Raises:
         VesselError: one is unreadable, or of another size than the first.
     """
     size = None
-    for target in pullback.frames:
-        image = read_rgb(target.file, depth=pullback.depth)
-        size = size or image.shape
-        if image.shape != size:
+    for image in pullback.frames:
+        pixels = read_rgb(image.file, depth=pullback.depth)
+        size = size or pixels.shape
+        if pixels.shape != size:
             raise VesselError(
-                f"{target.name}: {image.shape[1]} x {image.shape[0]} pixels, but {pullback.frames[0].name} has "
+                f"{image.name}: {pixels.shape[1]} x {pixels.shape[0]} pixels, but {pullback.frames[0].name} has "
                 f"{size[1]} x {size[0]}; the frames of a pullback have one size, put other images into another folder"
             )
-        yield target, image
+        yield image, pixels
 
 
 def _sample(
     predictor: Predictor, tiles: Tensor, phrases: Sequence[str], question: str | None, *, size: tuple[int, ...]
 ) -> Sample:
-    """The question about the first frames, one tile each (uint8 [T, 3, t, t]), with the answers to be taught."""
-    asked = [QUESTIONS[0].format(phrase=phrase) for phrase in phrases] if question is None else [question]
+    """Make the sample of the question about the first frames, one tile each (uint8 [T, 3, t, t]), with its answers."""
+    questions = [QUESTIONS[0].format(phrase=phrase) for phrase in phrases] if question is None else [question]
     tokens = predictor.geometry.tokens_per_tile
-    ids, labels = predictor.prompt.conversation(asked, ANSWERS[:1] * len(phrases), tokens, frames=len(tiles))
+    ids, labels = predictor.prompt.conversation(questions, ANSWERS[:1] * len(phrases), tokens, frames=len(tiles))
     height, width = size
     return Sample(
         id="", patient="", video="", phrases=tuple(phrases), tiles=tiles, frame=torch.empty(0),
@@ -163,29 +163,33 @@ def _sample(
 
 
 @torch.inference_mode()
-def _prompts_of_answer(
+def _generate_prompts(
     predictor: Predictor, sample: Sample, *, frames: int
 ) -> tuple[Tensor, Tensor, AnsweredConversation]:
-    """The conversation; of its N `[SEG]` the embeddings [N, C], and whether the network itself would say them."""
+    """Answer the question about the first frames.
+
+    Returns:
+        prompts [N, C] of the N `[SEG]` of the answer; bool [N], whether the network itself emits each; the answer.
+    """
     network, seg = predictor.sa2va, predictor.prompt.token_ids.seg
     with _precision(predictor):
-        [told] = predictor.answer_questions([sample], frames=frames)
-        states = told.seg_states
+        [answer] = predictor.answer_questions([sample], frames=frames)
+        states = answer.seg_states
         if states is None:
-            batch = collate([told.sample], predictor.prompt.token_ids.pad).to(predictor.device)
+            batch = collate([answer.sample], predictor.prompt.token_ids.pad).to(predictor.device)
             hidden = network.hidden_states(batch)[0]
-            is_seg = told.sample.input_ids == seg
+            is_seg = answer.sample.input_ids == seg
             states = hidden[is_seg]
             emitted = network.mllm.lm_head(hidden[:-1][is_seg[1:]]).argmax(-1) == seg
         else:
             emitted = torch.ones(len(states), dtype=torch.bool)
         prompts = network.text_hidden_fcs(states)
-    return prompts, emitted.cpu(), told
+    return prompts, emitted.cpu(), answer
 
 
 @torch.inference_mode()
 def _segment_frame(predictor: Predictor, tracker: Tracker, sample: Sample) -> Tensor:
-    """Probabilities float32 [K, H, W] of the next frame.
+    """Segment the next frame: probabilities float32 [K, H, W].
 
     Raises:
         VesselError: they are not finite.

@@ -1,4 +1,4 @@
-"""Calibration: of the pixels with probability 0.8, are eight in ten vessel?"""
+"""Calibration: compare predicted probabilities with the frequency of vessel pixels."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _ROUNDING = 1e-6  # by which resampling or averaging float32 may leave [0, 1]
 
 
 class Reliability:
-    """Pixels counted in `BINS` equal bins of their probability of vessel; add as many images as wanted.
+    """Counts of pixels in `BINS` equal bins of their probability of vessel, over any number of images.
 
     A bin holds its lower border and not its upper one; the last holds 1 too.
 
@@ -36,14 +36,14 @@ class Reliability:
 
         Raises:
             VesselError: a probability is outside [0, 1] or not a number.
-            ValueError: the shapes differ or the truth is not boolean.
+            ValueError: the shapes differ or the ground truth is not boolean.
         """
         if probability.shape != true.shape or true.dtype != np.bool_:
-            raise ValueError(f"probability {probability.shape}, truth {true.shape} {true.dtype}")
+            raise ValueError(f"probability {probability.shape}, ground truth {true.shape} {true.dtype}")
         if not np.all((probability >= -_ROUNDING) & (probability <= 1 + _ROUNDING)):
             raise VesselError(
                 "a probability map holds values outside [0, 1] or non-finite ones, it cannot be scored; "
-                "look for the first non-finite loss"
+                "find the first non-finite loss in metrics.jsonl"
             )
         pixel, values = true.ravel(), probability.ravel()
         bins = np.minimum((values * BINS).astype(np.intp), BINS - 1)
@@ -52,14 +52,14 @@ class Reliability:
         self.true += np.bincount(bins[pixel], minlength=BINS)
 
     def merge(self, other: Reliability) -> None:
-        """Count the pixels of another one too."""
+        """Add the counts of another one."""
         self.n += other.n
         self.probability += other.probability
         self.true += other.true
 
     @property
     def ece(self) -> float | None:
-        """Expected calibration error in [0, 1]; None before the first pixel.
+        """Compute the expected calibration error in [0, 1]; None before the first pixel.
 
         The mean over pixels of |mean probability - share of vessel| of their bin (Naeini et al., AAAI 2015; Guo et
         al., ICML 2017), with the probability of vessel as confidence.
@@ -68,9 +68,11 @@ class Reliability:
         return float(np.abs(self.probability - self.true).sum() / total) if total else None
 
     def bins(self) -> list[dict[str, float | int | None]]:
-        """The reliability curve: low, high, n, confidence (mean probability) and frequency (share of vessel) of a bin.
+        """List the points of the reliability curve, one a bin.
 
-        The last two are None where n is 0.
+        Returns:
+            `low`, `high`, `n`, `confidence` (mean probability) and `frequency` (share of vessel) of each bin; the last
+            two are None where n is 0.
         """
         return [
             {

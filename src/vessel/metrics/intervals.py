@@ -1,4 +1,4 @@
-"""The interval beside a mean over few clusters: a smoothed, studentised bootstrap that draws whole clusters.
+"""The interval of a mean over few clusters: a smoothed, studentised bootstrap that draws whole clusters.
 
 `python -m bench.coverage` chose it: 1,000 simulated sets of 7 patients for each of six populations, nine methods. Share
 of 95 % intervals that hold the true mean, and what the percentile bootstrap has there:
@@ -31,7 +31,7 @@ def cluster_interval(
     seed: int = 0,
     bounds: tuple[float, float] = (-math.inf, math.inf),
 ) -> Interval:
-    """Interval of the mean over clusters, of which each has one value: its own mean, or a paired difference.
+    """Compute the interval of the mean over clusters, each with one value: its own mean, or a paired difference.
 
     Clusters are drawn with replacement, each with normal noise of variance s^2 / n added, and t = (mean of the draw -
     mean) / standard error of the draw; the interval is mean - t s / sqrt(n) between the quantiles of t (the bootstrap-t

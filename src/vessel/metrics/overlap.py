@@ -47,7 +47,8 @@ def count(probabilities: Tensor, masks: Tensor, thresholds: Tensor) -> Counts:
         raise ValueError(f"probabilities {tuple(probabilities.shape)}, masks {tuple(masks.shape)} {masks.dtype}")
     if not torch.isfinite(probabilities).all():
         raise VesselError(
-            "a probability map holds non-finite values, it cannot be scored; look for the first non-finite loss"
+            "a probability map holds non-finite values, it cannot be scored; "
+            "find the first non-finite loss in metrics.jsonl"
         )
     phrases, bins = len(probabilities), len(thresholds) + 1
     exceeded = torch.bucketize(probabilities.float(), thresholds)  # how many thresholds lie below the probability
@@ -59,22 +60,22 @@ def count(probabilities: Tensor, masks: Tensor, thresholds: Tensor) -> Counts:
 
 
 def dice(counts: Counts) -> Tensor:
-    """2 TP / (2 TP + FP + FN), float64 of the counts' shape."""
+    """Compute 2 TP / (2 TP + FP + FN), float64 of the counts' shape."""
     return _ratio(2 * counts.tp, 2 * counts.tp + counts.fp + counts.fn)
 
 
 def iou(counts: Counts) -> Tensor:
-    """TP / (TP + FP + FN), float64 of the counts' shape."""
+    """Compute TP / (TP + FP + FN), float64 of the counts' shape."""
     return _ratio(counts.tp, counts.tp + counts.fp + counts.fn)
 
 
 def precision(counts: Counts) -> Tensor:
-    """TP / (TP + FP), float64 of the counts' shape."""
+    """Compute TP / (TP + FP), float64 of the counts' shape."""
     return _ratio(counts.tp, counts.tp + counts.fp)
 
 
 def recall(counts: Counts) -> Tensor:
-    """TP / (TP + FN), float64 of the counts' shape."""
+    """Compute TP / (TP + FN), float64 of the counts' shape."""
     return _ratio(counts.tp, counts.tp + counts.fn)
 
 
@@ -84,7 +85,7 @@ OVERLAP_METRICS = {"dice": dice, "iou": iou, "precision": precision, "recall": r
 class OverlapSweep(Metric):
     """Overlap at T thresholds, averaged over images, patients and phrases; equal on every rank after `compute`.
 
-    A distributed sampler may repeat images to fill its last batch: an image and phrase count once, however often seen.
+    A distributed sampler may repeat images to fill its last batch: each pair of image and phrase counts once.
     """
 
     full_state_update = False
@@ -97,7 +98,7 @@ class OverlapSweep(Metric):
         self.thresholds = tuple(float(t) for t in thresholds)
         if not self.thresholds or list(self.thresholds) != sorted(set(self.thresholds)):
             raise VesselError(f"thresholds {self.thresholds}: give one or more, ascending, each once")
-        # Flat, so that a rank's share can have any length. The names travel as UTF-8 lines beside the counts.
+        # Flat, so that the state of a rank can have any length. The names travel as UTF-8 lines beside the counts.
         self.add_state("counts", default=[], dist_reduce_fx="cat")
         self.add_state("names", default=[], dist_reduce_fx="cat")
 
@@ -135,12 +136,12 @@ class OverlapSweep(Metric):
             self.names.append(torch.tensor(list(lines), dtype=torch.uint8, device=self.device))
 
     def compute(self) -> dict[str, Tensor]:
-        """Mean scores, each float64 [T].
+        """Compute the mean scores, each float64 [T].
 
         Returns:
             For each of dice, iou, precision and recall: `dice` (the mean over images; an image's score is the mean over
             its phrases), `dice_patient` (the mean over patients of the mean over their images) and `dice/<phrase>` (the
-            mean over the images that were asked for the phrase). Empty when nothing was added.
+            mean over the images with a row of the phrase). Empty when nothing was added.
         """
         rows, counts = self._rows()
         if not rows:
@@ -159,7 +160,7 @@ class OverlapSweep(Metric):
         }
 
     def _rows(self) -> tuple[list[tuple[str, str, str]], Counts]:
-        """(id, patient, phrase) per row, repeats dropped, and the counts, each [R, T]."""
+        """Return (id, patient, phrase) of each row, repeats dropped, and the counts, each [R, T]."""
         if not len(self.counts):
             return [], Counts(*torch.empty(3, 0, len(self.thresholds), dtype=torch.int64))
         lines = bytes(dim_zero_cat(self.names).tolist()).decode().splitlines()
@@ -173,7 +174,7 @@ class OverlapSweep(Metric):
 
 
 def _scores(counts: Counts) -> Tensor:
-    """Float64 [R, 4, T] in the order of `METRICS`, of counts [R, T]."""
+    """Compute the scores of counts [R, T], float64 [R, 4, T] in the order of `OVERLAP_METRICS`."""
     return torch.stack([metric(counts) for metric in OVERLAP_METRICS.values()], dim=1)
 
 
@@ -182,7 +183,7 @@ def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
 
 
 def _group_means(values: Tensor, groups: Sequence[Hashable]) -> tuple[list[Any], Tensor]:
-    """Names of the groups in order of appearance and the mean of `values` [R, ...] over each, [G, ...]."""
+    """Return the groups in order of appearance and the mean of `values` [R, ...] over each, [G, ...]."""
     index = {name: i for i, name in enumerate(dict.fromkeys(groups))}
     member = torch.tensor([index[name] for name in groups])
     sums = torch.zeros(len(index), *values.shape[1:], dtype=values.dtype).index_add_(0, member, values)

@@ -14,10 +14,10 @@ class Metric:
     """The title, direction and format of a score in reports.
 
     Attributes:
-        title: as tables and axes show it.
+        title: in tables and on axes.
         better: "higher" or "lower".
         unit: "" (ratio), "length" (mm where the pixel spacing is known, else px) or "count".
-        rule: one sentence: what it is where truth, prediction or both are empty.
+        rule: its value where ground truth, prediction or both are empty, in one sentence.
     """
 
     title: str
@@ -26,14 +26,16 @@ class Metric:
     rule: str
 
 
-_ONE = "Truth and prediction both empty: 1; one of them empty: 0."
+_ONE = "Ground truth and prediction both empty: 1; one of them empty: 0."
 METRICS: Mapping[str, Metric] = {
     "dice": Metric("Dice", "higher", "", _ONE),
     "iou": Metric("IoU", "higher", "", _ONE),
-    "precision": Metric("Precision", "higher", "", "Nothing predicted: 1; predicted where the truth is empty: 0."),
-    "recall": Metric("Recall", "higher", "", "Truth empty: 1; a truth that is not predicted at all: 0."),
+    "precision": Metric("Precision", "higher", "", "Nothing predicted: 1; predicted where ground truth is empty: 0."),
+    "recall": Metric("Recall", "higher", "", "Ground truth empty: 1; not empty and nothing of it predicted: 0."),
     "cldice": Metric("clDice", "higher", "", _ONE),
-    "centreline_sensitivity": Metric("Centre-line sensitivity", "higher", "", "Truth empty: 1; nothing predicted: 0."),
+    "centreline_sensitivity": Metric(
+        "Centre-line sensitivity", "higher", "", "Ground truth empty: 1; nothing predicted: 0."
+    ),
     "hd95": Metric("HD95", "lower", "length", "Both empty: 0; one of them empty: the diagonal of the image."),
     "nsd": Metric("Normalised surface distance", "higher", "", _ONE),
     "component_error": Metric("Component error", "lower", "count", "An empty mask has no component."),
@@ -43,7 +45,7 @@ METRICS: Mapping[str, Metric] = {
 
 @dataclass(frozen=True)
 class Scores:
-    """One value for each key of `METRICS`; None where a score is not defined."""
+    """The value of each key of `METRICS`; None where a score is not defined."""
 
     dice: float | None = None
     iou: float | None = None
@@ -65,7 +67,7 @@ def score(
     spacing: tuple[float, float] = (1.0, 1.0),
     tolerance: float = 2.0,
 ) -> Scores:
-    """All scores of one mask.
+    """Compute all scores of one mask.
 
     Args:
         probability: float [H, W] in [0, 1]; None where only the mask is known, and then there is no calibration error.
@@ -78,7 +80,7 @@ def score(
         VesselError: a probability is outside [0, 1] or not a number.
         ValueError: the shapes differ, a mask is not boolean, or a length is out of range.
     """
-    # Here, so that whoever only reads METRICS, as a report does, need not load torch.
+    # Here, so that code that only reads METRICS, such as a report, does not load torch.
     import torch
 
     from vessel.metrics.calibration import Reliability
@@ -86,7 +88,7 @@ def score(
     from vessel.metrics.shape import centreline_scores, component_error, surface_scores
 
     if predicted.shape != true.shape or not predicted.dtype == true.dtype == np.bool_:
-        raise ValueError(f"prediction {predicted.shape} {predicted.dtype}, truth {true.shape} {true.dtype}")
+        raise ValueError(f"prediction {predicted.shape} {predicted.dtype}, ground truth {true.shape} {true.dtype}")
     if min(spacing) <= 0 or tolerance < 0:
         raise ValueError(f"spacing {spacing}, tolerance {tolerance}: lengths are positive")
     pixels = [np.count_nonzero(found) for found in (predicted & true, predicted & ~true, ~predicted & true)]

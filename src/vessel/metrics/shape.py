@@ -1,4 +1,4 @@
-"""Scores that see form: centre lines, outlines and components of two masks; MONAI and scikit-image do the work.
+"""Scores of shape: centre lines, outlines and components of two masks, computed by MONAI and scikit-image.
 
 The rules for empty masks are those of `vessel.metrics.scores.METRICS`. Each function first crops both masks to the box
 that holds them: background around it changes nothing, except the HD95 of a missing mask.
@@ -13,10 +13,11 @@ Mask = NDArray[np.bool_]
 
 
 def centreline_scores(predicted: Mask, true: Mask) -> tuple[float, float]:
-    """Centre-line Dice (clDice) and centre-line sensitivity, each in [0, 1].
+    """Compute centre-line Dice (clDice) and centre-line sensitivity, each in [0, 1].
 
     clDice (Shit et al., CVPR 2021) is the harmonic mean of two shares: of the prediction's centre line that lies in the
-    truth, and of the truth's centre line that lies in the prediction. The second is the centre-line sensitivity.
+    ground truth, and of the ground truth's centre line that lies in the prediction, which is the centre-line
+    sensitivity.
 
     Args:
         predicted: bool [H, W].
@@ -34,7 +35,7 @@ def centreline_scores(predicted: Mask, true: Mask) -> tuple[float, float]:
 def surface_scores(
     predicted: Mask, true: Mask, *, spacing: tuple[float, float], tolerance: float
 ) -> tuple[float, float]:
-    """95th percentile of the Hausdorff distance (HD95) and normalised surface distance (NSD).
+    """Compute the 95th percentile of the Hausdorff distance (HD95) and the normalised surface distance (NSD).
 
     An outline is the pixels of a mask of which one of the four neighbours is outside the mask or the image. HD95 is the
     larger of the 95th percentiles (linear interpolation) of the distances from one outline to the other, as MONAI
@@ -59,11 +60,11 @@ def surface_scores(
     from monai.metrics import get_mask_edges, get_surface_distance
 
     of_predicted, of_true = get_mask_edges(*_cropped(predicted, true), crop=False)
-    there = get_surface_distance(of_predicted, of_true, spacing=spacing)
-    back = get_surface_distance(of_true, of_predicted, spacing=spacing)
-    near = np.count_nonzero(there <= tolerance) + np.count_nonzero(back <= tolerance)
-    hd95 = max(np.quantile(there, 0.95), np.quantile(back, 0.95))
-    return float(hd95), float(near / (len(there) + len(back)))
+    to_true = get_surface_distance(of_predicted, of_true, spacing=spacing)
+    to_predicted = get_surface_distance(of_true, of_predicted, spacing=spacing)
+    near = np.count_nonzero(to_true <= tolerance) + np.count_nonzero(to_predicted <= tolerance)
+    hd95 = max(np.quantile(to_true, 0.95), np.quantile(to_predicted, 0.95))
+    return float(hd95), float(near / (len(to_true) + len(to_predicted)))
 
 
 def component_error(predicted: Mask, true: Mask) -> float:
@@ -80,7 +81,7 @@ def component_error(predicted: Mask, true: Mask) -> float:
 
 
 def _cropped(predicted: Mask, true: Mask) -> tuple[Mask, Mask]:
-    """Both masks in the smallest box that holds both; of size 0 x 0 where both are empty."""
+    """Crop both masks to the smallest box that holds both; of size 0 x 0 where both are empty."""
     either = predicted | true
     rows, columns = np.flatnonzero(either.any(1)), np.flatnonzero(either.any(0))
     if not len(rows):
@@ -90,6 +91,6 @@ def _cropped(predicted: Mask, true: Mask) -> tuple[Mask, Mask]:
 
 
 def _share_inside(line: Mask, mask: Mask) -> float:
-    """Share of the pixels of a centre line that lie in the mask; 1 where there is no line."""
+    """Return the share of the pixels of a centre line that lie in the mask; 1 where there is no line."""
     total = np.count_nonzero(line)
     return float(np.count_nonzero(line & mask) / total) if total else 1.0

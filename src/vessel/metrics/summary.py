@@ -1,7 +1,7 @@
 """Summarise a set of scored images: means with intervals, and one CSV line for each phrase of an image.
 
-Frames of a video look alike, and so do the videos of a patient. A mean therefore climbs: over the images of a video,
-the videos of a patient, the patients. Otherwise the longest video would have the greatest say.
+Frames of a video resemble each other, and so do the videos of a patient. A mean is therefore taken over the images of
+a video, then the videos of a patient, then the patients. Otherwise the longest video would have the greatest weight.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from vessel.errors import VesselError
 from vessel.metrics.intervals import cluster_interval
 from vessel.metrics.scores import METRICS, Scores
 
-# An absent phrase that was not drawn scores 1 on these, so a rare phrase looks excellent when nothing is ever drawn.
+# An absent phrase without a prediction scores 1 on these, so never predicting a rare phrase seems excellent.
 _REWARD_ABSENCE = ("dice", "iou")
 _COLUMNS = ("id", "patient", "video", "phrase", "present")
 _Tree = Mapping[str, Mapping[str, Mapping[str, float]]]  # patient -> video -> image -> mean over its phrases
@@ -34,9 +34,9 @@ class ImageScore:
         id: of the image, unique in the data set; those of one video are in the order of its frames.
         patient: pseudonym.
         video: pseudonym.
-        phrase: that was asked for.
-        present: whether the truth has any pixel of the phrase.
-        scores: what `vessel.metrics.scores.score` says.
+        phrase: that was to be segmented.
+        present: whether the ground truth has any pixel of the phrase.
+        scores: from `vessel.metrics.scores.score`.
     """
 
     id: str
@@ -50,10 +50,10 @@ class ImageScore:
 def summarise(
     rows: Sequence[ImageScore], *, level: float = 0.95, draws: int = 2000, seed: int = 0
 ) -> dict[str, dict[str, dict[str, Any]]]:
-    """Means and intervals for `all` and for each phrase.
+    """Compute means and intervals for `all` and for each phrase.
 
     `all` counts an image once: its score is the mean over its phrases. A score that is not defined leaves its row out
-    of that score, and the counts tell.
+    of that score and of its counts.
 
     Args:
         rows: one per image and phrase, not empty.
@@ -63,7 +63,7 @@ def summarise(
 
     Returns:
         `summary[<phrase or "all">][<key of METRICS>]` = mean (over images, then videos, then patients), low and high
-        (interval of that mean; None for a single cluster), unit and n_clusters (what `cluster_means` says), mean_images
+        (interval of that mean; None for a single cluster), unit and n_clusters (as of `cluster_means`), mean_images
         (over images alone), n_images, n_videos, n_patients and n_present (images that show the phrase, for `all` any
         phrase); for Dice and IoU mean_present: as mean, of the images that show the phrase (for `all`: an image's score
         is the mean over the phrases it shows). A mean of nothing is None.
@@ -72,7 +72,7 @@ def summarise(
         VesselError: `rows` is empty, holds an image and phrase twice, or a phrase is named "all".
     """
     if not rows:
-        raise VesselError("no image was scored, so there is nothing to summarise; look at the failures of the run")
+        raise VesselError("no image was scored, so there is nothing to summarise; see the failures of the run")
     _require_sound(rows)
     return {
         name: {metric: _entry(group, metric, level=level, draws=draws, seed=seed) for metric in METRICS}
@@ -81,7 +81,7 @@ def summarise(
 
 
 def per_patient(rows: Iterable[ImageScore], metric: str) -> dict[str, dict[str, float]]:
-    """Mean score of each patient (over images, then videos) for `all` and for each phrase, by name of the patient."""
+    """Compute the mean score of each patient (over images, then videos), by phrase or `all` and by patient."""
     return {
         name: {patient: _mean({patient: videos}) for patient, videos in sorted(_tree(group, metric).items())}
         for name, group in _by_phrase(rows).items()
@@ -89,7 +89,7 @@ def per_patient(rows: Iterable[ImageScore], metric: str) -> dict[str, dict[str, 
 
 
 def cluster_means(rows: Iterable[ImageScore], metric: str) -> tuple[str, dict[str, float]]:
-    """Return what an interval resamples: the means of the largest units of which there are several.
+    """Return the means that an interval resamples: of the largest units of which there are several.
 
     These are patients; of one patient its videos; of one video its blocks of consecutive frames. Single frames are
     never drawn: neighbours are nearly equal, and n of them would count as n observations. A video of n frames gives
@@ -115,7 +115,7 @@ def cluster_means(rows: Iterable[ImageScore], metric: str) -> tuple[str, dict[st
 
 
 def value_range(metric: str) -> tuple[float, float]:
-    """The least and the greatest value that a score can have."""
+    """Return the least and the greatest value that a score can have."""
     return 0.0, 1.0 if METRICS[metric].unit == "" else math.inf
 
 
@@ -126,15 +126,15 @@ def _require_sound(rows: Iterable[ImageScore]) -> None:
         VesselError: names the image.
     """
     owner: dict[str, tuple[str, str]] = {}
-    seen: set[tuple[str, str]] = set()
+    known: set[tuple[str, str]] = set()
     for row in rows:
         if row.phrase == "all":
             raise VesselError('the phrase "all" is the name of the summary over phrases; use another phrase')
-        if (row.id, row.phrase) in seen:
+        if (row.id, row.phrase) in known:
             raise VesselError(f"image {row.id} has two scores of {row.phrase!r}; each phrase of an image counts once")
-        seen.add((row.id, row.phrase))
-        if (there := owner.setdefault(row.id, (row.patient, row.video))) != (row.patient, row.video):
-            raise VesselError(f"image {row.id} belongs to {' '.join(there)} and to {row.patient} {row.video}")
+        known.add((row.id, row.phrase))
+        if (first := owner.setdefault(row.id, (row.patient, row.video))) != (row.patient, row.video):
+            raise VesselError(f"image {row.id} belongs to {' '.join(first)} and to {row.patient} {row.video}")
 
 
 def write_per_image_csv(path: Path, rows: Sequence[ImageScore]) -> None:
@@ -149,7 +149,7 @@ def write_per_image_csv(path: Path, rows: Sequence[ImageScore]) -> None:
 
 
 def read_per_image_csv(path: Path) -> list[ImageScore]:
-    """The rows that `write_per_image_csv` wrote, equal to the last bit.
+    """Read the rows that `write_per_image_csv` wrote, equal to the last bit.
 
     Raises:
         VesselError: the file is not there, is damaged, or counts something twice; names the line.
@@ -194,7 +194,7 @@ def _number(cell: str, where: str) -> float | None:
 
 
 def _by_phrase(rows: Iterable[ImageScore]) -> dict[str, list[ImageScore]]:
-    """All rows under `all`, and those of each phrase in order of appearance."""
+    """Group the rows: all under `all`, and those of each phrase in order of appearance."""
     groups: dict[str, list[ImageScore]] = {"all": []}
     for row in rows:
         groups["all"].append(row)
@@ -223,13 +223,13 @@ def _entry(rows: Sequence[ImageScore], metric: str, *, level: float, draws: int,
         "n_present": len({row.id for row in defined if row.present}),
     }
     if metric in _REWARD_ABSENCE:
-        showing = _tree([row for row in defined if row.present], metric)
-        entry["mean_present"] = _mean(showing) if showing else None
+        present = _tree([row for row in defined if row.present], metric)
+        entry["mean_present"] = _mean(present) if present else None
     return entry
 
 
 def _tree(rows: Iterable[ImageScore], metric: str) -> _Tree:
-    """Each image's score, under its video and patient; rows without this score are left out."""
+    """Collect the score of each image under its video and patient; rows without this score are left out."""
     values: dict[str, dict[str, dict[str, list[float]]]] = {}
     for row in rows:
         if (value := getattr(row.scores, metric)) is not None:
@@ -241,5 +241,5 @@ def _tree(rows: Iterable[ImageScore], metric: str) -> _Tree:
 
 
 def _mean(tree: _Tree) -> float:
-    """Over images, then videos, then patients; `fmean` sums exactly, so the order of the rows does not matter."""
+    """Average over images, then videos, then patients; `fmean` sums exactly, so the order of rows does not matter."""
     return fmean(fmean(fmean(images.values()) for images in videos.values()) for videos in tree.values())

@@ -1,6 +1,6 @@
 """Panels of image, ground truth and prediction, and the figure of a threshold sweep.
 
-They are made by Matplotlib without pyplot, so no global state is kept.
+They use Matplotlib without pyplot, so no global state is kept.
 """
 
 from __future__ import annotations
@@ -102,8 +102,8 @@ def _agreement(image: np.ndarray, true: np.ndarray, predicted: np.ndarray) -> np
 
 
 def _show_probability(axes: Axes, probability: np.ndarray, threshold: float) -> None:
-    shown = axes.imshow(probability, cmap="viridis", vmin=0, vmax=1, interpolation="nearest")
-    bar = axes.figure.colorbar(shown, cax=axes.inset_axes((1.02, 0.0, 0.04, 1.0)), ticks=[0, 0.5, 1])
+    image = axes.imshow(probability, cmap="viridis", vmin=0, vmax=1, interpolation="nearest")
+    bar = axes.figure.colorbar(image, cax=axes.inset_axes((1.02, 0.0, 0.04, 1.0)), ticks=[0, 0.5, 1])
     bar.ax.axhline(threshold, color="white", linewidth=1.5)
     bar.ax.tick_params(labelsize=8)
     bar.outline.set_visible(False)

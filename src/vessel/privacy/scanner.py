@@ -1,6 +1,6 @@
-"""Raw identifiers, names and ids of patients, found in whatever is about to leave the machine.
+"""Find raw identifiers, names and ids of patients, in texts that are about to leave the machine.
 
-One scanner stands at every exit: dashboards, reports, exports with their card, and the hub.
+Dashboards, reports, exports with their card, and the hub all use this one scanner.
 """
 
 from __future__ import annotations
@@ -32,34 +32,34 @@ _MOST_PARTS = 5
 
 @dataclass(slots=True)
 class _Node:
-    """A place in the tree of words that the names of a mapping are kept in.
+    """A node of the tree of words that holds the names of a mapping.
 
     Attributes:
-        next: by the word that follows.
-        anyhow: the words up to here are a name, whatever stands between them.
-        length: with one character between each two of them they are a name, which then has this length.
-        exact: they are a file's stem where they are written like one of these.
+        next: child nodes by the word that follows.
+        any_separator: the words up to here are a name, with any separators between them.
+        length: the words up to here are a name of this length, with one character between each two of them.
+        exact: the spellings in which the words up to here are a file's stem.
     """
 
     next: dict[str, _Node] = field(default_factory=dict)
-    anyhow: bool = False
+    any_separator: bool = False
     length: int | None = None
     exact: set[str] | None = None
 
     def at(self, words: Iterable[str]) -> _Node:
-        """The node of these words, which is made."""
+        """Return the node of these words; make it where there is none."""
         node = self
         for word in words:
             node = node.next.setdefault(word, _Node())
         return node
 
     def ends(self, text: str) -> bool:
-        """Tell whether the words up to here, which are written as `text`, are a name or a stem."""
-        return self.anyhow or len(text) == self.length or (self.exact is not None and text in self.exact)
+        """Return whether the words up to here, which are written as `text`, are a name or a stem."""
+        return self.any_separator or len(text) == self.length or (self.exact is not None and text in self.exact)
 
 
 class Scanner:
-    """Finds names and ids of patients in text that is about to leave the machine.
+    """A search for names and ids of patients in text that is about to leave the machine.
 
     Patterns find ten-digit ids, names with a DICOM caret, and home folders, which are named after people. A mapping
     folder adds every patient and file that it knows; one without a mapping adds nothing. The time taken grows with the
@@ -81,7 +81,7 @@ class Scanner:
         kept = read_mapping(mapping)
         for key in kept["patients"]:
             if key.isdecimal() and len(key) >= _SHORTEST_NUMBER:
-                self._names.at([key]).anyhow = True
+                self._names.at([key]).any_separator = True
         for name in kept["names"]:
             self._add_name(_plain(name))
         for stem in kept["files"]:
@@ -89,13 +89,13 @@ class Scanner:
 
     @classmethod
     def beside(cls, root: str | Path | None) -> Scanner:
-        """One that knows the names kept beside this data set, or beside the one it links to; patterns only without."""
-        places = () if root is None else (Path(root).absolute(), Path(root).resolve())
-        folders = map(mapping_folder, places)
+        """Make a scanner that knows the mapping beside this data set, or beside the one it links to, if any."""
+        roots = () if root is None else (Path(root).absolute(), Path(root).resolve())
+        folders = map(mapping_folder, roots)
         return cls(next((folder for folder in folders if (folder / MAPPING_FILE).is_file()), None))
 
     def find(self, text: str) -> list[str]:
-        """Every raw identifier in `text`, sorted; empty when it may leave. Names of the mapping come in lower case."""
+        """List the raw identifiers in `text`, sorted; none if it may leave. Names of the mapping are in lower case."""
         text = unicodedata.normalize("NFC", text)
         found = {match[0] for pattern in self._patterns for match in pattern.finditer(text)}
         return sorted({*found, *_caret_names(text), *self._known(_plain(text))})
@@ -104,14 +104,14 @@ class Scanner:
         """Refuse to let raw identifiers leave.
 
         Args:
-            texts: where each stands, in words or as a file name, and the text.
-            doing: what is about to be done with them, such as `the export`.
+            texts: for each the source, in words or as a file name, and the text.
+            doing: the operation that needs them, such as `the export`.
 
         Returns:
             number of texts searched.
 
         Raises:
-            VesselError: naming the place and what was found there.
+            VesselError: names the source and the identifiers in it.
         """
         count = 0
         for where, text in texts:
@@ -124,10 +124,10 @@ class Scanner:
         return count
 
     def _add_name(self, name: str) -> None:
-        """However its parts are joined, whichever comes first; initials only when something joins them."""
+        """Add a name with its parts joined in any way and in any order; initials only when something joins them."""
         parts = _WORD.findall(name)
         letters = "".join(parts)
-        # In bytes: two signs of a Korean or Chinese name tell as much as four Latin letters.
+        # In bytes: two signs of a Korean or Chinese name identify as much as four Latin letters.
         if not re.search(r"[^\W\d_]", name) or (len(parts) == 1 and len(letters.encode()) < 4):
             return
         if len(letters) <= 4 and len(parts) > 1:
@@ -135,8 +135,8 @@ class Scanner:
             return
         for turn in range(len(parts)) if len(parts) <= _MOST_PARTS else (0,):
             for words in _joined(parts[turn:] + parts[:turn]):
-                self._names.at(words).anyhow = True
-                self._names.at(map(_without_marks, words)).anyhow = True
+                self._names.at(words).any_separator = True
+                self._names.at(map(_without_accents, words)).any_separator = True
 
     def _add_stem(self, stem: str) -> None:
         words = list(_WORD.finditer(stem))
@@ -146,7 +146,7 @@ class Scanner:
         node.exact = (node.exact or set()) | {stem[start:end]}
 
     def _known(self, text: str) -> Iterator[str]:
-        """Names and stems of the mapping in `text`, which is plain."""
+        """Yield the names and stems of the mapping in `text`, which is plain."""
         begins = self._names.next.keys() & set(_WORD.findall(text)) if self._names.next else set()
         if not begins:
             return
@@ -165,14 +165,14 @@ def _plain(text: str) -> str:
     return (text if text.isascii() else unicodedata.normalize("NFKC", text)).casefold()
 
 
-def _without_marks(word: str) -> str:
-    """`jose` for `josé`; other alphabets stay as they are."""
+def _without_accents(word: str) -> str:
+    """Remove accents: `jose` for `josé`; other alphabets stay as they are."""
     letters = unicodedata.normalize("NFD", word)
     return unicodedata.normalize("NFC", "".join(c for c in letters if not "\u0300" <= c <= "\u036f"))
 
 
 def _joined(parts: Sequence[str]) -> Iterator[list[str]]:
-    """The words that these parts make, each two of them joined or apart."""
+    """Yield the words that these parts make, each two of them joined or apart."""
     if len(parts) > _MOST_PARTS:
         yield from (list(parts), ["".join(parts)])
         return
@@ -182,14 +182,14 @@ def _joined(parts: Sequence[str]) -> Iterator[list[str]]:
 
 
 def _in_a_number(text: str, start: int, end: int) -> bool:
-    """Tell whether text[start:end] is digits of a decimal number."""
+    """Return whether text[start:end] is digits of a decimal number."""
     if not text[start:end].isdecimal():
         return False
     return text[max(start - 1, 0) : start] == "." or re.match(r"\.\d", text[end : end + 2]) is not None
 
 
 def _caret_names(text: str) -> Iterator[str]:
-    """Names as DICOM writes them, Family^Given."""
+    """Yield names as DICOM writes them, Family^Given."""
     for caret in re.finditer(r"\^", text):
         before = _BEFORE_CARET.search(text[max(0, caret.start() - _CARET_REACH) : caret.start()])
         after = _AFTER_CARET.match(text, caret.end())

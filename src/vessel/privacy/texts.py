@@ -15,7 +15,7 @@ from vessel.errors import VesselError
 
 _PICTURES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".webp")
 # The vocabulary of a tokenizer: words of everybody's text, many of which are names.
-_NAME_IS_ALL = ("vocab.json", "merges.txt")
+_VOCABULARIES = ("vocab.json", "merges.txt")
 _EMBEDDED = re.compile(r"[\"'(]data:[\w/+.-]+;base64,[A-Za-z0-9+/=\s]*+[\"')]")
 _SVG_ID = re.compile(r"\bC[0-9a-f]+_[0-9a-f]+_[0-9a-f]{10}\b")  # matplotlib's, of a hash that may be all digits
 
@@ -34,7 +34,7 @@ def texts_of(folder: Path) -> Iterator[tuple[str, str]]:
 def text_of(file: Path) -> str:
     """Read the text of one file, as `texts_of` does."""
     suffix = file.suffix.lower()
-    if suffix == ".safetensors" or file.name in _NAME_IS_ALL:
+    if suffix == ".safetensors" or file.name in _VOCABULARIES:
         return ""
     if suffix in _PICTURES:
         return _picture_text(file)
@@ -62,7 +62,7 @@ def _json_text(text: str, name: str) -> str:
 
 
 def _strings(value: Any) -> Iterator[str]:
-    """Every key and every text of plain values."""
+    """Yield every key and every text of plain values."""
     if isinstance(value, dict):
         for key, part in value.items():
             yield key
@@ -75,11 +75,12 @@ def _strings(value: Any) -> Iterator[str]:
 
 
 def _picture_text(file: Path) -> str:
-    """Comments, text chunks, XMP, EXIF and whatever else the file says beside its pixels."""
+    """Read comments, text chunks, XMP, EXIF and any other text of a picture."""
     try:
         with Image.open(file) as picture:
             picture.load()  # text may follow the pixels
-            said = [*picture.info.items(), *picture.getexif().items()]
+            metadata = [*picture.info.items(), *picture.getexif().items()]
     except (OSError, ValueError, SyntaxError) as error:
         raise VesselError(f"{file.name} is no whole picture ({type(error).__name__}); make it again") from error
-    return "\n".join(part.decode("latin-1") if isinstance(part, bytes) else str(part) for pair in said for part in pair)
+    parts = (part for pair in metadata for part in pair)
+    return "\n".join(part.decode("latin-1") if isinstance(part, bytes) else str(part) for part in parts)
