@@ -19,8 +19,8 @@ LAYERS = (
     ("runs",),  # below the weights, which read what a run has written under old names
     ("data", "weights"),
     ("privacy", "checkpoints", "processes"),
-    ("loggers", "cli", "inference", "memory_plan"),
-    ("reporting", "training", "prediction"),
+    ("loggers", "inference", "memory_plan"),
+    ("reporting", "training", "prediction", "cli"),
     ("evaluation", "feature_cache", "publishing"),
     ("prepare", "train", "evaluate", "predict", "export", "demo"),
 )
@@ -136,7 +136,8 @@ def test_sizes_and_names(file):
 
 
 @pytest.mark.parametrize(
-    ("module", "library"), [("reporting.page", "torch"), ("files", "torch"), ("data.preparation", "lightning")]
+    ("module", "library"),
+    [("reporting.page", "torch"), ("files", "torch"), ("data.preparation", "lightning"), ("cli.values", "torch")],
 )
 def test_a_light_module_imports_nothing_heavy(module, library):
     code = f"import sys; import vessel.{module}; sys.exit({library!r} in sys.modules)"

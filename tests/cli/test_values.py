@@ -32,8 +32,14 @@ BAD = {
         "loss.dice_weight=-1", "lora.r=-1",
     ),
     "prepare": ("folds=-1", "gap=-1", "overwrite=maybe", "seed=x", "synthetic.size=0", "synthetic.patients=0"),
-    "evaluate": ("batch_size=0", "workers=-1", "search=maybe", "tolerance=-1", "data.phrases=[]", "overwrite=2"),
-    "predict": ("batch_size=0", "workers=-1", "devices=0", "decode=greedy", "max_new_tokens=0", "phrases=[]"),
+    "evaluate": (
+        "batch_size=0", "workers=-1", "search=maybe", "tolerance=-1", "data.phrases=[]", "overwrite=2",
+        "network.dtype=fp16",
+    ),
+    "predict": (
+        "batch_size=0", "workers=-1", "devices=0", "decode=greedy", "max_new_tokens=0", "phrases=[]",
+        "network.dtype=int4",
+    ),
     "export": ("layout=onnx", "dtype=int4", "to_pth=2", "private=maybe"),
 }  # fmt: skip
 

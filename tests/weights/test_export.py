@@ -30,6 +30,7 @@ from vessel.weights.export import (
 )
 from vessel.weights.files import open_pickle
 from vessel.weights.hub_config import limits_of_public_code, native_config, public_config
+from vessel.weights.layouts import EXPORT_LAYOUTS
 from vessel.weights.names import public_of_mmengine
 from vessel.weights.sources import open_source
 
@@ -172,7 +173,7 @@ def test_guard_W7_the_live_network_is_not_changed_by_an_export(plan, tmp_path):
     chosen = plan(lora=Lora(r=4), trainable="lora")
     network = disturb(chosen.build())
     before = digests(network.state_dict().items())
-    for layout in export.EXPORT_LAYOUTS:
+    for layout in EXPORT_LAYOUTS:
         write(tmp_path / layout, network, SIZES, chosen.tokens, layout=layout, dtype=BF16)
     write_pth(tmp_path / "whole.pth", network, public_names(SIZES.language), BF16)
     assert digests(network.state_dict().items()) == before

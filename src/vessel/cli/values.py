@@ -1,4 +1,4 @@
-"""Values that an option may have, checked before anything heavy is imported."""
+"""Check the values of options before anything heavy is imported."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from vessel.errors import VesselError
+from vessel.inference.decoders import DECODERS
+from vessel.weights.layouts import EXPORT_DTYPES, EXPORT_LAYOUTS
 
 
 @dataclass(frozen=True)
 class Rule:
-    """A test of a value, and what is wanted instead of one that fails it."""
+    """A test of a value, and a description of the values that pass it."""
 
     accepts: Callable[[Any], bool]
     wanted: str
@@ -97,7 +99,7 @@ PHRASES = Rule(lambda value: _is_word(value) or (_is_list(value) and all(map(_is
 AUGMENTATION = Rule(_is_augmentation, "a list of transforms, or a section with _target_")
 DURATION = Rule(_is_duration, "DAYS:HOURS:MINUTES:SECONDS, for example 00:08:00:00")
 DEVICES = Rule(_are_devices, "a number of devices, 1 or more, or a list of them")
-INTERVAL = Rule(_is_interval, "batches, 1 or more, or a share of an epoch, above 0 and 1.0 at most")
+INTERVAL = Rule(_is_interval, "batches, 1 or more, or a fraction of an epoch, above 0 and 1.0 at most")
 BETAS = Rule(_are_betas, "two numbers of at least 0 and below 1, [0.9,0.999]")
 LIMIT = Rule(lambda value: _is_whole(value) and value >= -1, "a whole number, or -1 for no limit")
 
@@ -159,22 +161,24 @@ RULES: Mapping[str, Mapping[str, Rule]] = {
         "tolerance": number(0).or_null(),
         "batch_size": whole(1),
         "workers": whole(0),
+        "network.dtype": choice("auto", *EXPORT_DTYPES),
         "network.compile": SWITCH,
     },
     "predict": {
         "phrases": PHRASES.or_null(),
         "video": SWITCH,
         "overwrite": SWITCH,
-        "decode": choice("forced", "generate"),
+        "decode": choice(*DECODERS),
         "max_new_tokens": whole(1),
         "batch_size": whole(1),
         "workers": whole(0),
         "devices": whole(1),
+        "network.dtype": choice("auto", *EXPORT_DTYPES),
         "network.compile": SWITCH,
     },
     "export": {
-        "layout": choice("sa2va", "native", "adapter"),
-        "dtype": choice("bf16", "fp32"),
+        "layout": choice(*EXPORT_LAYOUTS),
+        "dtype": choice(*EXPORT_DTYPES),
         "to_pth": SWITCH,
         "private": SWITCH,
     },

@@ -30,8 +30,9 @@ from vessel.publishing.folder import public_code_files, write_export
 from vessel.publishing.upload import check_repository, push
 from vessel.publishing.verification import compare_results, network_results, results_of_fresh_process, synthetic_image
 from vessel.weights.architecture import public_names
-from vessel.weights.export import DTYPES, EXPORT_LAYOUTS, exported_size, write_pth
+from vessel.weights.export import DTYPES, exported_size, write_pth
 from vessel.weights.hub_config import REMOTE_CODE
+from vessel.weights.layouts import EXPORT_LAYOUTS
 
 _SAMPLES = 3
 _SPARE_BYTES = 100 * 10**6  # tokenizer, texts, and room for the system to breathe

@@ -16,11 +16,11 @@ from vessel.model.lora import adapter_state, is_adapter, merged_name, merged_sta
 from vessel.model.sa2va import Sa2VA
 from vessel.weights.digests import combined, digests
 from vessel.weights.files import Named, open_pickle
+from vessel.weights.layouts import EXPORT_DTYPES
 from vessel.weights.names import PublicNames, mmengine_of_public
 from vessel.weights.sources import ADAPTER_WEIGHTS, OTHER_WEIGHTS, WeightSource
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-EXPORT_LAYOUTS = ("sa2va", "native", "adapter")
+DTYPES: dict[str, torch.dtype] = {option: getattr(torch, name) for option, name in EXPORT_DTYPES.items()}
 SHARD_BYTES = 5 * 10**9
 
 

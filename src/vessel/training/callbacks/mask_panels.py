@@ -1,4 +1,4 @@
-"""Pictures of the same few validation images, again and again, so that people see the network learn."""
+"""Panels of the same few validation images after every validation, on which people see the network learn."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.nn import functional as F
 from typing_extensions import override
@@ -17,6 +17,7 @@ from vessel.data.images import read_rgb
 from vessel.loggers import log_figure
 from vessel.metrics.overlap import count, dice
 from vessel.plotting.panels import panel_figure
+from vessel.training.callbacks.validation import ValidationCallback
 
 
 @dataclass(frozen=True)
@@ -25,12 +26,12 @@ class _Panel:
     video: str
     phrases: tuple[str, ...]
     image: Tensor  # uint8 [H, W, 3]
-    truth: Tensor  # bool [K, H, W]
+    masks: Tensor  # bool [K, H, W]
     probability: Tensor  # float32 [K, H, W]
 
 
-class MaskPanels(Callback):
-    """Image, truth, probability and errors in `<run>/panels/step_000250_<id>.png` and in the loggers.
+class MaskPanels(ValidationCallback):
+    """A drawing of image, ground truth, probability and errors: `<run>/panels/step_000250_<id>.png` and the loggers.
 
     The images are chosen in the first validation: the first ones, but of different videos as far as possible, since the
     frames of a video look alike. Files and titles carry the data set's ids, which are pseudonyms.
@@ -54,34 +55,25 @@ class MaskPanels(Callback):
         self._panels = []
 
     @override
-    def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: StepOutput,  # type: ignore[override]  # what our tasks return
-        batch: Batch,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        if trainer.sanity_checking or not trainer.is_global_zero or self._validations % self.every_n_validations:
+    def collect(self, trainer: Trainer, batch: Batch, outputs: StepOutput) -> None:
+        """Keep the images of a batch that are to be drawn."""
+        if not trainer.is_global_zero or self._validations % self.every_n_validations:
             return
         for index, (name, video) in enumerate(zip(batch.ids, batch.videos, strict=True)):
-            place = self._place(name, video)
-            if place is not None:
-                self._panels[place : place + 1] = [_panel(trainer, batch, outputs, index)]
+            position = self._position(name, video)
+            if position is not None:
+                self._panels[position : position + 1] = [_panel(trainer, batch, outputs, index)]
 
     @override
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def conclude(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw what was kept."""
-        if trainer.sanity_checking:
-            return
         self._validations += 1
         self._chosen = self._chosen or frozenset(panel.id for panel in self._panels)
         for panel in self._panels:
             self._draw(trainer, panel)
         self._panels = []
 
-    def _place(self, name: str, video: str) -> int | None:
+    def _position(self, name: str, video: str) -> int | None:
         """Return the position of an image among the kept panels; None where it has none."""
         if any(panel.id == name for panel in self._panels):
             return None
@@ -94,11 +86,11 @@ class MaskPanels(Callback):
         return repeated[-1] if repeated and video not in videos else None
 
     def _draw(self, trainer: Trainer, panel: _Panel) -> None:
-        counts = count(panel.probability, panel.truth, torch.tensor([self.threshold]))
+        counts = count(panel.probability, panel.masks, torch.tensor([self.threshold]))
         labels = [f"{p} · Dice {d:.3f}" for p, d in zip(panel.phrases, dice(counts)[0].tolist(), strict=True)]
         figure = panel_figure(
             panel.image.numpy(),
-            panel.truth.numpy(),
+            panel.masks.numpy(),
             panel.probability.numpy(),
             threshold=self.threshold,
             labels=labels,
@@ -118,18 +110,18 @@ def _panel(trainer: Trainer, batch: Batch, outputs: StepOutput, index: int) -> _
         video=batch.videos[index],
         phrases=batch.phrases[index],
         image=_image(trainer, batch, index),
-        truth=batch.masks[index].cpu(),
+        masks=batch.masks[index].cpu(),
         probability=outputs.probabilities[index].float().cpu(),
     )
 
 
 def _image(trainer: Trainer, batch: Batch, index: int) -> Tensor:
-    """uint8 [H, W, 3]."""
-    known = batch.features or (None,) * len(batch)
-    if known[index] is not None:  # its frame is not in the batch
+    """Return the image uint8 [H, W, 3] at its own size."""
+    features = batch.features or (None,) * len(batch)
+    if features[index] is not None:  # its frame is not in the batch
         catalog = trainer.datamodule.catalog  # type: ignore[attr-defined]  # features come from our data module only
         return torch.from_numpy(read_rgb(catalog.root / catalog.frames[batch.ids[index]].image))
-    place = known[:index].count(None)
     # The SAM2 frame is the image squeezed into a square; bring it back to the image's own size.
-    frame = F.interpolate(batch.frames[place : place + 1].float(), batch.sizes[index], mode="bilinear", antialias=True)
+    squeezed = batch.frames[features[:index].count(None)][None].float()
+    frame = F.interpolate(squeezed, batch.sizes[index], mode="bilinear", antialias=True)
     return frame[0].permute(1, 2, 0).round().clamp(0, 255).byte().cpu()

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from typing_extensions import override
 
 from vessel.batch import Batch, StepOutput
@@ -15,10 +15,11 @@ from vessel.loggers import log_figure, log_table
 from vessel.metrics.overlap import OVERLAP_METRICS, OverlapSweep
 from vessel.metrics.thresholds import THRESHOLDS, best_index
 from vessel.plotting.panels import sweep_figure
+from vessel.training.callbacks.validation import ValidationCallback
 
 
-class ThresholdSweep(Callback):
-    """Score every validation at many thresholds; log `val/dice_best` and `val/threshold`.
+class ThresholdSweep(ValidationCallback):
+    """A scorer of every validation at many thresholds; it logs `val/dice_best` and `val/threshold`.
 
     The best threshold has the highest mean Dice over images; of equals, the one nearest 0.5. A checkpoint holds it as
     `checkpoint["callbacks"]["ThresholdSweep"]["threshold"]`, up to date when `ModelCheckpoint` saves after the
@@ -35,7 +36,7 @@ class ThresholdSweep(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """Plain numbers and lists: the last validation's threshold and curve, and its step."""
+        """Return the last validation's threshold and curve, and its step, as plain numbers and lists."""
         return {"threshold": self.threshold, "curve": self.curve, "step": self.step}
 
     @override
@@ -48,27 +49,16 @@ class ThresholdSweep(Callback):
         self.sweep.reset()
 
     @override
-    def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: StepOutput,  # type: ignore[override]  # what our tasks return
-        batch: Batch,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        if trainer.sanity_checking:
-            return
+    def collect(self, trainer: Trainer, batch: Batch, outputs: StepOutput) -> None:
+        """Add the scores of a batch at every threshold."""
         assert batch.masks is not None
         self.sweep.update(
             outputs.probabilities, batch.masks, ids=batch.ids, patients=batch.patients, phrases=batch.phrases
         )
 
     @override
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Choose. `ModelCheckpoint` saves later, in `on_validation_end`."""
-        if trainer.sanity_checking:
-            return
+    def conclude(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Choose the threshold, log it, and write the curve."""
         scores = self.sweep.compute()
         self.curve = {"threshold": list(self.sweep.thresholds)} | {
             name: scores[name].tolist() for name in OVERLAP_METRICS
@@ -76,8 +66,8 @@ class ThresholdSweep(Callback):
         self.step = trainer.global_step
         best = best_index(self.curve["threshold"], self.curve["dice"])
         self.threshold = self.curve["threshold"][best]
-        found = {"val/dice_best": self.curve["dice"][best], "val/threshold": self.threshold}
-        pl_module.log_dict(found, sync_dist=True)  # equal on all ranks already; it says so to Lightning
+        logged = {"val/dice_best": self.curve["dice"][best], "val/threshold": self.threshold}
+        pl_module.log_dict(logged, sync_dist=True)  # equal on all ranks already; without it Lightning warns
         if trainer.is_global_zero:
             self._write(trainer, Path(trainer.default_root_dir) / "threshold_sweep")
 
