@@ -49,7 +49,7 @@ class Shape:
     video: float = 0.3
     frame: float = 0.15
 
-    def truth(self, generator: Generator, draws: int = 4_000_000) -> float:
+    def true_mean(self, generator: Generator, draws: int = 4_000_000) -> float:
         """The mean of the population: that of one frame of one video of any patient."""
         rest = generator.normal(0, self.video, draws) + generator.normal(0, self.frame, draws)
         return float(self.score(self.effects(generator, draws) + rest).mean())
@@ -177,7 +177,7 @@ def measure(shape: Shape, patients: int, sets: int) -> Iterator[tuple[str, dict[
         sets: how many.
     """
     generator = np.random.default_rng(0)
-    truth = shape.truth(generator)
+    true_mean = shape.true_mean(generator)
     samples = [shape.patients(generator, patients) for _ in range(sets)]
     low, high = shape.bounds
     for name, method in METHODS.items():
@@ -186,7 +186,7 @@ def measure(shape: Shape, patients: int, sets: int) -> Iterator[tuple[str, dict[
         yield (
             name,
             {
-                "coverage": float(((cut[:, 0] <= truth) & (truth <= cut[:, 1])).mean()),
+                "coverage": float(((cut[:, 0] <= true_mean) & (true_mean <= cut[:, 1])).mean()),
                 "width": float((cut[:, 1] - cut[:, 0]).mean()),
                 "outside": float(((ends[:, 0] < low) | (ends[:, 1] > high)).mean()),
             },

@@ -81,7 +81,7 @@ def test_file_loggers_are_left_alone(tmp_path, png):
 @pytest.fixture
 def wandb_logger(tmp_path, monkeypatch):
     """A logger that would fail at the start of a run: all it sends is refused before."""
-    monkeypatch.setattr("wandb.init", lambda **_: pytest.fail("W&B was started"))
+    monkeypatch.setattr("wandb.init", lambda **_: pytest.fail("wandb.init"))
     return lambda **options: PrivateWandb(save_dir=tmp_path / "0012345678", **options)
 
 
@@ -98,23 +98,23 @@ def wandb_logger(tmp_path, monkeypatch):
     ids=["hyperparameters", "metric", "figure", "table", "column", "cell"],
 )
 def test_guard_D11_wandb_gets_no_raw_identifier(wandb_logger, png, send):
-    with pytest.raises(VesselError, match=r"W&B: .* holds what looks like a patient's name or id.*0012345678"):
+    with pytest.raises(VesselError, match=r"^W&B: .*\(.*0012345678.*\)"):
         send(wandb_logger(), png)
 
 
-@pytest.mark.parametrize("shown", [{"name": "0012345678"}, {"notes": "of 0012345678"}, {"tags": ["0012345678"]}])
-def test_guard_D11_a_wandb_run_is_not_named_after_a_patient(wandb_logger, shown):
-    with pytest.raises(VesselError, match="W&B: options holds"):
-        wandb_logger(**shown)
+@pytest.mark.parametrize("options", [{"name": "0012345678"}, {"notes": "of 0012345678"}, {"tags": ["0012345678"]}])
+def test_guard_D11_a_wandb_run_is_not_named_after_a_patient(wandb_logger, options):
+    with pytest.raises(VesselError, match=r"^W&B: options "):
+        wandb_logger(**options)
 
 
 @pytest.mark.parametrize("variable", ["WANDB_NAME", "WANDB_NOTES", "WANDB_TAGS", "WANDB_RUN_GROUP"])
 def test_guard_D11_nor_by_the_environment(wandb_logger, monkeypatch, variable):
     monkeypatch.setenv(variable, "a,0012345678")
-    with pytest.raises(VesselError, match=f"{variable} holds"):
+    with pytest.raises(VesselError, match=f"^W&B: .*{variable} "):
         wandb_logger()
 
 
 def test_counts_of_ten_digits_are_no_ids(wandb_logger):
-    with pytest.raises(pytest.fail.Exception, match="W&B was started"):  # nothing refused it before
+    with pytest.raises(pytest.fail.Exception, match=r"^wandb\.init$"):  # nothing refused it before
         log_table([wandb_logger()], "parameters", ["group", "count"], [["all", 7612345678]], 1)

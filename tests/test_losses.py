@@ -35,12 +35,12 @@ def test_native_loss_agrees_with_a_loop_over_masks():
     masks = (torch.rand(1, 20, 24) > 0.5, torch.rand(2, 17, 15) > 0.5)
     found = NativeLoss(mask_weight=3.0, dice_weight=1.5)(logits, masks, 32)
     bce, dice = 0.0, 0.0
-    for one, truth in zip(logits, [masks[0][0], masks[1][0], masks[1][1]], strict=True):
+    for one, mask in zip(logits, [masks[0][0], masks[1][0], masks[1][1]], strict=True):
         big = F.interpolate(one[None, None], (32, 32), mode="bilinear")
-        full = F.interpolate(big, truth.shape, mode="bilinear")[0, 0]
-        bce += F.binary_cross_entropy_with_logits(full, truth.float()) / 3
+        full = F.interpolate(big, mask.shape, mode="bilinear")[0, 0]
+        bce += F.binary_cross_entropy_with_logits(full, mask.float()) / 3
         p = full.sigmoid()
-        dice += (1 - (2 * (p * truth).sum() + 1) / (p.sum() + truth.sum() + 1)) / 3
+        dice += (1 - (2 * (p * mask).sum() + 1) / (p.sum() + mask.sum() + 1)) / 3
     assert found["mask_loss"] == pytest.approx(float(3 * bce), rel=1e-3)
     assert found["dice_loss"] == pytest.approx(float(1.5 * dice), rel=1e-3)
 

@@ -52,7 +52,7 @@ def test_help_explains_every_option(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["source=my scans"], "out= is missing"),
         (["source=gone", "out=set"], "no such folder"),
@@ -63,9 +63,9 @@ def test_help_explains_every_option(tmp_path):
         (["source=my scans", "out=set", r"identity='(?P<patient>\d)'"], "tells no patient"),
     ],
 )
-def test_mistakes_are_told_without_a_traceback(scans, arguments, said):
+def test_mistakes_are_reported_without_a_traceback(scans, arguments, message):
     done = run(scans, *arguments)
     assert done.returncode != 0
-    assert said in done.stderr
+    assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert not (scans / "set").exists()

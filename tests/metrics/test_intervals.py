@@ -86,14 +86,14 @@ def test_values_and_levels_that_mean_nothing_are_refused(values, level):
 
 
 @pytest.mark.parametrize(
-    ("population", "truth", "least"), [("standard_normal", 0.0, 0.93), ("standard_exponential", 1.0, 0.92)]
+    ("population", "true_mean", "least"), [("standard_normal", 0.0, 0.93), ("standard_exponential", 1.0, 0.92)]
 )
-def test_guard_I9_of_seven_patients_it_covers_where_percentiles_do_not(population, truth, least):
+def test_guard_I9_of_seven_patients_it_covers_where_percentiles_do_not(population, true_mean, least):
     rng = np.random.default_rng(11)
     sets = [getattr(rng, population)(7) for _ in range(600)]
 
     def coverage(ends) -> float:
-        return float(np.mean([low <= truth <= high for low, high in ends]))
+        return float(np.mean([low <= true_mean <= high for low, high in ends]))
 
     assert least < coverage([cluster_interval(values, draws=1000) for values in sets]) < 0.98
     assert coverage([percentile_interval(values) for values in sets]) < least - 0.05
@@ -107,7 +107,7 @@ def test_the_bench_measures_every_method_on_every_shape(tmp_path, monkeypatch, c
     assert found["shapes"].keys() == SHAPES.keys()
     for name, methods in found["shapes"].items():
         assert methods.keys() == METHODS.keys()
-        assert all(0.4 < told["coverage"] <= 1 and told["width"] > 0 for told in methods.values()), name
+        assert all(0.4 < method["coverage"] <= 1 and method["width"] > 0 for method in methods.values()), name
         assert methods["percentile"]["outside"] == 0
     assert "studentised, smoothed (vessel)" in capsys.readouterr().out
 
@@ -116,5 +116,5 @@ def test_the_bench_measures_every_method_on_every_shape(tmp_path, monkeypatch, c
 def test_the_simulated_patients_have_the_stated_mean(name):
     shape, rng = SHAPES[name], np.random.default_rng(2)
     patients = shape.patients(rng, 1500)
-    assert abs(patients.mean() - shape.truth(rng, 200_000)) < 4 * stats.sem(patients)
+    assert abs(patients.mean() - shape.true_mean(rng, 200_000)) < 4 * stats.sem(patients)
     assert ((patients >= shape.bounds[0]) & (patients <= shape.bounds[1])).all()

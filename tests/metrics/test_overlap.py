@@ -57,7 +57,7 @@ def test_scores_equal_torchmetrics(ours, theirs):
 
 
 @pytest.mark.parametrize(
-    ("truth", "prediction", "expected"),
+    ("mask", "prediction", "expected"),
     [
         ([0, 0], [0, 0], (1, 1, 1, 1)),
         ([0, 0], [1, 0], (0, 0, 0, 1)),
@@ -65,8 +65,8 @@ def test_scores_equal_torchmetrics(ours, theirs):
         ([1, 0], [1, 1], (2 / 3, 1 / 2, 1 / 2, 1)),
     ],
 )
-def test_guard_D12_empty_masks_follow_the_stated_rule(truth, prediction, expected):
-    counts = count(torch.tensor([[prediction]]).float(), torch.tensor([[truth]]).bool(), torch.tensor([0.5]))
+def test_guard_D12_empty_masks_follow_the_stated_rule(mask, prediction, expected):
+    counts = count(torch.tensor([[prediction]]).float(), torch.tensor([[mask]]).bool(), torch.tensor([0.5]))
     assert [float(metric(counts)) for metric in OVERLAP_METRICS.values()] == pytest.approx(list(expected))
 
 
@@ -111,7 +111,7 @@ def test_works_in_a_metric_collection_and_resets():
     metrics.update([probabilities], [masks], ids=["i"], patients=["p"], phrases=[["lumen", "cap"]])
     assert {"val/dice", "val/iou_patient", "val/dice/lumen", "val/recall/cap"} <= metrics.compute().keys()
     metrics.reset()
-    with pytest.warns(UserWarning, match="before the ``update``"):
+    with pytest.warns(UserWarning, match="``update``"):
         assert metrics["overlap"].compute() == {}
 
 

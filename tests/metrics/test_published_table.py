@@ -3,7 +3,7 @@
 It was made on twenty frames of one patient. The frames here are built so that their mean precision and recall are those
 of the table at its four thresholds; `OverlapSweep` then has to give these back, and the Dice that the table states
 within 0.01. It cannot be closer than what the frames differ by: the mean of the Dice of frames is less than the Dice of
-the mean precision and recall, by 2 `SPREAD`^2 / (precision + recall), and the table does not say how they differed.
+the mean precision and recall, by 2 `SPREAD`^2 / (precision + recall), and the table does not state how they differed.
 """
 
 import pytest

@@ -89,7 +89,7 @@ def test_scores_are_plain_numbers_that_json_takes():
 DIAGONAL = (30**2 + 40**2) ** 0.5
 EMPTY = {
     "both empty": {**dict.fromkeys(METRICS, 1.0), "hd95": 0.0, "component_error": 0.0, "ece": 0.25},
-    "truth empty": {
+    "ground truth empty": {
         **dict.fromkeys(METRICS, 0.0),
         **{"recall": 1.0, "centreline_sensitivity": 1.0, "hd95": DIAGONAL, "component_error": 1.0, "ece": 0.25},
     },
@@ -103,7 +103,7 @@ EMPTY = {
 @pytest.mark.parametrize("case", EMPTY)
 @pytest.mark.parametrize("name", METRICS)
 def test_guard_D12_each_score_keeps_its_rule_for_empty_masks(name, case):
-    predicted = something() if case == "truth empty" else NOTHING
+    predicted = something() if case == "ground truth empty" else NOTHING
     true = something() if case == "nothing predicted" else NOTHING
     found = score(np.full(SIZE, 0.25, dtype=np.float32), predicted, true)
     assert getattr(found, name) == EMPTY[case][name]
@@ -142,7 +142,7 @@ def test_what_cannot_be_compared_is_refused(predicted, true, lengths):
 def test_guard_I7_a_broken_probability_map_has_no_score():
     broken = np.full(SIZE, 0.2, dtype=np.float32)
     broken[3, 4] = np.nan
-    with pytest.raises(VesselError, match="cannot be scored"):
+    with pytest.raises(VesselError, match="non-finite"):
         score(broken, broken > 0.5, something())
 
 

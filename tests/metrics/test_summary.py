@@ -186,16 +186,16 @@ def test_equal_names_of_videos_of_two_patients_stay_apart():
 
 
 @pytest.mark.parametrize(
-    ("rows", "words"),
+    ("rows", "message"),
     [
-        ([], "no image was scored"),
+        ([], "^no image"),
         ([score("i", 0.5, phrase="all")], '"all"'),
-        ([score("i", 0.5), score("i", 0.6)], "image i has two scores of 'lumen'"),
-        ([score("i", 0.5), score("i", 0.6, phrase="cap", patient="pb")], "image i belongs to pa v1 and to pb v1"),
+        ([score("i", 0.5), score("i", 0.6)], "image i .*'lumen'"),
+        ([score("i", 0.5), score("i", 0.6, phrase="cap", patient="pb")], "image i .*pa v1 .*pb v1"),
     ],
 )
-def test_rows_that_would_give_wrong_means_are_refused(rows, words):
-    with pytest.raises(VesselError, match=words):
+def test_rows_that_would_give_wrong_means_are_refused(rows, message):
+    with pytest.raises(VesselError, match=message):
         summarise(rows)
 
 
@@ -221,12 +221,12 @@ def test_csv_and_back_is_the_same_to_the_last_bit(tmp_path):
     ("old", "new", "words"),
     [
         ("id,patient", "id,who", "header"),
-        ("0.25", "0.2.5", "line 2, dice: '0.2.5' is not a finite number"),
+        ("0.25", "0.2.5", "line 2, dice: '0.2.5'"),
         ("0.25", "nan", "line 2, dice: 'nan'"),
-        ("True", "yes", "line 2: present is 'yes'"),
-        (",0.25", "", "line 2: 14 cells, expected 15"),
-        ("i2,", "i1,", "image i1 has two scores"),
-        ("i2,", '"i2,', "cannot be read"),
+        ("True", "yes", "line 2: .*'yes'"),
+        (",0.25", "", "line 2: 14 .*15"),
+        ("i2,", "i1,", "image i1 .*'lumen'"),
+        ("i2,", '"i2,', r"vessel\.evaluate"),
     ],
 )
 def test_a_damaged_csv_is_refused_with_its_line(tmp_path, old, new, words):
@@ -238,8 +238,8 @@ def test_a_damaged_csv_is_refused_with_its_line(tmp_path, old, new, words):
 
 
 def test_a_csv_that_is_not_there_or_not_text_is_refused(tmp_path):
-    with pytest.raises(VesselError, match=r"nothing.csv cannot be read.*vessel.evaluate"):
+    with pytest.raises(VesselError, match=r"nothing\.csv .*vessel\.evaluate"):
         read_per_image_csv(tmp_path / "nothing.csv")
     (tmp_path / "binary.csv").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(VesselError, match=r"binary.csv cannot be read"):
+    with pytest.raises(VesselError, match=r"binary\.csv .*vessel\.evaluate"):
         read_per_image_csv(tmp_path / "binary.csv")

@@ -53,15 +53,15 @@ def test_sweep_figure_marks_the_best_threshold(tmp_path):
 
 
 def test_panel_figure_shows_errors_in_their_colours(tmp_path):
-    truth, probability = np.zeros((2, 30, 40), bool), np.zeros((2, 30, 40), np.float32)
-    truth[0, 5:25, 5:20] = True  # missed on the left, hit in the middle, invented on the right
+    masks, probability = np.zeros((2, 30, 40), bool), np.zeros((2, 30, 40), np.float32)
+    masks[0, 5:25, 5:20] = True  # missed on the left, hit in the middle, invented on the right
     probability[0, 5:25, 12:30] = 0.9
     image = np.full((30, 40, 3), 60, np.uint8)
-    figure = panel_figure(image, truth, probability, threshold=0.5, labels=["lumen", "cap"], title="frame a")
-    shown = figure.axes[3].images[0].get_array()
+    figure = panel_figure(image, masks, probability, threshold=0.5, labels=["lumen", "cap"], title="frame a")
+    errors = figure.axes[3].images[0].get_array()
     corner = {"true positive": (5, 14), "false positive": (5, 25), "false negative": (5, 8)}
     for name, colour in AGREEMENT.items():
-        assert tuple(shown[corner[name]]) == tuple(bytes.fromhex(colour[1:])), name
+        assert tuple(errors[corner[name]]) == tuple(bytes.fromhex(colour[1:])), name
     assert figure.axes[0].get_ylabel() == "lumen"
     assert saved(figure, tmp_path / "panel.png").shape[1] > 1000
 

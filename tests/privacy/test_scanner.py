@@ -1,4 +1,4 @@
-"""What is found in text that is about to leave, and what is not. All names are invented."""
+"""Identifiers that are found in a text that is about to leave, and texts without any. All names are invented."""
 
 import base64
 import io
@@ -8,41 +8,15 @@ import re
 import time
 from os import sep
 
-import numpy as np
 import pytest
 from matplotlib.collections import PathCollection
 from matplotlib.figure import Figure
-from PIL import Image, PngImagePlugin
+from tests.privacy.conftest import ID, write_mapping
 
 from vessel.data.mapping import mapping_folder
 from vessel.errors import VesselError
-from vessel.plotting.panels import panel_figure, sweep_figure
 from vessel.privacy.scanner import Scanner
 from vessel.privacy.texts import texts_of
-
-ID = "0012345678"
-NAMES = ("Quillon Marsh Vex", "ana bell", "j_d", "O'Dwyer Una", "Zoë Müller", "홍보기", "Invented")
-PATIENTS = (ID, "anabell", "7654321", "001")
-STEMS = (
-    "inventa_0001",
-    "001_1_095",
-    "scan (7) left",
-    "case (8)",
-    "5_1_12",
-    f"Quillon Marsh Vex^({ID})_1-2_003_frame_000042",
-)
-
-
-def keep(folder, *, names=(), patients=(), stems=()):
-    folder.mkdir(parents=True, exist_ok=True)
-    kept = {"patients": dict.fromkeys(patients, "p1"), "files": dict.fromkeys(stems, "p1_v1_000001")}
-    (folder / "mapping.json").write_text(json.dumps({**kept, "names": list(names)}))
-    return folder
-
-
-@pytest.fixture
-def scanner(tmp_path):
-    return Scanner(keep(tmp_path / "set.identity", names=NAMES, patients=PATIENTS, stems=STEMS))
 
 
 @pytest.mark.parametrize(
@@ -109,14 +83,14 @@ def test_guard_D11_patterns_alone_find_ids_caret_names_and_home_folders(monkeypa
     assert Scanner().find("ana bell, /data/people/unable") == []
 
 
-def test_refusals_name_the_place_what_was_found_and_what_was_stopped(scanner):
+def test_refusals_name_the_source_the_identifier_and_the_operation(scanner):
     assert scanner.require_clean([("a", "x"), ("b", "y")], doing="the export") == 2
-    with pytest.raises(VesselError, match=r"^README\.md holds .*patient's name or id.*\(ana bell\): the export was"):
+    with pytest.raises(VesselError, match=r"^README\.md .*\(ana bell\): the export "):
         scanner.require_clean([("a", "x"), ("README.md", "by Ana Bell")], doing="the export")
 
 
 def test_names_are_those_beside_the_data_set_or_beside_the_one_it_links_to(tmp_path):
-    keep(mapping_folder(tmp_path / "set"), names=["Ana Bell"])
+    write_mapping(mapping_folder(tmp_path / "set"), names=["Ana Bell"])
     (tmp_path / "set").mkdir()
     (tmp_path / "link").symlink_to("set")
     for root in ("set", "link"):
@@ -141,7 +115,7 @@ def test_the_tree_finds_what_one_search_a_name_finds(tmp_path):
     words = [draw.choice("bcdfgh") + draw.choice("aeiou") + draw.choice("lmnrst") + "x" * (n % 3) for n in range(30)]
     names = {" ".join(draw.sample(words, draw.choice([2, 3]))) for _ in range(40)}
     stems = {"_".join([*draw.sample(words, 2), f"{n:02d}"]) for n in range(40)}
-    scanner = Scanner(keep(tmp_path / "m", names=names, stems=stems))
+    scanner = Scanner(write_mapping(tmp_path / "m", names=names, stems=stems))
     hits = 0
     for _ in range(300):
         chosen = draw.choices(words, k=8) + [draw.choice(sorted(names))] * draw.choice([0, 1])
@@ -158,7 +132,7 @@ def test_the_tree_finds_what_one_search_a_name_finds(tmp_path):
 
 
 def report_page(draw: random.Random) -> str:
-    """What a report is made of: numbers, hashes, drawings by matplotlib, pictures as base64."""
+    """Make a page like a report: numbers, hashes, drawings by matplotlib, pictures as base64."""
     figure = Figure()
     axes = figure.add_subplot()
     axes.plot([draw.random() for _ in range(2000)])
@@ -181,7 +155,7 @@ def test_a_report_is_not_taken_for_identifiers_and_a_name_in_it_is_found(tmp_pat
     numbers = [str(draw.randrange(10**6, 10**8)) for _ in range(1000)]
     stems = [f"{n:03d}_1_{draw.randrange(1000):03d}" for n in range(1000)]
     names = ["Quillon Marsh Vex", "O'Dwyer Una"]
-    scanner = Scanner(keep(tmp_path / "m", names=names, patients=numbers, stems=stems))
+    scanner = Scanner(write_mapping(tmp_path / "m", names=names, patients=numbers, stems=stems))
     results = tmp_path / "results"
     results.mkdir()
     page = report_page(draw)
@@ -191,7 +165,7 @@ def test_a_report_is_not_taken_for_identifiers_and_a_name_in_it_is_found(tmp_pat
     assert scanner.require_clean(texts_of(results), doing="the report") == 2
     for planted in ("<b>una o&#39;dwyer</b>", "<!-- vex quillon_marsh -->", numbers[0], stems[0], ID):
         (results / "report.html").write_text(page.replace("</table>", f"</table>{planted}"))
-        with pytest.raises(VesselError, match=r"report\.html holds"):
+        with pytest.raises(VesselError, match=r"^report\.html "):
             scanner.require_clean(texts_of(results), doing="the report")
 
 
@@ -205,7 +179,7 @@ def test_two_thousand_patients_and_five_megabytes_take_two_seconds(tmp_path):
     people = [f"{word()} {word()} {word()}" for _ in range(2000)]
     stems = [f"{person}_{n:010d}_frame_{frame:06d}" for n, person in enumerate(people) for frame in range(10)]
     keys = [f"{n:010d}" for n in range(2000)]
-    kept = keep(tmp_path / "m", names=people, patients=keys, stems=stems)
+    kept = write_mapping(tmp_path / "m", names=people, patients=keys, stems=stems)
     report = report_page(draw).replace("1234567890", "")
     prose = " ".join(f"{word()} {draw.random()}" for _ in range(10_000))
     text = ((report + prose) * 10)[:5_000_000]
@@ -222,83 +196,3 @@ def test_long_texts_of_one_kind_take_no_quadratic_time(scanner, text):
     begin = time.process_time()
     scanner.find(text)
     assert time.process_time() - begin < 2  # seconds; a quadratic search takes minutes
-
-
-@pytest.fixture
-def export(tmp_path):
-    """Files of an export: card, weights, tokenizer."""
-    made = tmp_path / "made"
-    made.mkdir()
-    (made / "README.md").write_text("# oct\n")
-    (made / "model.safetensors").write_bytes(b"\xff\xfe weights")
-    # The size of a network of some gigabytes has ten digits.
-    (made / "model.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": 8123456789}}))
-    (made / "tokenizer.json").write_text(json.dumps({"added_tokens": [], "model": {"vocab": {"invented": 3}}}))
-    (made / "vocab.json").write_text(json.dumps({"invented": 3}))
-    (made / "tokenizer.model").write_bytes(b"\xff\xfeinvented")
-    return made
-
-
-@pytest.mark.parametrize(
-    ("file", "text"),
-    [
-        ("README.md", "Trained on Invented."),
-        ("README.md", r"Trained on inventa\_0001."),
-        ("vessel.json", '{"name": "0123456789"}'),
-        ("vessel.json", '{"name": "Ana \\u0042ell"}'),
-        ("config.json", '{"_name_or_path": "/data/inventa_0001"}'),
-        ("tokenizer_config.json", '{"name_or_path": "/data/invented/Sa2VA"}'),
-        ("tokenizer.json", '{"added_tokens": [{"content": "Invented"}], "model": {}}'),
-        ("special_tokens_map.json", '{"eos_token": "INVENTED"}'),
-        ("broken.json", '{"eos_token": "INVENTED"'),
-        ("modeling_sa2va_chat.py", "# by Doe^John\n"),
-        ("inventa_0001.txt", ""),
-        ("vocab/Invented/vocab.json", "{}"),
-        ("deeper/notes.txt", "Invented"),
-        ("per_image.csv", f"id,patient\n1,{ID}\n"),
-    ],
-)
-def test_guard_D11_every_text_of_a_folder_is_searched(export, scanner, file, text):
-    assert scanner.require_clean(texts_of(export), doing="the export") == 6
-    (export / file).parent.mkdir(exist_ok=True, parents=True)
-    (export / file).write_text(text)
-    with pytest.raises(VesselError, match=rf"^{file} holds what looks like a patient's name or id"):
-        scanner.require_clean(texts_of(export), doing="the export")
-
-
-def planted(kind, file):
-    """A picture that says Quillon Marsh Vex somewhere beside its pixels."""
-    picture, name = Image.fromarray(np.zeros((4, 4, 3), np.uint8)), "Quillon Marsh Vex"
-    if kind == "text chunk":
-        info = PngImagePlugin.PngInfo()
-        info.add_itxt("Author", name)
-        picture.save(file, pnginfo=info)
-    elif kind == "EXIF":
-        exif = Image.Exif()
-        exif[0x010E] = name
-        picture.save(file, exif=exif)
-    elif kind == "comment":
-        picture.save(file, format="JPEG", comment=name.encode())
-
-
-@pytest.mark.parametrize("kind", ["text chunk", "EXIF", "comment"])
-def test_guard_D11_what_a_picture_says_beside_its_pixels_is_searched(tmp_path, scanner, kind):
-    (tmp_path / "results").mkdir()
-    planted(kind, tmp_path / "results/panel.png")
-    with pytest.raises(VesselError, match=r"panel\.png holds .*quillon marsh vex"):
-        scanner.require_clean(texts_of(tmp_path / "results"), doing="the report")
-
-
-def test_figures_of_ours_say_what_drew_them_and_nothing_else(tmp_path):
-    curve = {name: [0.1, 0.2] for name in ("threshold", "dice", "iou", "precision", "recall")}
-    sweep_figure(curve, 0.1).savefig(tmp_path / "sweep.png")
-    masks = np.zeros((1, 8, 8), bool)
-    panel = panel_figure(
-        np.zeros((8, 8, 3), np.uint8), masks, masks.astype(np.float32), threshold=0.5, labels=["lumen"], title="p1"
-    )
-    panel.savefig(tmp_path / "panel.png")
-    for file in tmp_path.iterdir():
-        with Image.open(file) as picture:
-            picture.load()
-            assert picture.info.keys() <= {"Software", "dpi"}
-            assert picture.info["Software"].startswith("Matplotlib")

@@ -12,7 +12,7 @@ VOID = {"meta", "img", "br", "link", "input", "hr"}
 
 
 class Parsed(HTMLParser):
-    """A page as a reader's program sees it: elements with their text, tables, and what does not fit together."""
+    """A parsed page: elements with their text, tables, and faults of its structure."""
 
     def __init__(self, text):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Results folders as `vessel.evaluate` leaves them, made of painted frames and probabilities by the real metrics."""
+"""Results folders as `vessel.evaluate` writes them, made of synthetic frames and probabilities by the real metrics."""
 
 import hashlib
 import json
@@ -29,7 +29,7 @@ SEARCHED = [
 
 
 def frames(patients=7, videos=2, each=3, *, size=64, seed=0):
-    """(patient, video, id, image, masks) of painted pullbacks."""
+    """Yield (patient, video, id, image, masks) of synthetic pullbacks."""
     for patient in range(patients):
         for video in range(1 + patient % videos):
             rng = np.random.default_rng([seed, patient, video])
@@ -41,7 +41,7 @@ def frames(patients=7, videos=2, each=3, *, size=64, seed=0):
 
 
 def probability_of(mask, rng, skill):
-    """What a network of this skill might say: the signed distance to the border, misplaced and blurred."""
+    """Simulate a network of this skill: probabilities by the signed distance to the border, misplaced and blurred."""
     size = len(mask)
     outside = distance_transform_edt(~mask) if mask.any() else np.full(mask.shape, size / 9.0)
     signed = distance_transform_edt(mask) - outside
@@ -66,11 +66,11 @@ def write_results(
     rng = np.random.default_rng(0)
     rows, reliability, drawn = [], defaultdict(Reliability), {}
     for patient, video, name, image, masks in frames(patients, size=size):
-        truth = np.stack([masks.get(phrase, np.zeros(image.shape[:2], bool)) for phrase in phrases])
+        true_masks = np.stack([masks.get(phrase, np.zeros(image.shape[:2], bool)) for phrase in phrases])
         own = skill - 0.04 * (int(patient[1:], 16) % 5)
-        maps = np.stack([probability_of(mask, rng, own - 0.06 * i) for i, mask in enumerate(truth)])
-        drawn[name] = image, truth, maps
-        for phrase, mask, probability in zip(phrases, truth, maps, strict=True):
+        maps = np.stack([probability_of(mask, rng, own - 0.06 * i) for i, mask in enumerate(true_masks)])
+        drawn[name] = image, true_masks, maps
+        for phrase, mask, probability in zip(phrases, true_masks, maps, strict=True):
             scores = score(probability, DECISION(probability), mask, spacing=SPACING, tolerance=0.04)
             rows.append(ImageScore(name, patient, video, phrase, bool(mask.any()), scores))
             for of in (phrase, "all"):
@@ -96,7 +96,7 @@ def write_results(
 def _facts(phrases, images, patients, run, network):
     digest = hashlib.sha256(run.encode()).hexdigest()
     use = {"time": "2026-11-21T10:00:00+00:00", "fingerprint": digest, "decision": DECISION.to_json()}
-    data = {"name": "painted_oct", "fingerprint": "7f84eb2d3c10", "split_hash": "c0ffee00"}
+    data = {"name": "synthetic_oct", "fingerprint": "7f84eb2d3c10", "split_hash": "c0ffee00"}
     counts = {"n_images": 6 * images, "n_patients": 5 * patients, "n_videos": 8 * patients}
     return {
         "run": run, "source": f"outputs/{run}/2026-11-20/checkpoints/best.ckpt", "network": network,
@@ -142,11 +142,11 @@ def _draw(folder, rows, drawn, real):
     ranked = sorted(means, key=means.get)
     chosen = {"best": ranked[-1], "median": ranked[len(ranked) // 2], "worst": ranked[0], "first_1": next(iter(means))}
     for kind, name in chosen.items():
-        image, truth, maps = drawn[name]
+        image, true_masks, maps = drawn[name]
         file = folder / f"panels/{kind}_{name}.png"
         if real:
             labels = [f"{phrase} · Dice {value:.3f}" for phrase, value in dice[name].items()]
-            panel_figure(image, truth, maps, threshold=DECISION.threshold, labels=labels, title=name).savefig(file)
+            panel_figure(image, true_masks, maps, threshold=DECISION.threshold, labels=labels, title=name).savefig(file)
         else:
             Image.fromarray(image[:8, :8]).save(file)
     return [

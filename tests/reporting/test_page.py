@@ -38,9 +38,9 @@ def test_guard_I11_the_table_of_scores_says_what_metrics_json_says(written, repo
 
 def test_guard_I11_every_number_of_the_page_is_one_of_metrics_json(written, results, report, parsed, numbers):
     page = parsed(written / "report.html")
-    shown = {float(one["attributes"]["value"]) for one in page.of("data")}
-    assert len(shown) > 150
-    assert shown <= numbers(report)
+    printed = {float(one["attributes"]["value"]) for one in page.of("data")}
+    assert len(printed) > 150
+    assert printed <= numbers(report)
     report["summary"]["lumen"]["dice"]["mean"] = 0.12345
     write_report(folder := results(**report))
     assert ("0.123", 0.12345) in parsed(folder / "report.html").tables[0]["rows"][1][2]["data"]
@@ -58,9 +58,9 @@ def test_sections_come_in_order_and_markdown_says_the_same(written, parsed):
     page, markdown = parsed(written / "report.html"), (written / "report.md").read_text()
     assert [heading["text"] for heading in page.of("h2")][1:] == SECTIONS
     assert re.findall(r"^## (.*)$", markdown, re.MULTILINE) == SECTIONS
-    place = 0
+    position = 0
     for one in page.of("data"):  # each number again, in the same order
-        place = markdown.index(one["text"], place)
+        position = markdown.index(one["text"], position)
     for target in re.findall(r"\]\(<?([^)>]+)>?\)", markdown):
         assert (written / target).is_file()
 
@@ -118,19 +118,19 @@ def test_guard_D9_a_split_that_is_not_by_patient_marks_every_table_with_scores(r
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "warning"),
     [
         ({"note": "No threshold was chosen on validation."}, "No threshold was chosen on validation."),
         ({"n_failed": 3}, "3 images failed and are in no score"),
-        ({"seg_missing": 0.25}, "did not say [SEG] for 25.0 %"),
+        ({"seg_missing": 0.25}, "did not emit [SEG] for 25.0 %"),
         ({"test_uses": [{"time": "t", "fingerprint": "f", "decision": {}}] * 3}, "was used 3 times"),
     ],
     ids=["note", "failures", "seg", "uses"],
 )
-def test_warnings_stand_before_the_numbers(results, parsed, changes, told):
+def test_warnings_stand_before_the_numbers(results, parsed, changes, warning):
     write_report(folder := results(**changes))
-    assert told in parsed(folder / "report.html").of("aside")[0]["text"]
-    assert told.replace("[", r"\[").replace("]", r"\]") in (folder / "report.md").read_text().split("## Scores")[0]
+    assert warning in parsed(folder / "report.html").of("aside")[0]["text"]
+    assert warning.replace("[", r"\[").replace("]", r"\]") in (folder / "report.md").read_text().split("## Scores")[0]
 
 
 def test_the_unit_of_intervals_is_said_when_it_is_not_the_patient(results, report, parsed):
@@ -169,15 +169,15 @@ def test_a_table_that_was_changed_is_not_drawn(results):
     folder = results()
     with (folder / "per_image.csv").open("a") as file:
         file.write("one more\n")
-    with pytest.raises(VesselError, match=r"per_image\.csv is not the one"):
+    with pytest.raises(VesselError, match=r"per_image\.csv .*metrics\.json"):
         write_report(folder)
 
 
 def test_results_that_are_not_there(tmp_path):
-    with pytest.raises(VesselError, match=r"metrics\.json cannot be read"):
+    with pytest.raises(VesselError, match=r"metrics\.json .*Errno 2"):
         write_report(tmp_path)
     (tmp_path / "metrics.json").write_text("[]")
-    with pytest.raises(VesselError, match="holds no object"):
+    with pytest.raises(VesselError, match=r"metrics\.json .*object"):
         write_report(tmp_path)
 
 
@@ -266,6 +266,6 @@ def test_a_single_phrase_is_not_told_twice(results, report, parsed):
 def test_folds_are_told(results, report, parsed):
     write_report(folder := results(**report | pooled_folds(report)))
     page = parsed(folder / "report.html")
-    assert "On all folds of painted_oct" in page.of("p")[1]["text"]
+    assert "On all folds of synthetic_oct" in page.of("p")[1]["text"]
     table = next(table for table in page.tables if "folds" in table["caption"])
     assert [row[1]["text"] for row in table["rows"]] == ["threshold", "0.3", "0.4", "0.5"]

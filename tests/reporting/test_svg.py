@@ -23,20 +23,20 @@ def patients(**changes):
 
 
 def test_patients_stand_in_the_order_of_their_means():
-    shown = words(patients())
-    assert [word for word in shown if word in MEANS] == ["p1", "p3", "p2"]  # from below
-    assert {"95 % interval", "mean of the set", "image", "patient", "Dice"} <= set(shown)
+    texts = words(patients())
+    assert [word for word in texts if word in MEANS] == ["p1", "p3", "p2"]  # from below
+    assert {"95 % interval", "mean of the set", "image", "patient", "Dice"} <= set(texts)
 
 
 def test_what_is_not_known_is_not_drawn():
-    shown = words(patients(interval=None, centre=None))
-    assert not {"95 % interval", "mean of the set"} & set(shown)
+    texts = words(patients(interval=None, centre=None))
+    assert not {"95 % interval", "mean of the set"} & set(texts)
     assert "no difference" in words(patients(zero=True))
 
 
-@pytest.mark.parametrize(("chosen", "told"), [(0.35, ["chosen 0.35"]), (0.9, ["chosen 0.90"]), (None, [])])
-def test_the_threshold_in_use_is_marked_though_the_curve_has_it_not(chosen, told):
-    assert [word for word in words(threshold_figure(CURVE, chosen)) if "chosen" in word] == told
+@pytest.mark.parametrize(("chosen", "expected"), [(0.35, ["chosen 0.35"]), (0.9, ["chosen 0.90"]), (None, [])])
+def test_the_threshold_in_use_is_marked_though_it_is_not_in_the_curve(chosen, expected):
+    assert [word for word in words(threshold_figure(CURVE, chosen)) if "chosen" in word] == expected
 
 
 def test_empty_bins_have_no_dot():

@@ -1,4 +1,4 @@
-"""The blocks of a page. HTML and Markdown are two writings of the same blocks, so their numbers cannot differ."""
+"""The blocks of a page. HTML and Markdown are rendered from the same blocks, so their numbers cannot differ."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import ClassVar
 
 @dataclass(frozen=True)
 class Number:
-    """A number of a results file: rounded to be read, and exact for whoever checks it."""
+    """A number of a results file: rounded for the reader, with its exact value."""
 
     text: str
     value: float
@@ -20,12 +20,12 @@ Prose = tuple[str | Number, ...]
 
 @dataclass(frozen=True)
 class Cell:
-    """One cell.
+    """A cell of a table.
 
     Attributes:
-        main: what it says.
+        main: its content.
         under: a smaller second line.
-        note: number of the table's note that belongs to it; 0 for none.
+        note: number of the table's note about it; 0 for none.
         tone: "", "good", "bad" or "quiet".
     """
 
@@ -40,10 +40,10 @@ class Table:
     """Rows under a head; the first cell of a row names it.
 
     Attributes:
-        caption: what it shows.
-        mark: a warning that belongs to every number in it, such as a split that is not by patient.
+        caption: above the table.
+        mark: a warning about every number in it, such as a split that is not by patient.
         notes: numbered from 1.
-        wording: its cells are words, to be set from the left.
+        left_aligned: for cells of words; numbers are set from the right.
     """
 
     kind: ClassVar[str] = "table"
@@ -52,7 +52,7 @@ class Table:
     rows: Sequence[Sequence[Cell]]
     mark: str = ""
     notes: Sequence[str] = ()
-    wording: bool = False
+    left_aligned: bool = False
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Code:
-    """Text to be shown as it is."""
+    """Preformatted text."""
 
     kind: ClassVar[str] = "code"
     text: str
@@ -104,7 +104,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Fold:
-    """A part of a page that is folded until a reader opens it."""
+    """A part of a page that is folded until the reader opens it."""
 
     kind: ClassVar[str] = "fold"
     title: str
@@ -131,8 +131,8 @@ class Page:
         kicker: small line above the title.
         title: of the page.
         lead: the result in one or two sentences.
-        facts: a label and what it says, for the strip under the lead.
-        warnings: what a reader has to know before the numbers.
+        facts: labels with their values, for the strip under the lead.
+        warnings: shown before the numbers.
         sections: in order.
         foot: last line.
     """
@@ -147,18 +147,18 @@ class Page:
 
 
 def cell(text: object, **more: object) -> Cell:
-    """A cell that says one thing."""
+    """Make a cell of one text or number."""
     return Cell((text if isinstance(text, Number) else str(text),), **more)  # type: ignore[arg-type]
 
 
 def facts_table(caption: str, facts: Sequence[tuple[str, str]]) -> Table:
-    """A label and its value a row; rows without a value are left out."""
+    """Make a table of labels and values; rows without a value are left out."""
     rows = [(cell(label), cell(value)) for label, value in facts if value]
-    return Table(caption, (), rows, wording=True)
+    return Table(caption, (), rows, left_aligned=True)
 
 
 def drawings(blocks: Sequence[Block]) -> list[Drawing]:
-    """All drawings among the blocks, however deep."""
+    """Collect all drawings among the blocks, at any depth."""
     found: list[Drawing] = []
     for block in blocks:
         if isinstance(block, Drawing):

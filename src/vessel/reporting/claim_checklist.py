@@ -1,7 +1,7 @@
 """The Checklist for AI in Medical Imaging, 2024 update (Tejani et al., Radiology: AI 2024, 6(4), e240300).
 
-Its 44 items by number, with topics in our own words. What a run knows about an item is filled in; what only the authors
-of a study can know stays theirs.
+Its 44 items by number, with topics in our own words. Facts of the run are filled in; the others are left to the
+authors of the study.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ ITEMS: Mapping[int, tuple[str, str]] = {
     44: ("Other", "Funding"),
 }
 NETWORKS = {
-    "sa2va": "a vision-language network (Sa2VA: InternVL, whose [SEG] token asks the mask decoder of SAM 2)",
+    "sa2va": "a vision-language network (Sa2VA: InternVL, whose [SEG] token prompts the mask decoder of SAM 2)",
     "sam2_prompt": "SAM 2 with a learned prompt for each phrase instead of a language model",
     "unet": "a U-Net with one output channel a phrase",
 }
@@ -72,22 +72,22 @@ _PARTED = {
 
 
 def claim_table(report: Mapping[str, Any], limits: Sequence[str]) -> Table:
-    """Every item with what the run can say about it.
+    """Make a table of all items with the facts of the run about them.
 
     Args:
         report: the content of metrics.json.
-        limits: warnings of the page, which belong to item 40.
+        limits: warnings of the page, for item 40.
     """
-    said = _of_data(report) | _of_network(report) | _of_evaluation(report, limits)
+    facts = _of_data(report) | _of_network(report) | _of_evaluation(report, limits)
     rows = []
     for number, (section, topic) in ITEMS.items():
-        text = said.get(number)
+        text = facts.get(number)
         filled = cell(text) if text else cell(_AUTHORS, tone="quiet")
         rows.append([cell(number), Cell((topic,), (section,)), filled])
-    head = [cell("item"), cell("topic"), cell("what this run says")]
-    known = sum(1 for number in ITEMS if said.get(number))
+    head = [cell("item"), cell("topic"), cell("from this run")]
+    known = sum(1 for number in ITEMS if facts.get(number))
     caption = f"CLAIM, 2024 update: {known} of {len(ITEMS)} items have something from the run, in full or in part"
-    return Table(caption, head, rows, wording=True)
+    return Table(caption, head, rows, left_aligned=True)
 
 
 def _of_data(report: Mapping[str, Any]) -> dict[int, str]:
@@ -132,7 +132,7 @@ def _of_network(report: Mapping[str, Any]) -> dict[int, str]:
 
 
 def _training(config: Mapping[str, Any]) -> str:
-    """The settings that a reader asks for first, where the configuration has them."""
+    """Describe the most important settings of the training, where the configuration has them."""
     wanted = {
         "seed": ("seed",),
         "learning rate": ("optimizer", "lr"),
@@ -144,14 +144,14 @@ def _training(config: Mapping[str, Any]) -> str:
         "LoRA rank": ("lora", "r"),
         "precision": ("trainer", "precision"),
     }
-    said = []
+    settings = []
     for label, path in wanted.items():
         value: Any = config
         for key in path:
             value = value.get(key) if isinstance(value, Mapping) else None
         if value is not None and value != -1:
-            said.append(f"{label} {value}")
-    return f"{'; '.join(said)}. The rest: configuration of the run, above." if said else ""
+            settings.append(f"{label} {value}")
+    return f"{'; '.join(settings)}. The rest: configuration of the run, above." if settings else ""
 
 
 def _of_evaluation(report: Mapping[str, Any], limits: Sequence[str]) -> dict[int, str]:

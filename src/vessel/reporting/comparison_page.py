@@ -40,7 +40,7 @@ Pairs = dict[tuple[str, str], dict[str, dict[str, Mapping[str, Any]]]]
 
 
 def comparison_page(comparison: Mapping[str, Any]) -> Page:
-    """Everything that comparison.html and comparison.md say."""
+    """Make the page of comparison.html and comparison.md."""
     units = Units(comparison["metrics"], comparison.get("length_unit") or "px")
     mark = split_mark(comparison)
     pairs = _pairs(comparison["differences"])
@@ -64,7 +64,7 @@ def comparison_page(comparison: Mapping[str, Any]) -> Page:
 
 
 def _pairs(differences: Sequence[Mapping[str, Any]]) -> Pairs:
-    """Entries by pair, phrase and metric, in the order of the file."""
+    """Group the entries by pair, phrase and metric, in the order of the file."""
     pairs: Pairs = {}
     for entry in differences:
         of_pair = pairs.setdefault((str(entry["a"]), str(entry["b"])), {})
@@ -73,17 +73,17 @@ def _pairs(differences: Sequence[Mapping[str, Any]]) -> Pairs:
 
 
 def _lead(pairs: Pairs, units: Units) -> Prose:
-    """Dice of the first pairs, which are those with the reference."""
-    said: list[str | Number] = []
+    """Write the Dice of the first pairs, which are those with the reference."""
+    sentences: list[str | Number] = []
     for (a, b), phrases in list(pairs.items())[:_MOST_SENTENCES]:
         entry = (phrases.get(ALL) or next(iter(phrases.values()))).get(HEADLINE)
         if not entry or entry["mean"] is None:
             continue
-        said += [f"{b} against {a}: Dice ", units.number(HEADLINE, entry["mean"], signed=True)]
+        sentences += [f"{b} against {a}: Dice ", units.number(HEADLINE, entry["mean"], signed=True)]
         if entry["low"] is not None:
-            said += [" (95 % interval ", *units.interval(HEADLINE, entry, signed=True), ")"]
-        said.append(f", {entry['verdict']}. ")
-    return tuple(said) or ("Nothing could be compared.",)
+            sentences += [" (95 % interval ", *units.interval(HEADLINE, entry, signed=True), ")"]
+        sentences.append(f", {entry['verdict']}. ")
+    return tuple(sentences) or ("Nothing could be compared.",)
 
 
 def _facts(comparison: Mapping[str, Any]) -> list[tuple[str, Prose]]:
@@ -95,12 +95,12 @@ def _facts(comparison: Mapping[str, Any]) -> list[tuple[str, Prose]]:
 
 
 def _warnings(comparison: Mapping[str, Any], mark: str) -> list[str]:
-    said = [str(comparison["note"])] if comparison.get("note") else []
-    return [*said, mark_warning(mark)] if mark else said
+    notes = [str(comparison["note"])] if comparison.get("note") else []
+    return [*notes, mark_warning(mark)] if mark else notes
 
 
 def _runs(comparison: Mapping[str, Any], units: Units, mark: str) -> list[Block]:
-    """Dice of each run, a column a phrase; below, all scores of each."""
+    """Make a table of the Dice of each run, a column a phrase; below, all scores of each run."""
     runs = comparison["runs"]
     phrases = shown_phrases(runs[0].get("summary") or {}) if runs else []
     blocks: list[Block] = []
@@ -160,7 +160,7 @@ def _difference_tables(a: str, b: str, phrases: Mapping[str, Any], units: Units,
         for metric in units.metrics:
             entries = [phrases[phrase].get(metric) for phrase in part]
             if any(entries):
-                rows.append([units.named(metric), *(_difference(entry, metric, units) for entry in entries)])
+                rows.append([units.metric_cell(metric), *(_difference(entry, metric, units) for entry in entries)])
         head = [cell(""), *(Cell((phrase_name(p),), _counted(phrases[p])) for p in part)]
         tables.append(Table(f"{b} minus {a}", head, rows, mark))
     return tables
@@ -180,14 +180,14 @@ def _counted(entries: Mapping[str, Mapping[str, Any]]) -> Prose:
 def _difference(entry: Mapping[str, Any] | None, metric: str, units: Units) -> Cell:
     if not entry or entry["mean"] is None:
         return cell("not defined", tone="quiet")
-    words = str(entry["verdict"])
+    verdict = str(entry["verdict"])
     mean = units.number(metric, entry["mean"], signed=True)
-    under = (*units.interval(metric, entry, signed=True), "; ", words.replace(" ", NBSP))
-    return Cell((mean,), under, tone=_TONES.get(words, "quiet"))
+    under = (*units.interval(metric, entry, signed=True), "; ", verdict.replace(" ", NBSP))
+    return Cell((mean,), under, tone=_TONES.get(verdict, "quiet"))
 
 
 def _patients(pairs: Pairs, mark: str) -> list[Block]:
-    """Differences of each patient; the pairs without the reference are folded."""
+    """Draw the differences of each patient; the pairs without the reference are folded."""
     drawn = {pair: _pair_drawing(pair, pairs[pair], mark, number) for number, pair in enumerate(pairs)}
     first = [one for pair, one in drawn.items() if one is not None and pair[0] == _reference(pairs)]
     others = [one for pair, one in drawn.items() if one is not None and pair[0] != _reference(pairs)]
@@ -206,9 +206,9 @@ def _pair_drawing(pair: tuple[str, str], phrases: Mapping[str, Any], mark: str, 
     label = "difference in Dice"
     svg = patient_figure(means, {}, centre=entry["mean"], interval=interval, label=label, zero=True)
     gained = sum(1 for value in means.values() if value > 0)
-    named = f"{pair[1]} minus {pair[0]}"
-    alt = f"Difference in Dice of each patient, {named}: above 0 for {gained} of {len(means)}."
-    return Drawing(f"pair_{number}", svg, alt, f"{named}, {phrase_name(phrase)}: one dot a patient.", mark)
+    difference = f"{pair[1]} minus {pair[0]}"
+    alt = f"Difference in Dice of each patient, {difference}: above 0 for {gained} of {len(means)}."
+    return Drawing(f"pair_{number}", svg, alt, f"{difference}, {phrase_name(phrase)}: one dot a patient.", mark)
 
 
 def _data(comparison: Mapping[str, Any]) -> list[Block]:
@@ -226,4 +226,7 @@ def _data(comparison: Mapping[str, Any]) -> list[Block]:
         + [cell(run.get("n_failed") or 0)]
         for run in comparison["runs"]
     ]
-    return [facts_table("What all runs were scored on", facts), Table("Whose weights", head, rows, wording=True)]
+    return [
+        facts_table("Data that all runs were scored on", facts),
+        Table("Weights of the runs", head, rows, left_aligned=True),
+    ]

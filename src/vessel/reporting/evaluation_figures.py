@@ -21,7 +21,7 @@ _PANELS = {"best": "Best image", "median": "Median image", "worst": "Worst image
 def patient_blocks(
     report: Mapping[str, Any], units: Units, images: Mapping[str, Mapping[str, Sequence[float]]], mark: str
 ) -> list[Block]:
-    """A dot a patient and image, for all phrases and for each."""
+    """Draw a dot for each patient and image, for all phrases and for each phrase."""
     patients = report.get("patients") or {}
     drawn = [
         _patient_drawing(report, phrase, images.get(phrase, {}), mark, number)
@@ -51,10 +51,10 @@ def _patient_drawing(
 
 
 def image_values(file: Path, stated: str | None) -> dict[str, dict[str, list[float]]]:
-    """Dice of images by phrase and patient; for `all` an image's value is the mean over its phrases.
+    """Read the Dice of images by phrase and patient; for `all` the value of an image is the mean over its phrases.
 
     Args:
-        file: per_image.csv; without it nothing is found.
+        file: per_image.csv; there are no values where it does not exist.
         stated: its SHA-256 in metrics.json.
 
     Raises:
@@ -76,22 +76,23 @@ def image_values(file: Path, stated: str | None) -> dict[str, dict[str, list[flo
 
 
 def curve_blocks(report: Mapping[str, Any], mark: str) -> list[Block]:
-    """The curve that the threshold was chosen on, and what probabilities are worth."""
+    """Draw the curve that the threshold was chosen on, and the calibration of the probabilities."""
     chosen = report["threshold"]
-    shown: list[Block] = []
+    curves: list[Block] = []
     if curve := report.get("curve"):
         alt = "Dice, IoU, precision and recall against the threshold"
         alt += "." if chosen is None else f"; {chosen:.2f} is marked."
         caption = "Validation images, plain means over images; a dotted line marks the threshold in use."
-        shown.append(Drawing("threshold", threshold_figure(curve, chosen), alt, caption, mark))
-    curves = report.get("reliability") or {}
-    reliable = {phrase: bins for phrase, bins in curves.items() if any(one["n"] for one in bins)}
+        curves.append(Drawing("threshold", threshold_figure(curve, chosen), alt, caption, mark))
+    reliable = {
+        phrase: bins for phrase, bins in (report.get("reliability") or {}).items() if any(one["n"] for one in bins)
+    }
     drawn = [
         _reliability_drawing(phrase, reliable[phrase], mark, number)
         for number, phrase in enumerate(shown_phrases(reliable))
     ]
-    shown += drawn[:1]
-    blocks: list[Block] = [Group(shown)] if shown else [Text(("This run kept no curve of its validation.",))]
+    curves += drawn[:1]
+    blocks: list[Block] = [Group(curves)] if curves else [Text(("This run kept no curve of its validation.",))]
     if len(drawn) > 1:
         blocks.append(Fold("Calibration of each phrase", [Group(drawn[1:])]))
     return blocks
@@ -101,12 +102,12 @@ def _reliability_drawing(phrase: str, bins: Sequence[Mapping[str, Any]], mark: s
     pixels = sum(one["n"] for one in bins)
     alt = f"Share of true pixels against the predicted probability, {phrase_name(phrase)}, {pixels} pixels in "
     alt += f"{len(bins)} bins."
-    caption = f"Calibration, {phrase_name(phrase)}: on the dashed line a probability means what it says."
+    caption = f"Calibration, {phrase_name(phrase)}: on the dashed line the share of true pixels equals the probability."
     return Drawing(f"reliability_{number}", reliability_figure(bins), alt, caption, mark)
 
 
 def panel_blocks(report: Mapping[str, Any], folder: Path, units: Units) -> list[Block]:
-    """The best, the median and the worst image, and the first ones, as the evaluation drew them."""
+    """Collect the panels that the evaluation drew: the best, the median and the worst image, and the first ones."""
     pictures: dict[str, list[Picture]] = {kind: [] for kind in _PANELS}
     for panel in report.get("panels") or ():
         name = Path(panel["file"]).name
@@ -115,9 +116,9 @@ def panel_blocks(report: Mapping[str, Any], folder: Path, units: Units) -> list[
         if kind not in pictures or not file.is_file():
             continue
         dice = "" if panel.get("dice") is None else f", Dice {units.number(HEADLINE, panel['dice']).text}"
-        said = f"{_PANELS[kind]}: {panel['id']}{dice}"
-        alt = f"{said}. Image, truth, probability, and where prediction and truth agree and differ."
-        pictures[kind].append(Picture(f"panels/{name}", file.read_bytes(), alt, said))
+        caption = f"{_PANELS[kind]}: {panel['id']}{dice}"
+        alt = f"{caption}. Image, ground truth, probability, and the agreement of prediction and ground truth."
+        pictures[kind].append(Picture(f"panels/{name}", file.read_bytes(), alt, caption))
     first = pictures.pop("first")
     blocks: list[Block] = [one for of_kind in pictures.values() for one in of_kind]
     if first:

@@ -30,7 +30,7 @@ _FEW_PATIENTS = 10
 
 
 def report_page(report: Mapping[str, Any], folder: Path) -> Page:
-    """Everything that report.html and report.md say.
+    """Make the page of report.html and report.md.
 
     Args:
         report: the content of metrics.json.
@@ -38,7 +38,7 @@ def report_page(report: Mapping[str, Any], folder: Path) -> Page:
     """
     units = Units(report.get("metrics") or {}, report.get("length_unit") or "px")
     mark = split_mark(report)
-    warned = _warnings(report)
+    warnings = _warnings(report)
     images = image_values(folder / "per_image.csv", report.get("rows_hash"))
     sections = [
         Section("scores", "Scores", _scores(report, units, mark)),
@@ -49,14 +49,14 @@ def report_page(report: Mapping[str, Any], folder: Path) -> Page:
         Section("decision", "From probability to mask", decision_blocks(report, mark)),
         Section("data", "Data and split", data_blocks(report)),
         Section("run", "Weights and run", run_blocks(report)),
-        Section("claim", "CLAIM checklist", [claim_table(report, warned)]),
+        Section("claim", "CLAIM checklist", [claim_table(report, warnings)]),
     ]
     return Page(
         kicker=kicker("Evaluation", report),
         title=f"{report['run']} on {report['data']['name']}",
         lead=_lead(report, units),
         facts=_facts(report, units),
-        warnings=warned,
+        warnings=warnings,
         sections=sections,
         foot="Every number comes from metrics.json beside this file, and every dot from per_image.csv; the exact value "
         "of a rounded number is kept in the page. For research, not for clinical use.",
@@ -64,18 +64,18 @@ def report_page(report: Mapping[str, Any], folder: Path) -> Page:
 
 
 def kicker(what: str, content: Mapping[str, Any]) -> str:
-    """Kind of page, part of the data set, day."""
+    """Write the line above the title: kind of page, part of the data set, day."""
     part = part_name(content).removeprefix("the ")
     return f"{what} · {part} · {str(content.get('created') or '')[:10]}".rstrip(" ·")
 
 
 def split_mark(report: Mapping[str, Any]) -> str:
-    """Return the mark that tables carry when the parts of the data set share patients; empty when they do not."""
+    """Return the mark of the tables when the parts of the data set have patients in common, else an empty text."""
     return _MARKS.get(str(report.get("unit")), "")
 
 
 def mark_warning(mark: str) -> str:
-    """The mark in a sentence."""
+    """Write the mark as a sentence."""
     return f"The data set is {mark}: scores say little about new patients. Each table carries this mark."
 
 
@@ -123,24 +123,26 @@ def _facts(report: Mapping[str, Any], units: Units) -> list[tuple[str, Prose]]:
 
 def _warnings(report: Mapping[str, Any]) -> list[str]:
     """List the notes above all numbers; `note` is that of the evaluation itself."""
-    said = [str(report["note"])] if report.get("note") else []
+    warnings = [str(report["note"])] if report.get("note") else []
     if mark := split_mark(report):
-        said.append(mark_warning(mark))
+        warnings.append(mark_warning(mark))
     entry = _headline(report)
     if entry is not None and entry["unit"] != "patient":
-        said.append(
-            f"All images are of one patient, so intervals are over {entry['unit']}s: they do not tell how far another "
-            "patient may be."
+        warnings.append(
+            f"All images are of one patient, so intervals are over {entry['unit']}s: they do not cover the differences "
+            "between patients."
         )
     elif entry is not None and entry["n_patients"] < _FEW_PATIENTS:
-        said.append(f"{entry['n_patients']} patients are few; their intervals are wide for that reason.")
+        warnings.append(f"{entry['n_patients']} patients are few; their intervals are wide for that reason.")
     if n := report["n_failed"]:
-        said.append(f"{n} {plural('image', n)} failed and {'is' if n == 1 else 'are'} in no score; see Failures.")
+        warnings.append(f"{n} {plural('image', n)} failed and {'is' if n == 1 else 'are'} in no score; see Failures.")
     if report.get("seg_missing") and "[SEG]" not in str(report.get("note")):
-        said.append(f"The network did not say [SEG] for {100 * report['seg_missing']:.1f} % of what it was asked.")
+        warnings.append(f"The network did not emit [SEG] for {100 * report['seg_missing']:.1f} % of the phrases.")
     if len(uses := report.get("test_uses") or ()) > 1:
-        said.append(f"The test part was used {len(uses)} times by this run; each use is listed under Data and split.")
-    return said
+        warnings.append(
+            f"The test part was used {len(uses)} times by this run; each use is listed under Data and split."
+        )
+    return warnings
 
 
 def _scores(report: Mapping[str, Any], units: Units, mark: str) -> list[Block]:

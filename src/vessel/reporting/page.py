@@ -1,4 +1,4 @@
-"""Pages for people, made from the files of a results folder: one HTML file that needs nothing else, and Markdown."""
+"""Write reports from the files of a results folder: one self-contained HTML file, and Markdown."""
 
 from __future__ import annotations
 
@@ -82,6 +82,6 @@ def _rendered(page: Page, ending: str, name: str) -> str:
 
 
 def _markdown(value: object) -> str:
-    """Words inside Markdown and its tables, none of which may be taken for markup."""
+    """Escape a value for Markdown and its tables, so that none of it is taken for markup."""
     text = re.sub(r"[\r\n\t]+", " ", str(value)).replace("&", "&amp;").replace("<", "&lt;")
     return re.sub(r"([\\`*\[\]|])", r"\\\1", text)

@@ -19,38 +19,41 @@ def failure_blocks(report: Mapping[str, Any]) -> list[Block]:
     head = [cell("image"), cell("file"), cell("reason")]
     rows = [[cell(one["id"]), cell(one["file"]), cell(one["reason"])] for one in failures]
     n, total = report["n_failed"], report["n_ok"] + report["n_failed"]
-    told = f"{n} of {total} images could not be processed and are in no score"
-    table = Table(told, head, rows, wording=True)
-    return [table] if len(rows) <= 20 else [Text((f"{told}.",)), Fold("All of them", [table])]
+    caption = f"{n} of {total} images could not be processed and are in no score"
+    table = Table(caption, head, rows, left_aligned=True)
+    return [table] if len(rows) <= 20 else [Text((f"{caption}.",)), Fold("All of them", [table])]
 
 
 def decision_blocks(report: Mapping[str, Any], mark: str) -> list[Block]:
-    """Describe threshold and post-processing, and what the search tried."""
+    """Describe threshold and post-processing, and the choices that the search tried."""
     decision = report.get("decision") or {}
     cleanup = decision.get("cleanup") or {}
     steps = [f"{name.replace('_', ' ')} {value}" for name, value in cleanup.items() if value and value is not True]
     steps += [name.replace("_", " ") for name, value in cleanup.items() if value is True]
-    low = decision.get("hysteresis")
     facts = [
         ("threshold", "of each fold" if report["threshold"] is None else f"{report['threshold']:.2f}"),
         ("chosen", str(report["threshold_source"])),
-        ("hysteresis", "none" if low is None else f"pixels above {low:.2f} that connect to one above the threshold"),
+        ("hysteresis", _hysteresis(decision.get("hysteresis"))),
         ("clean-up", ", ".join(steps) or "none"),
         ("test-time augmentation", ", ".join(decision.get("tta") or ()) or "the image alone"),
     ]
-    blocks: list[Block] = [facts_table("What makes a mask of a probability map, chosen before this evaluation", facts)]
+    blocks: list[Block] = [facts_table("Threshold and post-processing, chosen before this evaluation", facts)]
     if searched := report.get("searched"):
         tried = _generic("Choices on validation, in the order in which they were tried", searched, mark)
-        blocks.append(Fold("What was tried on validation, and what it changed", [tried]))
+        blocks.append(Fold("Choices that were tried on validation, with their effect", [tried]))
     return blocks
 
 
+def _hysteresis(low: float | None) -> str:
+    return "none" if low is None else f"pixels above {low:.2f} that connect to one above the threshold"
+
+
 def _generic(caption: str, entries: Sequence[Mapping[str, Any]], mark: str = "") -> Table:
-    """A table with the columns that its entries have."""
+    """Make a table with the columns that its entries have."""
     columns = list(dict.fromkeys(key for entry in entries for key in entry))
     rows = [[_any_cell(entry.get(column)) for column in columns] for entry in entries]
     head = [cell(column.replace("_", " ")) for column in columns]
-    return Table(caption, head, rows, mark, wording=True)
+    return Table(caption, head, rows, mark, left_aligned=True)
 
 
 def _any_cell(value: Any) -> Cell:
@@ -66,7 +69,7 @@ def _any_cell(value: Any) -> Cell:
 
 
 def data_blocks(report: Mapping[str, Any]) -> list[Block]:
-    """The data set, its split, and how often its test part was used."""
+    """Describe the data set, its split, and the uses of its test part."""
     data, spacing = report["data"], report.get("pixel_spacing")
     keys = ("n_images", "n_videos", "n_patients")
     counts = [f"{data[key]} {key.removeprefix('n_')}" for key in keys if data.get(key)]
@@ -83,11 +86,13 @@ def data_blocks(report: Mapping[str, Any]) -> list[Block]:
         ("split hash", str(data["split_hash"])),
         ("note", str(report.get("note") or "")),
     ]
-    blocks: list[Block] = [facts_table("What was scored", facts)]
+    blocks: list[Block] = [facts_table("Scored data", facts)]
     if uses := report.get("test_uses"):
-        head = [cell("time"), cell("weights"), cell("decision")]
+        head = [cell("time"), cell("weights"), cell("threshold and post-processing")]
         rows = [[cell(_short(one.get(key))) for key in ("time", "fingerprint", "decision")] for one in uses]
-        blocks.append(Fold(f"Uses of the test part by this run: {len(uses)}", [Table("", head, rows, wording=True)]))
+        blocks.append(
+            Fold(f"Uses of the test part by this run: {len(uses)}", [Table("", head, rows, left_aligned=True)])
+        )
     return blocks
 
 
@@ -96,7 +101,7 @@ def _short(value: Any) -> str:
 
 
 def run_blocks(report: Mapping[str, Any]) -> list[Block]:
-    """The weights and the run that made them."""
+    """Describe the weights and the run that made them."""
     manifest = report.get("manifest") or {}
     parent = manifest.get("parent") or {}
     facts = [
@@ -110,7 +115,7 @@ def run_blocks(report: Mapping[str, Any]) -> list[Block]:
         ("evaluated", str(report.get("created") or "")),
         ("versions", ", ".join(f"{name} {value}" for name, value in (manifest.get("versions") or {}).items())),
     ]
-    blocks: list[Block] = [facts_table("Where the numbers come from", facts)]
+    blocks: list[Block] = [facts_table("Origin of the numbers", facts)]
     if folds := report.get("folds"):
         blocks.append(_generic("Runs of the folds, each on the images that it did not train on", folds))
     if config := manifest.get("config"):
@@ -119,5 +124,5 @@ def run_blocks(report: Mapping[str, Any]) -> list[Block]:
 
 
 def _base(weights: Mapping[str, Any]) -> str:
-    said = [str(weights.get(key)) for key in ("source", "kind", "revision", "fingerprint") if weights.get(key)]
-    return ", ".join(said)
+    parts = [str(weights.get(key)) for key in ("source", "kind", "revision", "fingerprint") if weights.get(key)]
+    return ", ".join(parts)

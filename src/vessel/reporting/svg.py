@@ -1,4 +1,4 @@
-"""Figures of a report as SVG: text stays text, the same input gives the same bytes, and colours follow the page.
+"""Draw the figures of a report as SVG: text stays text, equal input gives equal bytes, and colours follow the page.
 
 A figure is drawn in light colours, so that its file can stand alone. In the page `themed` replaces each of them by a
 variable of the style sheet, which has dark ones as well.
@@ -43,7 +43,7 @@ def patient_figure(
     label: str,
     zero: bool = False,
 ) -> str:
-    """A row a patient, sorted: the patient's mean as a large dot, its images as small ones, the interval as a band.
+    """Draw a row a patient, sorted: the mean as a large dot, the images as small ones, the interval as a band.
 
     Args:
         means: by patient, not empty.
@@ -70,7 +70,7 @@ def patient_figure(
         dots = [(value, row) for row, name in enumerate(ranked) for value in images.get(name, ())]
         if dots:
             values, rows = np.array(dots).T
-            spread = np.linspace(-0.18, 0.18, 5)[np.arange(len(rows)) % 5]  # so that equal ones are seen
+            spread = np.linspace(-0.18, 0.18, 5)[np.arange(len(rows)) % 5]  # so that equal ones stay visible
             axes.plot(values, rows + spread, "o", color=ORANGE, markersize=3.4, alpha=0.7, mew=0, label="image")
         axes.plot(
             [means[name] for name in ranked], range(len(ranked)), "o",
@@ -85,11 +85,11 @@ def patient_figure(
 
 
 def threshold_figure(curve: Mapping[str, Sequence[float]], chosen: float | None) -> str:
-    """Dice, IoU, precision and recall of the validation part against the threshold, the chosen one marked.
+    """Plot Dice, IoU, precision and recall of the validation part against the threshold, the chosen one marked.
 
     Args:
         curve: `threshold` and the four scores, each T numbers in [0, 1].
-        chosen: threshold of the decision, which need not be one of them; None where there are several.
+        chosen: threshold in use, which need not be one of them; None where there are several.
 
     Returns:
         SVG.
@@ -102,15 +102,15 @@ def threshold_figure(curve: Mapping[str, Sequence[float]], chosen: float | None)
         if chosen is not None:
             axes.axvline(chosen, color=INK, linewidth=1, linestyle=":")
             side, away = ("left", 3) if chosen < 0.6 else ("right", -3)
-            told = f"chosen {chosen:.2f}"
-            axes.annotate(told, (chosen, 0.02), xytext=(away, 0), textcoords="offset points", ha=side, fontsize=8)
+            label = f"chosen {chosen:.2f}"
+            axes.annotate(label, (chosen, 0.02), xytext=(away, 0), textcoords="offset points", ha=side, fontsize=8)
         _unit_square(axes, "threshold on the probability", "mean over validation images")
         figure.legend(loc="outside upper left", ncols=4, fontsize=8, handlelength=1.8, columnspacing=0.9)
         return _svg(figure, "threshold")
 
 
 def reliability_figure(bins: Sequence[Mapping[str, Any]]) -> str:
-    """Share of vessel pixels against the probability that was claimed for them, above the number of pixels.
+    """Plot the share of vessel pixels against their predicted probability, above the number of pixels.
 
     Args:
         bins: `low`, `high`, `n`, and the mean `confidence` and `frequency` of the n pixels; some n is above 0.
@@ -138,7 +138,7 @@ def reliability_figure(bins: Sequence[Mapping[str, Any]]) -> str:
 
 
 def themed(svg: str, prefix: str) -> str:
-    """A figure for use inside a page: colours by variables, ids that no other figure has, the width of its place."""
+    """Adapt a figure to a page: colours by variables, unique ids, the width of the column."""
     body = svg[svg.index("<svg") :]
     body = re.sub(r'(?<= id=")', f"{prefix}-", body)
     body = re.sub(r'(?<=href="#)|(?<=url\(#)', f"{prefix}-", body)
@@ -151,7 +151,7 @@ def _unit_square(axes: Axes, x: str, y: str) -> None:
 
 
 def _plain(name: str) -> str:
-    """Text that Matplotlib takes as it is; a dollar sign would begin a formula."""
+    """Escape a text for Matplotlib, where a dollar sign would begin a formula."""
     return name.replace("$", r"\$")
 
 

@@ -21,27 +21,27 @@ class Units:
         self.length = length
 
     def title(self, metric: str) -> str:
-        """Such as Dice."""
+        """Return the title of a metric, such as Dice."""
         return self.metrics[metric]["title"]
 
-    def named(self, metric: str, note: int = 0) -> Cell:
-        """The head of a row: title with an arrow to where better is, and the unit below."""
+    def metric_cell(self, metric: str, note: int = 0) -> Cell:
+        """Make the head of a row: title with an arrow in the direction of better values, and the unit below."""
         arrow = "↑" if self.metrics[metric]["better"] == "higher" else "↓"
         unit = self.unit(metric)
         return Cell((f"{self.title(metric)}{NBSP}{arrow}",), (unit,) if unit else (), note)
 
     def unit(self, metric: str) -> str:
-        """Empty for a ratio."""
+        """Return the unit of a metric; empty for a ratio."""
         return {"length": self.length, "count": "count"}.get(self.metrics[metric]["unit"], "")
 
     def number(self, metric: str, value: float, *, signed: bool = False) -> Number:
-        """Ratios and differences with three decimals, lengths and counts with two; a true minus sign."""
+        """Format a value: three decimals for ratios and differences, two for lengths and counts; a true minus sign."""
         decimals = 3 if signed or not self.metrics[metric]["unit"] else 2
         text = f"{value:+.{decimals}f}" if signed and value else f"{value:.{decimals}f}"
         return Number(text.replace("-", "−"), value)
 
     def interval(self, metric: str, entry: Mapping[str, Any], *, signed: bool = False) -> Prose:
-        """Low to high on one line, or that there is none."""
+        """Write an interval on one line, or that there is none."""
         if entry["low"] is None:
             return ("no interval",)
         low, high = (self.number(metric, entry[end], signed=signed) for end in ("low", "high"))
@@ -49,27 +49,27 @@ class Units:
 
 
 def shown_phrases(summary: Mapping[str, Any]) -> list[str]:
-    """`all` first; a single phrase alone, since `all` would repeat it."""
+    """List the phrases of a table: `all` first; a single phrase alone, since `all` would repeat it."""
     phrases = [name for name in summary if name != ALL]
     return phrases if len(phrases) == 1 else [*([ALL] if ALL in summary else []), *phrases]
 
 
 def column_parts(phrases: Sequence[str]) -> list[Sequence[str]]:
-    """The phrases of one table each, so that none is too wide for paper."""
+    """Divide the phrases over tables, so that none is too wide for paper."""
     return [phrases[at : at + _COLUMNS] for at in range(0, len(phrases), _COLUMNS)]
 
 
 def phrase_name(phrase: str) -> str:
-    """As a head of a table says it."""
+    """Return the name of a phrase in the head of a table."""
     return "all phrases" if phrase == ALL else phrase
 
 
 def score_tables(summary: Mapping[str, Any], units: Units, *, caption: str, mark: str) -> list[Table]:
-    """Mean, interval and counts of every score and phrase; several tables where one would be too wide for paper.
+    """Make tables of mean, interval and counts of every score and phrase; several where one is too wide for paper.
 
     Args:
         summary: `summary[<phrase or all>][<metric>]` as `vessel.metrics.summary.summarise` gives it.
-        units: how to write.
+        units: decimals, units and titles.
         caption: of the first table.
         mark: on each of them.
     """
@@ -87,18 +87,18 @@ def _score_table(summary: Mapping[str, Any], phrases: Sequence[str], units: Unit
         entries = [summary[phrase].get(metric) for phrase in phrases]
         if not any(entries):
             continue
-        name = units.named(metric, rules.index(units.metrics[metric]["rule"]) + 1)
+        name = units.metric_cell(metric, rules.index(units.metrics[metric]["rule"]) + 1)
         scores = [_score(entry, usual[p], metric, units) for entry, p in zip(entries, phrases, strict=True)]
         rows.append([name, *scores])
-        if any(_lost(entry) for entry in entries):
-            shown = Cell((f"{units.title(metric)} where present",), tone="quiet")
-            rows.append([shown, *_present(entries, metric, units)])
+        if any(_counts_absence(entry) for entry in entries):
+            head_present = Cell((f"{units.title(metric)} where present",), tone="quiet")
+            rows.append([head_present, *_present(entries, metric, units)])
     head = [cell(""), *(Cell((phrase_name(p),), _counts(usual[p])) for p in phrases)]
     return Table(caption, head, rows, mark, rules)
 
 
 def _usual(entries: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The entry of most images: the others say where theirs are fewer."""
+    """Return the entry with the most images; cells of the others state their smaller number."""
     return max(entries.values(), key=lambda entry: entry["n_images"], default={})
 
 
@@ -106,11 +106,11 @@ def _counts(entry: Mapping[str, Any]) -> Prose:
     if not entry:
         return ("nothing scored",)
     names = {"n_images": "image", "n_videos": "video", "n_patients": "patient"}
-    said: list[str | Number] = []
+    parts: list[str | Number] = []
     for key, name in names.items():
         if key in entry:
-            said += [Number(str(entry[key]), entry[key]), f" {plural(name, entry[key])}, "]
-    return (*said, "present in ", Number(str(entry["n_present"]), entry["n_present"]))
+            parts += [Number(str(entry[key]), entry[key]), f" {plural(name, entry[key])}, "]
+    return (*parts, "present in ", Number(str(entry["n_present"]), entry["n_present"]))
 
 
 def _score(entry: Mapping[str, Any] | None, usual: Mapping[str, Any], metric: str, units: Units) -> Cell:
@@ -124,7 +124,7 @@ def _score(entry: Mapping[str, Any] | None, usual: Mapping[str, Any], metric: st
     return Cell((units.number(metric, entry["mean"]),), tuple(under))
 
 
-def _lost(entry: Mapping[str, Any] | None) -> bool:
+def _counts_absence(entry: Mapping[str, Any] | None) -> bool:
     """Return whether the mean counts images that do not show the phrase, and there is one that does not."""
     return entry is not None and "mean_present" in entry and entry["n_present"] < entry["n_images"]
 
@@ -138,13 +138,13 @@ def _present(entries: Sequence[Mapping[str, Any] | None], metric: str, units: Un
 
 
 def plain_means(summary: Mapping[str, Any], units: Units, *, mark: str) -> list[Table]:
-    """Means in which each image counts once, as many papers give them."""
+    """Make tables of means in which each image counts once, as many papers report them."""
     tables = []
     for part in column_parts(shown_phrases(summary)):
         rows = []
         for metric in units.metrics:
             means = [(summary[phrase].get(metric) or {}).get("mean_images") for phrase in part]
-            rows.append([units.named(metric), *(_plain(mean, metric, units) for mean in means)])
+            rows.append([units.metric_cell(metric), *(_plain(mean, metric, units) for mean in means)])
         head = [cell(""), *(cell(phrase_name(phrase)) for phrase in part)]
         tables.append(Table("Means over images: patients with many images weigh more", head, rows, mark))
     return tables
@@ -155,7 +155,7 @@ def _plain(mean: float | None, metric: str, units: Units) -> Cell:
 
 
 def patient_tables(patients: Mapping[str, Any], units: Units, *, metric: str, mark: str) -> list[Table]:
-    """Mean of every patient and phrase, a table for each `_COLUMNS` phrases."""
+    """Make tables of the mean of every patient and phrase, one for each `_COLUMNS` phrases."""
     phrases = shown_phrases(patients)
     names = sorted({name for phrase in phrases for name in patients[phrase].get(metric) or {}})
     tables = []
@@ -173,10 +173,10 @@ def part_name(content: Mapping[str, Any]) -> str:
 
 
 def plural(noun: str, n: int) -> str:
-    """The noun as it goes with the number."""
+    """Return the noun in the form that agrees with the number."""
     return noun if n == 1 else f"{noun}s"
 
 
 def spacing_text(spacing: Sequence[float]) -> str:
-    """Row and column spacing in words."""
+    """Describe row and column spacing."""
     return f"{spacing[0]:g} × {spacing[1]:g} mm (row × column)"
