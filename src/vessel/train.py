@@ -5,7 +5,7 @@ from __future__ import annotations
 import hydra
 from omegaconf import DictConfig
 
-from vessel.cli.argv import settle
+from vessel.cli.argv import complete_argv
 from vessel.cli.composition import report_composition_errors
 from vessel.cli.conf import CONF
 from vessel.cli.exits import report_errors
@@ -32,7 +32,7 @@ def main() -> None:
     """Settle what Hydra has to find settled, then train."""
     leave_on_signals()
     with report_errors(), report_composition_errors("train"):
-        settle()
+        complete_argv()
         app()
 
 

@@ -37,7 +37,7 @@ def test_a_misspelt_option_is_answered_with_the_nearest_one(verb, words, expecte
 
 
 @pytest.mark.parametrize("value", ["scan(1)", "a{b", "x[1", "it's", "a'b(c"])
-def test_a_value_with_signs_of_hydra_is_answered_with_what_to_type(value, tmp_path):
+def test_a_value_with_characters_of_hydra_is_answered_with_what_to_type(value, tmp_path):
     done = command("vessel.prepare", f"source={value}", "out=data", cwd=tmp_path)
     assert done.returncode == 1
     [line] = done.stderr.splitlines()

@@ -1,4 +1,4 @@
-"""Bad values of options: one line with the option, its value and what is wanted, before anything heavy is imported."""
+"""Bad values of options: one line with the option, its value and a good one, before anything heavy is imported."""
 
 import subprocess
 import sys
@@ -83,7 +83,7 @@ def test_a_value_that_is_missing_is_not_judged():
 
 
 @pytest.mark.parametrize(("verb", "override"), [(verb, bad[0]) for verb, bad in BAD.items()])
-def test_the_command_says_it_in_one_line(verb, override, tmp_path):
+def test_the_command_answers_in_one_line(verb, override, tmp_path):
     done = command(f"vessel.{verb}", *GIVEN[verb], override, cwd=tmp_path)
     assert done.returncode == 1
     [line] = done.stderr.splitlines()
@@ -91,7 +91,7 @@ def test_the_command_says_it_in_one_line(verb, override, tmp_path):
 
 
 @pytest.mark.parametrize("verb", BAD)
-def test_it_is_said_before_heavy_imports(verb, tmp_path):
+def test_it_is_refused_before_heavy_imports(verb, tmp_path):
     code = (
         f"import sys; sys.argv = ['vessel.{verb}', *{[*GIVEN[verb], BAD[verb][0]]!r}]\n"
         f"from vessel.{verb} import main\n"

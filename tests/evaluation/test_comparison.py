@@ -16,7 +16,7 @@ MEANS = {"p1": 0.1, "p2": 0.03, "p3": 0.04}  # by hand
 
 @pytest.fixture
 def make_results(tmp_path):
-    """A results folder of a run by its name: every image scores 0.7, and what is added to it."""
+    """Return a function that writes the results folder of a run: every image scores 0.7 and a gain."""
 
     def make(run, gain=lambda image, phrase: 0.0, **changes):
         rows = changes.pop("rows", None) or rows_of(lambda image, phrase: 0.7 + gain(image, phrase))
@@ -92,7 +92,7 @@ def test_pairs(make_results, out):
     assert pairs == {("run0", f"run{i}") for i in range(1, 5)}
 
 
-def test_runs_of_one_name_are_told_apart(make_results, out):
+def test_runs_of_one_name_get_names_of_their_own(make_results, out):
     report = compare(
         [make_results("tiny", fingerprint="1" * 64), make_results("tiny", fingerprint="2" * 64), make_results("unet")],
         out,
@@ -133,7 +133,7 @@ def test_notes_of_runs_are_kept(make_results, out):
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "named"),
     [
         ({"data__fingerprint": "e" * 64}, ["data fingerprint", "d" * 64, "e" * 64]),
         ({"data__split_hash": "t" * 64}, ["split hash", "s" * 64, "t" * 64]),
@@ -146,10 +146,10 @@ def test_notes_of_runs_are_kept(make_results, out):
         ({"metrics__dice": {"title": "F1"}}, ["metrics", "{'title': 'F1'}"]),
     ],
 )  # fmt: skip
-def test_guard_D9_what_was_not_measured_alike_is_not_compared(make_results, out, changes, told):
-    with pytest.raises(VesselError, match="one and two cannot be compared, they differ in") as refused:
+def test_guard_D9_what_was_not_measured_alike_is_not_compared(make_results, out, changes, named):
+    with pytest.raises(VesselError, match=r"^one and two ") as refused:
         compare([make_results("one"), make_results("two", **changes)], out)
-    assert all(word in str(refused.value) for word in told)
+    assert all(word in str(refused.value) for word in named)
     assert not list(out.iterdir())
 
 
@@ -161,7 +161,7 @@ def test_other_phrases_are_not_compared(make_results, out):
 
 def test_results_on_other_data_are_not_compared(make_results, out):
     elsewhere = {"name": "two", "fingerprint": "two-weights", "data": {"fingerprint": "own", "split_hash": "own"}}
-    with pytest.raises(VesselError, match=r"two was trained on the data set own .*other_data=true"):
+    with pytest.raises(VesselError, match=rf"^two .*\bown\b.*{'d' * 64}.*other_data=true"):
         compare([make_results("one"), make_results("two", manifest=elsewhere, data__same_as_run=False)], out)
 
 
@@ -173,28 +173,28 @@ def test_an_untuned_network_is_compared(make_results, out):
 
 def test_images_and_patients_must_be_the_same(make_results, out):
     fewer = [one for one in rows_of(lambda image, phrase: 0.7) if one.id != "p2_1"]
-    with pytest.raises(VesselError, match=r"only one was asked for image p2_1 \(12 and 11 images\)"):
+    with pytest.raises(VesselError, match=r"\bone\b.* p2_1 \(12 and 11 images\)"):
         compare([make_results("one"), make_results("two", rows=fewer)], out)
     moved = [row(one.id, one.phrase, 0.7) for one in rows_of(lambda image, phrase: 0.7)]
     moved = [
         one if one.id != "p2_1" else type(one)(one.id, "p1", "p1_v1", one.phrase, True, one.scores) for one in moved
     ]
-    with pytest.raises(VesselError, match="patient of image p2_1, phrase 'lumen', is p2 and p1"):
+    with pytest.raises(VesselError, match=r"patient .*p2_1, .*'lumen'.* p2 and p1"):
         compare([make_results("one"), make_results("two", rows=moved)], out)
 
 
 def test_one_run_is_nothing_to_compare(make_results, out):
     one = make_results("one")
-    with pytest.raises(VesselError, match="two runs or more"):
+    with pytest.raises(VesselError, match=r"^compare="):
         compare([one], out)
-    with pytest.raises(VesselError, match="the same weights"):
+    with pytest.raises(VesselError, match=r"\(one-weights\)"):
         compare([one, one], out)
     names = {one.id for one in rows_of(lambda image, phrase: 0.7)}
     nothing = [
         make_results(run, rows=[row(name, phrase, 0.7) for name in keep for phrase in PHRASES], failed=names - keep)
         for run, keep in (("a", {"p1_0"}), ("b", {"p2_0"}))
     ]
-    with pytest.raises(VesselError, match="no image was scored by all of a, b"):
+    with pytest.raises(VesselError, match=r"all of a, b"):
         compare(nothing, out)
 
 
@@ -202,7 +202,7 @@ def test_a_tampered_run_is_not_compared(make_results, out):
     one, two = make_results("one"), make_results("two")
     file = two / "per_image.csv"
     file.write_text(file.read_text().replace("0.7", "0.8"))
-    with pytest.raises(VesselError, match=r"two_1/per_image.csv was changed"):
+    with pytest.raises(VesselError, match=r"two_1/per_image\.csv .*hash"):
         compare([one, two], out)
 
 
@@ -212,8 +212,8 @@ def test_the_tables_fit_100_columns(make_results, out, capsys, monkeypatch):
         "sam2_prompt_with_a_long_name", lambda image, phrase: 0.01 * int(image[1]), network="sam2_prompt"
     )
     compare([make_results("internvl3_8b_lora_r128"), long], out)
-    told = capsys.readouterr().out
-    tables = told[: told.index("note:")]
+    printed = capsys.readouterr().out
+    tables = printed[: printed.index("note:")]
     assert max(map(len, tables.splitlines())) <= 100
     assert "…" not in tables
     for word in ("sam2_prompt", "HD95 (px)", "Dice", "better", "+0.025", "4 patients"):

@@ -86,9 +86,9 @@ def test_figures_are_those_of_the_masks_that_predict_writes(score, run_folder, o
     for image in predicted["images"]:
         frame = frames[image["id"]]
         size = (frame.height, frame.width)
-        truth = frame.masks["lumen"]
+        file = frame.masks["lumen"]
         a = read_mask(tmp_path / "masks" / image["phrases"]["lumen"]["mask"], size)
-        b = np.zeros(size, bool) if truth is None else read_mask(oct_set / truth, size)
+        b = np.zeros(size, bool) if file is None else read_mask(oct_set / file, size)
         total = a.sum() + b.sum()
         dice.append(2 * (a & b).sum() / total if total else 1.0)
     assert np.mean(dice) > 0
@@ -155,29 +155,29 @@ def test_when_nothing_could_be_scored_the_command_fails(score, damaged, run_fold
     root, _ = damaged
     for frame in Catalog.open(root).part("test"):
         (root / frame.image).write_bytes(b"")
-    with pytest.raises(VesselError, match="none of 4 images"):
+    with pytest.raises(VesselError, match=r"\b4 images"):
         score(root=root)
     report = json.loads((run_folder / "evaluate/test/metrics.json").read_text())
     assert (report["n_ok"], report["n_failed"], report["summary"]) == (0, 4, {})
 
 
-def test_guard_D9_other_data_must_be_asked_for_by_name(score, oct_set, tmp_path):
+def test_guard_D9_other_data_must_be_named_by_an_option(score, oct_set, tmp_path):
     shutil.copytree(oct_set, tmp_path / "moved")
     assert score(root=tmp_path / "moved")["data"]["same_as_run"]
     other = tmp_path / "other"
     size = ("synthetic.patients=4", "synthetic.frames=2", "synthetic.size=64")
     assert command("vessel.prepare", "source=synthetic", f"out={other}", *size, cwd=tmp_path).returncode == 0
-    with pytest.raises(VesselError, match="other_data=true"):
+    with pytest.raises(VesselError, match=r"fingerprint.*other_data=true"):
         score(root=other)
     report = score(root=other, other_data=True)
     assert not report["data"]["same_as_run"]
     assert "not the data set of the run" in report["note"]
-    with pytest.raises(VesselError, match="results on another data set"):  # same weights, same part, same folder
+    with pytest.raises(VesselError, match=report["data"]["fingerprint"]):  # same weights, same part, same folder
         score(other_data=True)
     assert score(other_data=True, overwrite=True)["data"]["fingerprint"] != report["data"]["fingerprint"]
 
 
-def test_a_phrase_that_no_image_shows_is_not_called_found(score, oct_set, tmp_path, capsys):
+def test_a_phrase_that_is_in_no_image_is_reported_as_absent(score, oct_set, tmp_path, capsys):
     """Scores of 1.000 for drawing nothing say so, in the table and under it."""
     bare = tmp_path / "bare"
     shutil.copytree(oct_set, bare)
@@ -191,10 +191,10 @@ def test_a_phrase_that_no_image_shows_is_not_called_found(score, oct_set, tmp_pa
     summary = score(root=bare, other_data=True)["summary"]
     assert (summary["side branch"]["dice"]["n_present"], summary["side branch"]["dice"]["mean_present"]) == (0, None)
     assert summary["lumen"]["dice"]["n_present"] == 4
-    told = capsys.readouterr().out
-    assert "side branch is in none of these images: its scores only say that nothing was drawn" in told
-    assert "lumen is in none" not in told
-    assert "0 of 4" in told
+    printed = capsys.readouterr().out
+    assert "side branch is in none" in printed
+    assert "lumen is in none" not in printed
+    assert "0 of 4" in printed
 
 
 def test_training_and_validation_images_are_called_so(score):
@@ -213,7 +213,7 @@ def test_guard_I10_results_of_other_weights_are_not_written_over(score, run_fold
     name = next(iter(checkpoint["state_dict"]))
     checkpoint["state_dict"][name] = checkpoint["state_dict"][name] + 1
     torch.save(checkpoint, other)
-    with pytest.raises(VesselError, match="results of other weights"):
+    with pytest.raises(VesselError, match=rf"{first['fingerprint']}, split test"):
         score(ckpt=str(other), out=str(tmp_path / "results"))
     assert json.loads((tmp_path / "results/metrics.json").read_text()) == again
     assert score(ckpt=str(other), out=str(tmp_path / "results"), overwrite=True)["fingerprint"] != first["fingerprint"]
@@ -227,32 +227,32 @@ def test_a_checkpoint_outside_a_run_gets_the_default_folder(score, run_folder, t
     assert (tmp_path / "elsewhere/metrics.json").is_file()
 
 
-def test_it_is_told_to_do_one_thing(score):
-    for asked in ({"compare": ["a", "b"]}, {"ckpt": None}, {"ckpt": None, "folds": "sweep", "compare": ["a", "b"]}):
-        with pytest.raises(VesselError, match="name one of ckpt=RUN, compare="):
-            score(**asked)
-    with pytest.raises(VesselError, match="search=true searches for one run"):
+def test_one_thing_is_evaluated_at_a_time(score):
+    for given in ({"compare": ["a", "b"]}, {"ckpt": None}, {"ckpt": None, "folds": "sweep", "compare": ["a", "b"]}):
+        with pytest.raises(VesselError, match=r"ckpt=RUN, compare="):
+            score(**given)
+    with pytest.raises(VesselError, match=r"^search=true .*ckpt=RUN.* folds="):
         score(ckpt=None, folds="sweep", search=True)
 
 
-def test_wandb_shows_the_numbers_and_the_report(score, run_folder, tmp_path, monkeypatch):
+def test_wandb_gets_the_numbers_and_the_report(score, run_folder, tmp_path, monkeypatch):
     for variable in ("WANDB_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR", "WANDB_ARTIFACT_DIR"):
         monkeypatch.setenv(variable, str(tmp_path / "wandb-home"))
     monkeypatch.setenv("WANDB_SILENT", "true")
-    geometry = tmp_path / "views"
-    report = score(logger={"wandb": {"_target_": "vessel.loggers.PrivateWandb", "save_dir": str(geometry)}})
-    shown = {name: value for row in read_history(geometry) for name, value in row.items()}
-    assert shown["test/all/dice"] == report["summary"]["all"]["dice"]["mean"]
-    assert shown["test/lumen/hd95"] == report["summary"]["lumen"]["hd95"]["mean"]
+    folder = tmp_path / "offline"
+    report = score(logger={"wandb": {"_target_": "vessel.loggers.PrivateWandb", "save_dir": str(folder)}})
+    logged = {name: value for row in read_history(folder) for name, value in row.items()}
+    assert logged["test/all/dice"] == report["summary"]["all"]["dice"]["mean"]
+    assert logged["test/lumen/hd95"] == report["summary"]["lumen"]["hd95"]["mean"]
     page = run_folder / "evaluate/test/report.html"
-    assert media(geometry, shown["report/test"]).read_bytes() == page.read_bytes()
-    with pytest.raises(VesselError, match="shown by logger=wandb"):
-        score(logger={"csv": {"_target_": "lightning.pytorch.loggers.CSVLogger", "save_dir": str(geometry)}})
+    assert media(folder, logged["report/test"]).read_bytes() == page.read_bytes()
+    with pytest.raises(VesselError, match=r"logger=csv: .*logger=wandb"):
+        score(logger={"csv": {"_target_": "lightning.pytorch.loggers.CSVLogger", "save_dir": str(folder)}})
 
 
 def test_as_a_user_runs_it(run_folder, tmp_path):
     done = command("vessel.evaluate", "ckpt=run", "split=val", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert (run_folder / "evaluate/val/metrics.json").is_file()
-    for told in ("lumen", "Recall", "intervals", "threshold", "note:", "evaluate/val"):
-        assert told in done.stdout
+    for word in ("lumen", "Recall", "intervals", "threshold", "note:", "evaluate/val"):
+        assert word in done.stdout

@@ -37,7 +37,7 @@ def test_reads_what_was_written(folder):
 
 def test_the_folder_of_a_run_stands_for_its_results(run):
     assert read_results(run).folder == run / "evaluate/test"
-    with pytest.raises(VesselError, match=r"no results on val yet.*python -m vessel.evaluate .*split=val"):
+    with pytest.raises(VesselError, match=r"run: .*python -m vessel\.evaluate .*split=val"):
         read_results(run, "val")
 
 
@@ -49,16 +49,16 @@ def test_the_folder_of_a_cross_validation_stands_for_its_pooled_results(tmp_path
         read_results(tmp_path / "sweep")
 
 
-def test_nothing_there(tmp_path):
-    with pytest.raises(VesselError, match="no such folder"):
+def test_folders_without_results_are_refused(tmp_path):
+    with pytest.raises(VesselError, match=r"nowhere: .*outputs/<name>/<time>"):
         read_results(tmp_path / "nowhere")
-    with pytest.raises(VesselError, match="neither a run nor a results folder"):
+    with pytest.raises(VesselError, match=r"out=FOLDER"):
         read_results(tmp_path)
     (tmp_path / "metrics.json").write_text("{")
-    with pytest.raises(VesselError, match="cannot be read"):
+    with pytest.raises(VesselError, match=r"metrics\.json.*read"):
         read_results(tmp_path)
     (tmp_path / "metrics.json").write_text("[]")
-    with pytest.raises(VesselError, match="holds no object"):
+    with pytest.raises(VesselError, match=r"metrics\.json.*object"):
         read_results(tmp_path)
 
 
@@ -70,12 +70,12 @@ def test_results_without_seal_are_of_another_vessel(folder):
 
 def test_guard_I11_a_changed_figure_is_refused_by_name(folder):
     edit(folder, lambda report: report["summary"]["lumen"]["dice"].update(mean=0.95))
-    with pytest.raises(VesselError, match=r"summary\.lumen\.dice\.mean is 0\.95, and per_image\.csv gives 0\.875"):
+    with pytest.raises(VesselError, match=r"summary\.lumen\.dice\.mean .*0\.95.*per_image\.csv .*0\.875"):
         read_results(folder)
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "named"),
     [
         (lambda report: report.update(n_ok=13), "n_ok is 13"),
         (lambda report: report.update(n_failed=1), "n_failed is 1"),
@@ -92,20 +92,20 @@ def test_guard_I11_a_changed_figure_is_refused_by_name(folder):
         (lambda report: report["patients"]["all"]["dice"].update(p1=1.0), "hash is not that of its content"),
     ],
 )
-def test_guard_I11_whatever_is_changed_is_refused(folder, change, told):
+def test_guard_I11_whatever_is_changed_is_refused(folder, change, named):
     edit(folder, change)
-    with pytest.raises(VesselError, match="was changed after it was written") as refused:
+    with pytest.raises(VesselError, match=r"metrics\.json .*overwrite=true") as refused:
         read_results(folder)
-    assert told in str(refused.value)
+    assert named in str(refused.value)
 
 
 def test_guard_I11_changed_rows_are_refused(folder):
     file = folder / "per_image.csv"
     file.write_text(file.read_text().replace("0.89", "0.99", 1))
-    with pytest.raises(VesselError, match=r"per_image.csv was changed.*its hash"):
+    with pytest.raises(VesselError, match=r"per_image\.csv .*hash"):
         read_results(folder)
     os.remove(file)
-    with pytest.raises(VesselError, match=r"per_image.csv is gone"):
+    with pytest.raises(VesselError, match=r"per_image\.csv .*gone"):
         read_results(folder)
 
 
@@ -124,7 +124,7 @@ def test_guard_D9_shuffled_patients_are_refused(folder):
         report["rows_hash"] = rows_hash(file)
         report["hash"] = seal(report)
 
-    with pytest.raises(VesselError, match="its hash is not the one"):
+    with pytest.raises(VesselError, match=r"per_image\.csv .*hash"):
         read_results(folder)
     edit(folder, forge)
     with pytest.raises(VesselError, match=r"summary\.\w+\.\w+\.\w+ is"):
@@ -136,7 +136,7 @@ def test_guard_D9_a_manifest_of_another_split_is_refused(run):
     manifest = json.loads(file.read_text())
     manifest["data"]["split_hash"] = "another"
     file.write_text(json.dumps(manifest))
-    with pytest.raises(VesselError, match=r"data\.split_hash is s+, and .*manifest\.json gives another"):
+    with pytest.raises(VesselError, match=r"data\.split_hash .*s{64}.*manifest\.json .*another"):
         read_results(run)
 
 

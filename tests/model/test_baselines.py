@@ -21,7 +21,7 @@ from vessel.memory_plan.plan import Setup, memory_plan
 from vessel.model.baselines import PromptedSam2, PromptedSam2Config, UNetConfig
 from vessel.model.lora import Lora
 from vessel.model.placement import place
-from vessel.training.callbacks.first_step_check import check_gradients, signs
+from vessel.training.callbacks.first_step_check import check_gradients, gradient_flags
 from vessel.training.optimizer import OptimizerSettings
 from vessel.training.task import VesselTask
 from vessel.weights.entry import Weights
@@ -96,7 +96,7 @@ def test_guard_T11_every_group_learns_and_no_tensor_is_left_out(baseline, make_b
     sum(NativeLoss()(network(batch).mask_logits, batch.masks, network.frame_size).values()).backward()
     groups = network.trainable_groups()
     arrived = {name for members in groups.values() for name, parameter in members if parameter.grad is not None}
-    check_gradients(groups, signs(groups, arrived))
+    check_gradients(groups, gradient_flags(groups, arrived))
     expected = {
         PROMPTED: {"phrase_prompts", "image_encoder", "mask_decoder", "prompt"}, UNET: {"unet_encoder", "unet_decoder"}
     }  # fmt: skip

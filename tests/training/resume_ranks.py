@@ -1,4 +1,4 @@
-"""What the tests of a resume watch a run with, and a rank of such a run: `torchrun resume_ranks.py OVERRIDE...`."""
+"""Callbacks that record a run for the tests of resuming, and a rank of it: `torchrun resume_ranks.py OVERRIDE...`."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from vessel.training.run import train
 
 
 class Recorder(Callback):
-    """Writes a line a batch, with samples and the exact loss, and a line a validation, with its exact numbers."""
+    """A writer of a line a batch, with samples and the exact loss, and a line a validation, with its exact numbers."""
 
     def __init__(self, folder: str) -> None:
         self.folder = Path(folder)
@@ -42,15 +42,15 @@ class Recorder(Callback):
 
 
 class SaveAt(Callback):
-    """Saves a checkpoint named `HOOK-N` at the N-th call (1-based) of each hook asked for: `{"train_batch": [3]}`."""
+    """A saver of a checkpoint named `HOOK-N` at the N-th call (1-based) of each hook given: `{"train_batch": [3]}`."""
 
     def __init__(self, folder: str, **calls: list[int]) -> None:
-        self.folder, self.calls, self.seen = Path(folder), calls, dict.fromkeys(calls, 0)
+        self.folder, self.calls, self.counts = Path(folder), calls, dict.fromkeys(calls, 0)
 
     def _called(self, trainer, hook):
-        self.seen[hook] = self.seen.get(hook, 0) + 1
-        if self.seen[hook] in self.calls.get(hook, []):
-            trainer.save_checkpoint(self.folder / f"{hook}-{self.seen[hook]}.ckpt")
+        self.counts[hook] = self.counts.get(hook, 0) + 1
+        if self.counts[hook] in self.calls.get(hook, []):
+            trainer.save_checkpoint(self.folder / f"{hook}-{self.counts[hook]}.ckpt")
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         self._called(trainer, "train_batch")

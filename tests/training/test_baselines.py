@@ -1,4 +1,4 @@
-"""The baselines as a user trains, resumes, evaluates and asks them, each on the split of all others."""
+"""The baselines as a user trains, resumes, evaluates and predicts with them, each on the split of all others."""
 
 import json
 import sys
@@ -49,7 +49,7 @@ def runs(oct_set, tmp_path_factory):
 
 @pytest.fixture
 def command(monkeypatch, tmp_path):
-    """A command as a user gives it, in this process."""
+    """Return a function that runs a command as a user gives it, in this process."""
     from hydra.core.global_hydra import GlobalHydra
 
     def call(verb, *options):
@@ -84,7 +84,7 @@ def test_no_rate_of_seg_is_invented(runs, network):
 
 
 @BASELINES
-def test_a_run_goes_on_to_the_last_bit(runs, oct_set, tmp_path, network):
+def test_a_run_resumes_to_the_last_bit(runs, oct_set, tmp_path, network):
     train(settings(network, oct_set, f"run={tmp_path}", f"ckpt={runs[network]}/saves/validation-1.ckpt"))
     before, after = (
         torch.load(find_checkpoint(run, ("last",)), weights_only=True)["state_dict"]
@@ -103,7 +103,7 @@ def test_masks_are_predicted_and_words_refused(runs, oct_set, command, capsys, t
     first = results["images"][0]
     assert first["text"] == ""
     assert np.array(Image.open(tmp_path / "out" / first["phrases"]["side branch"]["probability"])).any()
-    for options, told in (
+    for options, reason in (
         (
             ("phrases=[plaque]",),
             "this network reads no words, it knows the phrases that it was trained on: lumen, side",
@@ -114,7 +114,7 @@ def test_masks_are_predicted_and_words_refused(runs, oct_set, command, capsys, t
     ):
         with pytest.raises(SystemExit):
             command("predict", *given, f"out={tmp_path / 'refused'}", *options)
-        assert told in capsys.readouterr().err
+        assert reason in capsys.readouterr().err
         assert not (tmp_path / "refused").exists()
     with pytest.raises(SystemExit):
         command("export", given[0], f"out={tmp_path / 'exported'}")
@@ -122,22 +122,22 @@ def test_masks_are_predicted_and_words_refused(runs, oct_set, command, capsys, t
 
 
 @pytest.mark.parametrize(
-    ("network", "options", "told"),
+    ("network", "options", "named"),
     [
-        ("unet", ("trainable=lora",), r"trainable=lora: no language model here; choose trainable=all"),
-        ("unet", ("trainable=decoder_only",), r"nothing would train; choose all"),
-        ("unet", ("lora.r=8",), r"no language model to adapt; leave lora\.r=0"),
-        ("sam2_prompt", ("trainable=decoder_only",), r"random weights.*would stay random for ever.*a SAM2"),
+        ("unet", ("trainable=lora",), r"trainable=lora: .*trainable=all"),
+        ("unet", ("trainable=decoder_only",), r"trainable=decoder_only: .*choose all"),
+        ("unet", ("lora.r=8",), r"lora\.r=8: .*lora\.r=0"),
+        ("sam2_prompt", ("trainable=decoder_only",), r"trainable=decoder_only .*random .*SAM2"),
     ],
 )
-def test_what_would_not_learn_is_refused(oct_set, tmp_path, network, options, told):
-    with pytest.raises(VesselError, match=told):
+def test_what_would_not_learn_is_refused(oct_set, tmp_path, network, options, named):
+    with pytest.raises(VesselError, match=named):
         train(settings(network, oct_set, f"run={tmp_path}", *options))
 
 
 @BASELINES
-def test_the_plan_of_a_baseline_is_shown(command, capsys, network):
+def test_the_plan_of_a_baseline_is_printed(command, capsys, network):
     command("train", f"experiment={network}", f"model={network}_large", "plan=true", "trainer=gpu", "gpu_gb=80")
-    told = capsys.readouterr().out
-    assert "fits: " in told
-    assert {"unet": "activations: U-Net encoder", "sam2_prompt": "activations: SAM2 image encoder"}[network] in told
+    printed = capsys.readouterr().out
+    assert "fits: " in printed
+    assert {"unet": "activations: U-Net encoder", "sam2_prompt": "activations: SAM2 image encoder"}[network] in printed

@@ -9,15 +9,15 @@ from vessel.batch import InputGeometry
 from vessel.data.catalog import Catalog
 from vessel.training.datamodule import VesselDataModule
 from vessel.training.resume import TrainingPosition
-from vessel.training.sampler import Cut
+from vessel.training.sampler import EpochDivision
 
-VIEWS = InputGeometry(tile_size=56, tokens_per_tile=4, max_tiles=1, frame_size=64)
+GEOMETRY = InputGeometry(tile_size=56, tokens_per_tile=4, max_tiles=1, frame_size=64)
 
 
 @pytest.fixture
 def make_module(oct_set, prompt):
     def make(**changes):
-        return VesselDataModule(str(oct_set), prompt=prompt, geometry=VIEWS, batch_size=2, **changes)
+        return VesselDataModule(str(oct_set), prompt=prompt, geometry=GEOMETRY, batch_size=2, **changes)
 
     return make
 
@@ -58,13 +58,13 @@ def test_a_place_is_told_in_batches_of_this_run(make_module):
     )
     assert make_module().resume_position(state(12)) == TrainingPosition(0, 6)
     module = make_module()
-    module.training_sampler().cut = Cut(batch=2, accumulated=2)
+    module.training_sampler().division = EpochDivision(batch=2, accumulated=2)
     assert module.resume_position(state(8, validated=2)) == TrainingPosition(0, 4, validated=1)
     assert module.resume_position(state(8, validated=3)) == TrainingPosition(0, 4)  # of a run with other batches
     assert module.resume_position(state(8, validated=4)) == TrainingPosition(0, 4)
 
 
-def test_another_global_batch_is_told(make_module, caplog):
+def test_another_global_batch_is_logged(make_module, caplog):
     with caplog.at_level(logging.INFO, "vessel.training.datamodule"):
         make_module().load_state_dict(state(8))
         assert not caplog.messages
@@ -74,8 +74,8 @@ def test_another_global_batch_is_told(make_module, caplog):
     ]
 
 
-def test_images_of_many_tiles_are_served_together(make_module, monkeypatch):
-    """The order knows the shapes of the images: here every other one is twice as wide as high."""
+def test_images_of_many_tiles_share_batches(make_module, monkeypatch):
+    """The order depends on the shapes of the images: here every other one is twice as wide as high."""
     part = Catalog.part
     monkeypatch.setattr(
         Catalog, "part", lambda *a: [replace(f, width=64 * (1 + i % 2)) for i, f in enumerate(part(*a))]
@@ -83,7 +83,7 @@ def test_images_of_many_tiles_are_served_together(make_module, monkeypatch):
     module = make_module()
     assert not module.training_sampler().lengths  # of one tile each
     module = make_module()
-    module.geometry = replace(VIEWS, max_tiles=2)
+    module.geometry = replace(GEOMETRY, max_tiles=2)
     sampler = module.training_sampler()
     assert sampler.lengths == [1, 3] * 6  # two tiles and the thumbnail
     tiles = [sampler.lengths[i] for i in sampler]

@@ -4,14 +4,14 @@ from random import Random
 import pytest
 import torch
 
-from vessel.training.sampler import Cut, EpochSampler
+from vessel.training.sampler import EpochDivision, EpochSampler
 
 
 def over_ranks(size, ranks, *, batch=1, accumulated=1, begin=None, **settings):
-    """What each rank is served in an epoch."""
+    """Return the samples that each rank is served in an epoch."""
     served = []
     for rank in range(ranks):
-        sampler = EpochSampler(size, Cut(rank, ranks, batch, accumulated), **settings)
+        sampler = EpochSampler(size, EpochDivision(rank, ranks, batch, accumulated), **settings)
         if begin is not None:
             sampler.begin(0, begin)
         served.append(list(sampler))
@@ -19,11 +19,11 @@ def over_ranks(size, ranks, *, batch=1, accumulated=1, begin=None, **settings):
 
 
 def steps(size, ranks, *, batch=1, accumulated=1, **settings):
-    """What all ranks together are served in each optimizer step."""
+    """Return the samples that all ranks are served in each optimizer step."""
     served = over_ranks(size, ranks, batch=batch, accumulated=accumulated, **settings)
     size_of_step = batch * accumulated
-    shares = [[one[i : i + size_of_step] for i in range(0, len(one), size_of_step)] for one in served]
-    return [list(chain(*step)) for step in zip(*shares, strict=True)]
+    by_rank = [[one[i : i + size_of_step] for i in range(0, len(one), size_of_step)] for one in served]
+    return [list(chain(*step)) for step in zip(*by_rank, strict=True)]
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
@@ -62,12 +62,12 @@ def test_accumulation_ends_with_the_epoch():
 @pytest.mark.parametrize(("ranks", "batch", "accumulated"), [(1, 4, 1), (2, 2, 1), (1, 1, 4), (2, 1, 2), (1, 2, 2)])
 @pytest.mark.parametrize("size", [12, 14])
 def test_guard_T5_the_rest_of_an_epoch_for_any_number_of_ranks(size, ranks, batch, accumulated):
-    """Four were served by one rank; whoever shares the rest serves what the first would have served."""
+    """One rank served four; any number of ranks serves the rest as that one would have."""
     whole = steps(size, 1, batch=4, shuffle=True, seed=3)
     rest = steps(size, ranks, batch=batch, accumulated=accumulated, shuffle=True, seed=3, begin=4)
     assert set(chain(*rest)) - set(chain(*whole[:1])) == set(chain(*whole[1:]))
     assert [set(step) for step in rest[:2]] == [set(step) for step in whole[1:3]]
-    sampler = EpochSampler(size, Cut(0, ranks, batch, accumulated))
+    sampler = EpochSampler(size, EpochDivision(0, ranks, batch, accumulated))
     sampler.begin(0, 4)
     assert sampler.first_batch(0) == accumulated
     assert len(sampler) == len(list(sampler)) + sampler.first_batch(0) * batch
@@ -76,14 +76,14 @@ def test_guard_T5_the_rest_of_an_epoch_for_any_number_of_ranks(size, ranks, batc
 def test_a_rest_that_the_new_steps_do_not_divide_is_served_whole():
     rest = steps(12, 1, batch=5, accumulated=1, begin=4)
     assert rest == [[4, 5, 6, 7, 8], [9, 10, 11]]
-    sampler = EpochSampler(12, Cut(batch=5))
+    sampler = EpochSampler(12, EpochDivision(batch=5))
     sampler.begin(0, 4)
     assert (sampler.batches, sampler.first_batch(0)) == (3, 1)
     assert [sampler.served(0, batches) for batches in (1, 2, 3)] == [4, 9, 12]
 
 
-def test_a_place_counts_in_its_own_epoch_only():
-    sampler = EpochSampler(12, Cut(batch=4))
+def test_a_begin_counts_in_its_own_epoch_only():
+    sampler = EpochSampler(12, EpochDivision(batch=4))
     sampler.begin(1, 8)
     assert list(sampler) == [*range(12)]
     assert (sampler.first_batch(0), sampler.served(0, 2)) == (0, 8)
@@ -95,7 +95,7 @@ def test_a_place_counts_in_its_own_epoch_only():
 
 
 def test_an_epoch_that_was_served_is_over():
-    sampler = EpochSampler(10, Cut(ranks=2, batch=2, accumulated=2))
+    sampler = EpochSampler(10, EpochDivision(ranks=2, batch=2, accumulated=2))
     sampler.begin(0, 10)
     assert list(sampler) == []
     assert sampler.first_batch(0) == sampler.batches == 4
@@ -121,7 +121,7 @@ def test_one_sample_on_many_ranks():
 
 
 def mixed(size):
-    """Tiles of samples of many shapes."""
+    """Draw the numbers of tiles of samples of many shapes."""
     return Random(0).choices([1, 5, 7, 9, 13], k=size)
 
 
@@ -135,18 +135,18 @@ def test_guard_T5_samples_of_like_length_are_each_served_once(size, ranks, batch
     assert set(chain(*served)) == set(range(2 * size))
     alone = over_ranks(size, 1, batch=ranks * batch, accumulated=accumulated, shuffle=True, seed=1, repeats=2,
                        lengths=mixed(size))  # fmt: skip
-    together = [index for row in zip(*served, strict=True) for index in row]
-    assert together[: 2 * size] == alone[0][: 2 * size]  # the order of an epoch knows of no ranks
+    interleaved = [index for row in zip(*served, strict=True) for index in row]
+    assert interleaved[: 2 * size] == alone[0][: 2 * size]  # the order of an epoch does not depend on ranks
 
 
-def test_the_rest_of_an_epoch_of_like_lengths_is_what_another_cut_left():
+def test_the_rest_of_an_epoch_of_like_lengths_is_what_another_batch_size_left():
     settings = {"shuffle": True, "seed": 3, "lengths": mixed(100)}
     [whole], [rest] = over_ranks(100, 1, batch=4, **settings), over_ranks(100, 1, batch=5, begin=40, **settings)
     assert rest == whole[40:]
 
 
 def test_batches_hold_samples_of_like_length():
-    """What a batch is padded to, over what it holds; also on four ranks, each with its own batches."""
+    """Compare the padded with the real length; also on four ranks, each with its own batches."""
     size, lengths = 1000, mixed(1000)
 
     def padded(**settings):

@@ -9,7 +9,7 @@ from vessel.errors import VesselError
 from vessel.losses import NativeLoss, lm_loss
 from vessel.model.groups import choose_trainable
 from vessel.model.lora import Lora, add_lora
-from vessel.training.callbacks.first_step_check import check_gradients, signs
+from vessel.training.callbacks.first_step_check import check_gradients, gradient_flags
 from vessel.training.optimizer import OptimizerSettings
 from vessel.training.task import VesselTask
 
@@ -135,8 +135,8 @@ def test_guard_T12_checkpointing_that_cuts_the_graph_is_caught_at_the_first_step
     (output.mask_logits.mean() + output.lm_logits.mean()).backward()
     groups = network.trainable_groups()
     arrived = {name for members in groups.values() for name, parameter in members if parameter.grad is not None}
-    with pytest.raises(VesselError, match=r"lora: .*got no gradient"):
-        check_gradients(groups, signs(groups, arrived))
+    with pytest.raises(VesselError, match=r"lora: .*no gradient"):
+        check_gradients(groups, gradient_flags(groups, arrived))
 
 
 def test_adapters_learn_under_checkpointing_that_keeps_the_graph(make_task, make_batch):
@@ -155,5 +155,5 @@ def test_checkpoint_of_another_network_is_refused(make_task, make_batch, fit, tm
     trainer.save_checkpoint(tmp_path / "decoder.ckpt")
     task = make_task(trainable="lora", lora=Lora(r=4))
     trainer = Trainer(max_steps=5, accelerator="cpu", logger=False, enable_checkpointing=False)
-    with pytest.raises(VesselError, match="missing or misshapen"):
+    with pytest.raises(VesselError, match=r"^ckpt: .*network\.mllm\."):
         trainer.fit(task, DataLoader([batch], batch_size=None), ckpt_path=tmp_path / "decoder.ckpt", weights_only=True)

@@ -1,4 +1,4 @@
-"""The command line of `vessel.train`, settled before Hydra reads it: one run folder for all ranks, and `resume=`."""
+"""Complete the command line of `vessel.train` before Hydra reads it: one run folder for all ranks, and `resume=`."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from vessel.runs.record import SETTINGS, checkpoints_of, config_dir_of, differin
 _QUIET = ("hydra.output_subdir=null", "hydra/job_logging=stdout")
 
 
-def settle() -> None:
-    """Put the run's folder into `sys.argv`, and into the environment what all ranks have to agree on.
+def complete_argv() -> None:
+    """Add the run's folder to `sys.argv`, and the stamp that all ranks have to agree on to the environment.
 
     Raises:
         VesselError: an option has another name today, `resume=` names no run or contradicts another option, or torchrun
@@ -33,66 +33,66 @@ def settle() -> None:
     rank = this_rank()
     if rank.index:
         # Rank 0 writes the log file and the configuration.
-        _add(*_QUIET)
+        _insert(*_QUIET)
     if PARENT in os.environ:
         die_with_parent()
         return
     answer_old_names(sys.argv[1:], "train")
-    given = _parsed()
+    given = _parse()
     if given.help or given.hydra_help or given.cfg or given.info or given.shell_completion:
         return
     if (_value("plan", given.overrides) or "").lower() == "true":
-        _add("hydra.run.dir=.", *_QUIET)  # it makes no run
+        _insert("hydra.run.dir=.", *_QUIET)  # it makes no run
         return
     if rank.of > 1:
         if given.multirun:
             raise VesselError(f"-m starts the ranks of its jobs itself, job after job; leave {rank.started_by} out")
         os.environ.setdefault(STAMP, agree_on_stamp(rank))
     try:
-        _settle_resume(given)
+        _complete_resume(given)
     except (HydraException, OmegaConfBaseException):
-        return  # Hydra will meet the same mistake, and says it without a traceback
+        return  # Hydra will meet the same mistake, and reports it without a traceback
 
 
-def _settle_resume(given: Namespace) -> None:
+def _complete_resume(given: Namespace) -> None:
     typed = _value("resume", given.overrides)
     # A run that is named brings options of its own, without which those given now need not be right.
-    resume = _composed(given)[0].get("resume") if typed in (None, "null", "auto") else _plain(typed)
+    resume = _compose(given)[0].get("resume") if typed in (None, "null", "auto") else _unquoted(typed)
     requeued = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
     if resume is None and requeued and typed is None:
-        _add("resume=auto")
+        _insert("resume=auto")
         resume = "auto"
     if resume is None:
         return
-    placed = _value("hydra.run.dir", given.overrides) is not None
-    if resume != "auto" and (placed or given.multirun):
+    has_folder = _value("hydra.run.dir", given.overrides) is not None
+    if resume != "auto" and (has_folder or given.multirun):
         raise VesselError(
-            f"resume={resume} names the one folder of a run that goes on: leave out "
+            f"resume={resume} names the one folder of a run that is resumed: leave out "
             f"{'-m' if given.multirun else 'hydra.run.dir='}, or give resume=auto"
         )
     if given.multirun and _value("hydra.sweep.dir", given.overrides) is None:
-        _say(
-            "resume=auto: each job goes on in its own folder only; to go on with a sweep name its folder, "
+        _print_once(
+            "resume=auto: each job is resumed in its own folder only; to resume a sweep name its folder, "
             "hydra.sweep.dir=outputs/<name>/sweep_<time>"
         )
-    if given.multirun or placed:
+    if given.multirun or has_folder:
         return
-    run = _newest(given) if resume == "auto" else _named(str(resume), given)
+    run = _find_newest(given) if resume == "auto" else _open_named(str(resume), given)
     if run is not None:
-        _add(f"hydra.run.dir={hydra_quoted(run)}")
-        _add("hydra.output_subdir=null")  # these settings may yet be refused; see `vessel.runs.record.noted`
+        _insert(f"hydra.run.dir={hydra_quoted(run)}")
+        _insert("hydra.output_subdir=null")  # these settings may yet be refused; see `vessel.runs.record.noted`
 
 
-def _add(*overrides: str, first: bool = False) -> None:
-    """Beside the ones given, as Hydra's parser takes them in one row only."""
-    given = _parsed().overrides
-    place = len(sys.argv)
+def _insert(*overrides: str, first: bool = False) -> None:
+    """Insert overrides beside those given, as Hydra's parser takes them in one row only."""
+    given = _parse().overrides
+    index = len(sys.argv)
     if given:
-        place = sys.argv.index(given[0]) if first else sys.argv.index(given[-1]) + 1
-    sys.argv[place:place] = overrides
+        index = sys.argv.index(given[0]) if first else sys.argv.index(given[-1]) + 1
+    sys.argv[index:index] = overrides
 
 
-def _parsed() -> Namespace:
+def _parse() -> Namespace:
     from hydra._internal.utils import get_args_parser  # the very parser of hydra.main
 
     return get_args_parser().parse_args()
@@ -103,16 +103,16 @@ def _value(key: str, overrides: Sequence[str]) -> str | None:
     return values[-1] if values else None
 
 
-def _plain(value: str | None) -> str:
-    """A value without the quotes that Hydra takes away."""
+def _unquoted(value: str | None) -> str:
+    """Return a value without the quotes that Hydra takes away."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     element = OverridesParser.create().parse_rule(value or "", "element")
     return str(getattr(element, "text", element))
 
 
-def _named(resume: str, given: Namespace) -> Path:
-    """The run that was named. Its own options come before those given now."""
+def _open_named(resume: str, given: Namespace) -> Path:
+    """Return the run that was named, and insert its own options before those given now."""
     run = expanded(resume)
     if not (run / SETTINGS).is_file():
         raise VesselError(
@@ -127,13 +127,13 @@ def _named(resume: str, given: Namespace) -> Path:
         ) from error
     named = {_key(override) for override in given.overrides}
     kept = [o for o in own if _key(o) not in named and _key(o) != "resume"]
-    _add(*kept, first=True)
+    _insert(*kept, first=True)
     given.overrides = kept + given.overrides
     if given.config_dir is None and (found := config_dir_of(run)) is not None:
         sys.argv += ["--config-dir", found]
         given.config_dir = found
-    if others := differing(before, _composed(given)[0]):
-        _say(f"resume={resume}: it goes on with other settings than it had: {', '.join(others)}")
+    if others := differing(before, _compose(given)[0]):
+        _print_once(f"resume={resume}: it is resumed with other settings than it had: {', '.join(others)}")
     return run
 
 
@@ -141,37 +141,37 @@ def _key(override: str) -> str:
     return override.partition("=")[0].lstrip("+~").partition("@")[0]
 
 
-def _newest(given: Namespace) -> Path | None:
-    """Of the runs with these settings the newest with a checkpoint, else the newest; None when there is none."""
-    settings, folder = _composed(given)
+def _find_newest(given: Namespace) -> Path | None:
+    """Find, of the runs with these settings, the newest with a checkpoint, else the newest; None without any."""
+    settings, folder = _compose(given)
     empty, other = None, ""
     for file in sorted(folder.parent.glob(f"*/{SETTINGS}"), key=lambda file: file.stat().st_mtime, reverse=True):
         run = file.parents[1]
-        place = os.path.relpath(run)
+        path = os.path.relpath(run)
         try:
             others = differing(settings_of(run), settings)
         except VesselError as error:
-            _say(f"resume=auto: {place} is passed over: {error}")
+            _print_once(f"resume=auto: {path} is skipped: {error}")
             continue
         if others:
-            told = f"{place}, has other settings: {', '.join(others)}; to go on there all the same:"
-            other = other or f"the newest, {told} {hydra_option('resume', run)}"
+            reason = f"{path}, has other settings: {', '.join(others)}; to resume it all the same:"
+            other = other or f"the newest, {reason} {hydra_option('resume', run)}"
         elif checkpoints_of(run):
-            _say(f"resume=auto: goes on in {place}")
+            _print_once(f"resume=auto: goes on in {path}")
             return run
         else:
             empty = empty or run
     if empty is not None:
-        _say(f"resume=auto: begins anew in {os.path.relpath(empty)}, which has no checkpoint")
+        _print_once(f"resume=auto: starts again in {os.path.relpath(empty)}, which has no checkpoint")
     elif other:
-        _say(f"resume=auto: a new run begins; {other}")
+        _print_once(f"resume=auto: a new run begins; {other}")
     return empty
 
 
-def _composed(given: Namespace) -> tuple[dict[str, Any], Path]:
-    """The configuration, plain, with interpolations as they are; and the folder that the run would have.
+def _compose(given: Namespace) -> tuple[dict[str, Any], Path]:
+    """Compose the configuration, interpolations kept, and return it with the folder that the run would have.
 
-    Of a sweep: what its jobs have in common.
+    Of a sweep: the settings that its jobs have in common.
     """
     from hydra import compose, initialize_config_dir
     from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -190,6 +190,7 @@ def _composed(given: Namespace) -> tuple[dict[str, Any], Path]:
     return plain, folder
 
 
-def _say(line: str) -> None:
+def _print_once(line: str) -> None:
+    """Print a line on the first rank only."""
     if this_rank().index == 0:
         print(line, flush=True)

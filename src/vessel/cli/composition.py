@@ -1,4 +1,4 @@
-"""Errors of Hydra's composition, turned into one line that names the option and what to type."""
+"""Turn errors of Hydra's composition into one line that names the option and the correction."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def report_composition_errors(command: str) -> Iterator[None]:
 
 
 def explain(error: Exception, command: str, argv: Sequence[str]) -> str:
-    """Say in one line what is wrong with the command line.
+    """Explain in one line the fault of the command line.
 
     Args:
         error: what Hydra raised when it read or composed the configuration.
@@ -87,8 +87,8 @@ def _explain_grammar(override: str, hint: str) -> str:
     quoted = value.replace("\\", "\\\\").replace("'", "\\'")
     typed = shlex.quote(f"{key}='{quoted}'")
     return (
-        f"{override}: signs such as ( ) [ ] {{ }} , = # and quotes have a meaning of their own; where they belong to "
-        f"the value, type {typed}"
+        f"{override}: characters such as ( ) [ ] {{ }} , = # and quotes have a meaning of their own; where they belong "
+        f"to the value, type {typed}"
     )
 
 

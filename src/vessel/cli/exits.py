@@ -32,7 +32,7 @@ def report_errors() -> Iterator[None]:
 
 
 def _end_the_job(message: str) -> NoReturn:
-    # In a sweep the other jobs go on, for which Hydra has to see an exception.
+    # In a sweep the other jobs go on, for which Hydra needs an exception.
     if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
         raise JobFailedError(message) from None
     raise SystemExit(1) from None

@@ -1,4 +1,4 @@
-"""Names of options that a command does not have, answered before Hydra says that it could not override them."""
+"""Answer old names of options with the new ones, before Hydra reports that it could not override them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def answer_old_names(argv: Sequence[str], command: str) -> None:
         command: such as `train`.
 
     Raises:
-        VesselError: names what to type instead.
+        VesselError: names the option of today.
     """
     for word in argv:
         new = word if word.startswith("-") else present_option(word, command)

@@ -1,4 +1,4 @@
-"""Options of a command: read against the dataclass that lists them."""
+"""Read the options of a command into the dataclass that lists them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 def require_given(config: DictConfig, command: str) -> None:
-    """Refuse what a command does not know or lacks, before anything heavy is imported to read the rest.
+    """Refuse options that a command does not know or lacks, before anything heavy is imported to read the rest.
 
     Args:
         config: as Hydra composed it.
@@ -32,7 +32,7 @@ def require_given(config: DictConfig, command: str) -> None:
 
 
 def typed(config: DictConfig, schema: type[T], command: str) -> T:
-    """Options as an object of `schema`, a dataclass.
+    """Read the options into an object of `schema`, a dataclass.
 
     Args:
         config: as Hydra composed it.

@@ -193,7 +193,7 @@ def check_values(config: DictConfig, command: str) -> None:
         command: such as `train`.
 
     Raises:
-        VesselError: names the option, its value and what is wanted.
+        VesselError: names the option, its value and the values that it can have.
     """
     for key, rule in RULES[command].items():
         section, _, name = key.rpartition(".")

@@ -1,4 +1,4 @@
-"""`vessel.evaluate`: scores of a trained network on a part of a data set, as validation decided that it be used."""
+"""Score a trained network on a part of a data set, with the threshold and post-processing that validation chose."""
 
 from __future__ import annotations
 
@@ -79,9 +79,9 @@ def _score(options: EvaluateOptions, default_out: Path) -> Mapping[str, Any]:
     if options.search:
         return run_search(model, part, dataset, options)
     if options.decision is not None:
-        model = _decided(options.decision, model, part)
+        model = _with_decision(options.decision, model, part)
     ruler = Ruler.of(part.catalog, options.tolerance)
-    out = _expanded(options.out) or _usual(options, model, default_out)
+    out = _expanded(options.out) or _results_folder(options, model, default_out)
     if not options.overwrite:
         require_own(out, model.manifest, part)
     decision = model.decision
@@ -100,8 +100,8 @@ def _score(options: EvaluateOptions, default_out: Path) -> Mapping[str, Any]:
     return report
 
 
-def _decided(path: str, model: LoadedModel, part: Part) -> LoadedModel:
-    """Weights without a run folder, to be used as a decision that was searched for them says."""
+def _with_decision(path: str, model: LoadedModel, part: Part) -> LoadedModel:
+    """Give weights without a run folder the decision that was searched for them."""
     if model.run is not None:
         raise VesselError(f"decision={path}: a run keeps its own, see search=true; this is for what lies in none")
     data = {"fingerprint": part.catalog.fingerprint, "split_hash": part.catalog.split.hash}
@@ -109,26 +109,26 @@ def _decided(path: str, model: LoadedModel, part: Part) -> LoadedModel:
     return replace(model, manifest=replace(model.manifest, decision=decision.to_json()))
 
 
-def _usual(options: EvaluateOptions, model: LoadedModel, default: Path) -> Path:
-    """Folder of the results unless the user names one."""
+def _results_folder(options: EvaluateOptions, model: LoadedModel, default: Path) -> Path:
+    """Return the folder of the results unless the user names one."""
     part = f"{options.split}_other_data" if options.other_data else options.split
     return default if model.run is None else model.run / "evaluate" / part
 
 
 def _data(options: EvaluateOptions, model: LoadedModel) -> tuple[Part, VesselDataset]:
-    """The images to score, of the run's own data set unless the user says otherwise."""
+    """Open the images to score, of the run's own data set unless the user gives another."""
     manifest = model.manifest
     configured = manifest.config.get("data") or {}
     root = options.data.root or configured.get("root")
     if root is None:
-        raise VesselError(f"{options.ckpt} does not say where its data set is; give data.root=DIR")
+        raise VesselError(f"{options.ckpt} does not name its data set; give data.root=DIR")
     catalog = Catalog.open(Path(root))
     found = {"fingerprint": catalog.fingerprint, "split_hash": catalog.split.hash}
     differing = [name for name, value in found.items() if manifest.data.get(name) != value]
     if differing and model.tuned and not options.other_data:
         raise VesselError(
             f"{root}: {' and '.join(differing)} of this data set differ from those of run {manifest.name}, so images "
-            "it was trained on may be among them; give the run's own data set, or say other_data=true"
+            "it was trained on may be among them; give the run's own data set, or other_data=true"
         )
     phrases = phrases_to_score(model, catalog, options.data.phrases)
     fold = None if options.other_data else configured.get("fold")

@@ -48,7 +48,7 @@ def require_comparable(found: Sequence[Results], labels: Sequence[str], paths: S
 
 
 def scored_by_all(found: Sequence[Results], labels: Sequence[str]) -> list[list[ImageScore]]:
-    """Rows of the images that every run has scored, of each run in the same order.
+    """Return the rows of the images that every run has scored, of each run in the same order.
 
     Raises:
         VesselError: the runs have different images, disagree on what an image is, or share none.
@@ -63,7 +63,7 @@ def scored_by_all(found: Sequence[Results], labels: Sequence[str]) -> list[list[
         if odd := sorted(ids ^ requested[0]):
             who = labels[0] if odd[0] in requested[0] else label
             raise VesselError(
-                f"{labels[0]} and {label} cannot be compared: only {who} was asked for image {odd[0]} "
+                f"{labels[0]} and {label} cannot be compared: only {who} was evaluated on image {odd[0]} "
                 f"({len(requested[0])} and {len(ids)} images); evaluate both again"
             )
         for key in (key for key in scored[0] if key[0] in common):
@@ -106,7 +106,7 @@ def _at(report: Any, keys: Sequence[str]) -> Any:
 
 
 def _first_unequal(a: Any, b: Any) -> tuple[Any, Any]:
-    """The values, or of two mappings the first entry that differs: definitions of metrics are long."""
+    """Return the values, or of two mappings the first entry that differs: definitions of metrics are long."""
     if isinstance(a, Mapping) and isinstance(b, Mapping):
         key = next(key for key in {**a, **b} if a.get(key) != b.get(key))
         return {key: a.get(key)}, {key: b.get(key)}
@@ -120,5 +120,5 @@ def _refuse_other_data(found: Sequence[Results], labels: Sequence[str]) -> None:
             data = one.report["data"]["fingerprint"]
             raise VesselError(
                 f"{label} was trained on the data set {trained_on} and evaluated on {data} with other_data=true: "
-                "nothing says that it has not seen these images; evaluate it on its own data set"
+                "it may have been trained on these images; evaluate it on its own data set"
             )

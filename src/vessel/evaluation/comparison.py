@@ -1,4 +1,4 @@
-"""Runs compared image by image: paired differences of patients, with intervals, on the same data or not at all."""
+"""Compare runs image by image: paired differences of patients, with intervals, on the same data only."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def compare(paths: Sequence[str | Path], out: Path, *, part: str = "test") -> di
 
 
 def _labels(found: Sequence[Results]) -> list[str]:
-    """A name for each that no other has: of the run, with its weights and its number where it takes them."""
+    """Return a unique name for each: that of its run, with its weights and its number where needed."""
     names = [str(one.report["run"]) for one in found]
     for more in ([one.report["fingerprint"][:8] for one in found], [f"#{i}" for i in range(1, len(found) + 1)]):
         times = Counter(names)
@@ -96,8 +96,8 @@ def _run(one: Results, label: str, rows: Sequence[ImageScore]) -> dict[str, Any]
 def _differences(
     a: Sequence[ImageScore], b: Sequence[ImageScore], name_a: str, name_b: str
 ) -> Iterator[dict[str, Any]]:
-    """One for each phrase and for `all`, by every metric that both runs have."""
-    rows = [replace(theirs, scores=_less(ours, theirs)) for theirs, ours in zip(a, b, strict=True)]
+    """Yield one for each phrase and for `all`, by every metric that both runs have."""
+    rows = [replace(one, scores=_subtract(other, one)) for one, other in zip(a, b, strict=True)]
     for phrase, metric in product(("all", *dict.fromkeys(row.phrase for row in rows)), METRICS):
         chosen = [row for row in rows if phrase in ("all", row.phrase)]
         if defined := [row for row in chosen if getattr(row.scores, metric) is not None]:
@@ -106,7 +106,7 @@ def _differences(
 
 
 def _difference(rows: Sequence[ImageScore], metric: str) -> dict[str, Any]:
-    """Mean, interval and counts of differences of one score."""
+    """Compute mean, interval and counts of the differences of one score."""
     least, greatest = value_range(metric)
     unit, clusters = cluster_means(rows, metric)
     low, high = cluster_interval(list(clusters.values()), bounds=(least - greatest, greatest - least))
@@ -126,13 +126,14 @@ def _difference(rows: Sequence[ImageScore], metric: str) -> dict[str, Any]:
     }
 
 
-def _less(b: ImageScore, a: ImageScore) -> Scores:
+def _subtract(b: ImageScore, a: ImageScore) -> Scores:
+    """Compute the scores of `b` less those of `a`; None where one of them has none."""
     pairs = {metric: (getattr(a.scores, metric), getattr(b.scores, metric)) for metric in METRICS}
-    return Scores(**{k: None if None in (theirs, ours) else ours - theirs for k, (theirs, ours) in pairs.items()})
+    return Scores(**{metric: None if None in (x, y) else y - x for metric, (x, y) in pairs.items()})
 
 
 def _verdict(low: float | None, high: float | None, *, better: str) -> str:
-    """State what the interval shows about `b`."""
+    """Judge `b` by the interval of the difference."""
     if low is None or high is None:
         return UNKNOWN
     if low <= 0 <= high:
@@ -155,7 +156,7 @@ def _notes(found: Sequence[Results], labels: Sequence[str], report: Mapping[str,
             f"Where scores are of one patient, intervals are over its {unit}s and say nothing about other patients."
         )
     notes.append(
-        f"{len(report['differences'])} differences were looked at, and their intervals are not widened for that: "
+        f"{len(report['differences'])} differences were computed, and their intervals are not widened for that: "
         "decide beforehand which one counts."
     )
     return [note for note in notes if note]
@@ -205,8 +206,8 @@ def _differences_table(report: Mapping[str, Any], a: str, b: str) -> Table:
     table.add_column("images", justify="right")
     table.add_column("", max_width=18)
     styles = {BETTER: "green", WORSE: "red", NOISE: "dim", UNKNOWN: "dim"}
-    shown = [entry for entry in report["differences"] if (entry["a"], entry["b"]) == (a, b)]
-    for entry in (entry for entry in shown if entry["metric"] in _HEADLINE):
+    of_pair = [entry for entry in report["differences"] if (entry["a"], entry["b"]) == (a, b)]
+    for entry in (entry for entry in of_pair if entry["metric"] in _HEADLINE):
         over = f"{entry['n_clusters']} {entry['unit']}s"
         cells = (_titled(entry["metric"], report), _with_interval(entry, "+"), over, str(entry["n_images"]))
         table.add_row(escape(entry["phrase"]), *cells, entry["verdict"], style=styles[entry["verdict"]])

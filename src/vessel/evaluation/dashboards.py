@@ -27,7 +27,7 @@ def log_evaluation(settings: Mapping[str, Any] | None, report: Mapping[str, Any]
     """
     for name, setting in (settings or {}).items():
         if name != "wandb":
-            raise VesselError(f"logger={name}: an evaluation is shown by logger=wandb; its files hold every number")
+            raise VesselError(f"logger={name}: an evaluation is logged by logger=wandb alone; its files hold all")
         logger: PrivateWandb = instantiate(setting, name=f"{report['run']} on {report['split']}", tags=["evaluation"])
         logger.scanner = Scanner.beside(data)
         logger.log_hyperparams({key: report[key] for key in ("run", "fingerprint", "split", "decision", "data")})

@@ -1,4 +1,4 @@
-"""Search on validation for threshold, augmentation, hysteresis and clean-up; each is kept only where it helps.
+"""Search threshold, test-time augmentation, hysteresis and clean-up on validation; each is kept only where it helps.
 
 The search is greedy: an option is tried on top of what was kept before, in the order in which a mask is made. A change
 is kept when the mean Dice rises by `MIN_GAIN` at least, in more than half of the patients. Everything that was tried is
@@ -76,12 +76,12 @@ class Search:
 
     Args:
         predict: predicts every image of the validation part with this test-time augmentation.
-        folder: for probabilities, those of two sets of views at most.
+        folder: for probabilities, those of two kinds of test-time augmentation at most.
 
     Attributes:
-        decision: what was kept so far.
+        decision: the best one so far.
         trials: everything that was tried, in order.
-        kept: probabilities with the views that were kept.
+        kept: probabilities with the test-time augmentation of that decision.
     """
 
     def __init__(self, predict: Predict, folder: Path) -> None:
@@ -103,14 +103,14 @@ class Search:
         self.trials.append(replace(self._trial("start", str(start), self._rows), adopted=True))
         self._step("threshold", {f"{t:.2f}": replace(start, threshold=t) for t in THRESHOLDS if t != start.threshold})
         for tta in (FLIPS, TURNS, SCALES):
-            self._add_views(tta)
+            self._add_tta(tta)
         self._step("hysteresis", self._hystereses())
         for name, values in {"opening": RADII, "closing": RADII, "fill_holes": (True,), "min_size": MIN_SIZES}.items():
             self._step(name.replace("_", " "), {_word(value): self._cleaned(name, value) for value in values})
         return self.decision
 
     def _hystereses(self) -> dict[str, Decision]:
-        """More of what is connected to a vessel, or less of what is connected to none."""
+        """Return decisions with a lower threshold beside a vessel, then with a higher one away from it."""
         now = self.decision.threshold
         pairs = [(now, ratio * now) for ratio in LOW_RATIOS] + [(now / ratio, now) for ratio in LOW_RATIOS]
         found = [(round(high, 3), round(low, 3)) for high, low in pairs if high < 1]
@@ -133,12 +133,12 @@ class Search:
             self.decision, self._rows = decisions[best], scored[best]
         self.trials += trials
 
-    def _add_views(self, tta: Sequence[str]) -> None:
+    def _add_tta(self, tta: Sequence[str]) -> None:
         """Try more test-time augmentation, at the threshold that is best with it."""
         more, before = (*self.decision.tta, *tta), self.kept
         kept = ProbabilityStore(self.folder / "_".join(more), self.predict(more))
         if kept.ids != before.ids:
-            note = f"{len(kept.failures)} images failed, {len(before.failures)} without these views"
+            note = f"{len(kept.failures)} images failed, {len(before.failures)} without this augmentation"
             self.trials.append(Trial("tta", ", ".join(more), note=note))
             kept.remove()
             return
@@ -160,12 +160,12 @@ class Search:
         return abs(decision.threshold - self.decision.threshold)
 
     def _scored(self, decisions: Sequence[Decision]) -> list[Sequence[ImageScore]]:
-        """For each decision a row for each phrase of each image."""
+        """Score each decision: a row for each phrase of each image."""
         rows = track(self.kept.dice(decisions), "trying", self.kept.rows, transient=True)
         return list(zip(*rows, strict=True))
 
     def _trial(self, option: str, value: str, rows: Sequence[ImageScore]) -> Trial:
-        """The effect of a change on the clusters that an interval draws."""
+        """Compute the effect of a change on the clusters that the bootstrap of an interval draws."""
         changes = [
             replace(row, scores=Scores(dice=_dice(row) - _dice(before)))
             for row, before in zip(rows, self._rows, strict=True)

@@ -1,4 +1,4 @@
-"""The runs of a cross-validation: found in a sweep over `data.fold`, and made sure to be one experiment."""
+"""Find the runs of a cross-validation in a sweep over `data.fold`, and refuse runs that are not one experiment."""
 
 from __future__ import annotations
 
@@ -36,19 +36,19 @@ class FoldRun:
 
     @property
     def checkpoint(self) -> Path:
-        """The last one: the best one was chosen on the very images that are to be scored."""
+        """Return the last one: the best one was chosen on the very images that are to be scored."""
         return find_checkpoint(self.folder, ("last",))
 
     @property
     def stopped_early(self) -> bool:
-        """Return whether early stopping, which monitors the images that are to be scored, ended its training."""
+        """Return True if early stopping, which monitors the images that are to be scored, ended its training."""
         states = read_checkpoint(self.checkpoint).get("callbacks", {})
         of_stopping = [state for name, state in states.items() if name.startswith("EarlyStopping")]
         return any(state["wait_count"] >= state["patience"] for state in of_stopping)
 
 
 def find_fold_runs(paths: Sequence[str | Path]) -> list[FoldRun]:
-    """Runs of a sweep, in the order of their folds.
+    """Find the runs of a sweep, in the order of their folds.
 
     Args:
         paths: folder of the sweep; or several, of sweeps or single runs, where a fold was trained again by itself.
@@ -109,7 +109,7 @@ def require_one_experiment(runs: Sequence[FoldRun], catalog: Catalog) -> None:
 
 
 def _folders(path: Path) -> list[Path]:
-    """Folders of runs: the folder itself, or those of the jobs of a sweep."""
+    """Return folders of runs: the folder itself, or those of the jobs of a sweep."""
     if (path / MANIFEST).is_file():
         return [path]
     folders = [file.parent for file in path.rglob(JOB)]

@@ -1,4 +1,4 @@
-"""Pooled cross-validation: each image predicted by the run that did not train on it, all of them scored as one set."""
+"""Score a cross-validation: each image is predicted by the run that did not train on it, and all are one set."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def evaluate_folds(paths: Sequence[str | Path], options: EvaluateOptions) -> Map
 
 
 def cross_fitted(curves: Sequence[Curve]) -> list[float]:
-    """For each fold the threshold that the images of all other folds choose; those of the fold itself have no say.
+    """Choose the threshold of each fold on the images of all other folds, never on its own.
 
     It has the highest mean Dice over images; of equals, the one nearest 0.5, as `ThresholdSweep` chooses.
 

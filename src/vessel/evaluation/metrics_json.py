@@ -1,4 +1,4 @@
-"""The content of metrics.json: every number of an evaluation, and what has to be known to read them."""
+"""The content of metrics.json: every number of an evaluation, and the facts that are needed to read them."""
 
 from __future__ import annotations
 
@@ -54,9 +54,7 @@ def phrases_to_score(model: LoadedModel, catalog: Catalog, phrases: Any) -> tupl
     """
     chosen = requested_phrases(phrases, model.manifest.phrases or catalog.phrases, model.prompt)
     if unknown := [phrase for phrase in chosen if phrase not in catalog.phrases]:
-        raise VesselError(
-            f"{catalog.root}: no masks of {unknown}, which are asked for; it holds {list(catalog.phrases)}"
-        )
+        raise VesselError(f"{catalog.root}: no masks of {unknown}; data.phrases=[...] may name {list(catalog.phrases)}")
     require_known(model.network, chosen)
     return chosen
 
@@ -156,7 +154,7 @@ def _notes(model: LoadedModel, part: Part, scored: Scored, uses: Sequence[Mappin
     split = part.catalog.split
     notes = [split.note] if split.note else []
     if not model.tuned:
-        notes.append("vessel did not train this network; whether it has seen these images is not known.")
+        notes.append("vessel did not train this network; whether it was trained on these images is not known.")
         if (missing := missing_seg(scored.emitted)) is not None:
             notes.append(
                 f"Answers were given to it; within those words [SEG] is its own choice in {100 * (1 - missing):.0f} %. "

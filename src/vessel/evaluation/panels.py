@@ -41,9 +41,9 @@ def draw_panels(
     images = input_images(dataset)
     index = {image.id: i for i, image in enumerate(images)}
     indices = [index[name] for _, name in chosen]
-    shown = predictor.predict([images[i] for i in indices], lambda at: dataset[indices[at]])
+    answers = predictor.predict([images[i] for i in indices], lambda at: dataset[indices[at]])
     panels = []
-    for (kind, name), answer in zip(chosen, shown, strict=True):
+    for (kind, name), answer in zip(chosen, answers, strict=True):
         if isinstance(answer, Prediction):
             file = f"{FOLDER}/{kind}_{name}.png"
             _draw(answer, decision, dice[name], out / file)
@@ -52,7 +52,7 @@ def draw_panels(
 
 
 def _chosen(means: Mapping[str, float]) -> list[tuple[str, str]]:
-    """Kind and id of each image to be shown."""
+    """Choose the images to draw; return kind and id of each."""
     ranked = sorted(means, key=lambda name: means[name])
     if not ranked:
         return []

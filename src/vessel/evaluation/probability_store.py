@@ -36,7 +36,7 @@ class _Image:
 
 
 class ProbabilityStore:
-    """The probabilities of every image as float16, one file an image, so that memory does not grow with their number.
+    """A store of the probabilities of every image as float16, one file an image, so that memory does not grow.
 
     Half precision is within 0.0003 of a probability: far less than two thresholds are apart.
 
@@ -63,7 +63,7 @@ class ProbabilityStore:
 
     @property
     def ids(self) -> list[str]:
-        """Of the images, in order."""
+        """Return the ids of the images, in order."""
         return [image.id for image in self._images]
 
     @property
@@ -72,7 +72,7 @@ class ProbabilityStore:
         return sum(len(image.phrases) for image in self._images)
 
     def dice(self, decisions: Sequence[Decision]) -> Iterator[list[ImageScore]]:
-        """For each image and phrase its Dice under each decision: one row a decision, with no other score."""
+        """Yield for each image and phrase its Dice under each decision: one row a decision, with no other score."""
         for image in self._images:
             probabilities, ground_truths = self._read(image)
             for phrase, probability, ground_truth in zip(image.phrases, probabilities, ground_truths, strict=True):
@@ -84,22 +84,22 @@ class ProbabilityStore:
                 ]
 
     def remove(self) -> None:
-        """Give the room back."""
+        """Delete the files."""
         shutil.rmtree(self.folder)
 
     def _keep(self, sample: Sample, probabilities: NDArray[np.float32]) -> None:
         assert sample.masks is not None, "frames of a data set have masks"
         file = self.folder / f"{len(self._images)}.npz"
-        truth = np.packbits(sample.masks.numpy(), axis=-1)
-        np.savez(file, probabilities=probabilities.astype(np.float16), truth=truth)
+        masks = np.packbits(sample.masks.numpy(), axis=-1)
+        np.savez(file, probabilities=probabilities.astype(np.float16), masks=masks)
         self._images.append(
             _Image(sample.id, sample.patient, sample.video, sample.phrases, sample.size[1], file)
         )  # fmt: skip
 
     def _read(self, image: _Image) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
         with np.load(image.file) as kept:
-            truth = np.unpackbits(kept["truth"], axis=-1, count=image.width).astype(bool)
-            return kept["probabilities"].astype(np.float32), truth
+            masks = np.unpackbits(kept["masks"], axis=-1, count=image.width).astype(bool)
+            return kept["probabilities"].astype(np.float32), masks
 
 
 def require_room(folder: Path, dataset: VesselDataset) -> None:
@@ -118,6 +118,6 @@ def require_room(folder: Path, dataset: VesselDataset) -> None:
 
 
 def _count(predicted: NDArray[np.bool_], true: NDArray[np.bool_]) -> tuple[int, int, int]:
-    """Pixels in both, in the prediction alone, in the ground truth alone."""
+    """Count the pixels in both, in the prediction alone, and in the ground truth alone."""
     both = int((predicted & true).sum())
     return both, int(predicted.sum()) - both, int(true.sum()) - both

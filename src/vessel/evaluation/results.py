@@ -34,7 +34,7 @@ class Results:
     """The checked results of an evaluation.
 
     Attributes:
-        folder: where it lies.
+        folder: that holds them.
         report: content of metrics.json.
         rows: of per_image.csv, one an image and phrase.
     """
@@ -77,7 +77,7 @@ def read_results(path: str | Path, part: str = "test") -> Results:
             f"{folder / ROWS_FILE} was changed after it was written: its hash is not the one in {METRICS_FILE}; {again}"
         )
     results = Results(folder, report, tuple(read_per_image_csv(folder / ROWS_FILE)))
-    # The seal is looked at last: the others name what differs.
+    # The seal is checked last: the others name what differs.
     faults = (*_differences_from_rows(results), *_differences_from_manifest(results))
     if faults:
         raise VesselError(f"{folder / METRICS_FILE} was changed after it was written: {faults[0]}; {again}")

@@ -91,7 +91,7 @@ class Scored:
 def probability_maps(prediction: Prediction) -> NDArray:
     """Stack the probabilities float32 [K, H, W] of an image with a forced answer, where every phrase has its own."""
     maps = [one for one in prediction.probabilities if one is not None]
-    assert len(maps) == len(prediction.probabilities), "a taught answer has every [SEG]"
+    assert len(maps) == len(prediction.probabilities), "a forced answer has every [SEG]"
     return torch.stack(maps).numpy()
 
 

@@ -43,7 +43,7 @@ def print_evaluation(report: Mapping[str, Any], out: Path) -> None:
 
 
 def _table(report: Mapping[str, Any]) -> Table:
-    """Fits 80 columns with phrases of two words."""
+    """Build a table that fits 80 columns with phrases of two words."""
     part = "all folds" if report["fold"] == POOLED else report["split"]
     title = escape(f"{report['run']} on {report['data']['name']}, {part}")
     table = Table("phrase", "score", title=title, box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
@@ -57,8 +57,8 @@ def _table(report: Mapping[str, Any]) -> Table:
             unit = f", {report['length_unit']}" if metric["unit"] == "length" else ""
             digits = 1 if unit.endswith("px") else 3
             interval = "" if score["low"] is None else f"{score['low']:.{digits}f} to {score['high']:.{digits}f}"
-            showing = score.get("mean_present")
-            where_present = "" if showing is None else f"{showing:.3f}"
+            mean_present = score.get("mean_present")
+            where_present = "" if mean_present is None else f"{mean_present:.3f}"
             counts = f"{score['n_present']} of {score['n_images']}", str(score["n_patients"])
             table.add_row(
                 escape(phrase),

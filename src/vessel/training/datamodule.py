@@ -22,27 +22,27 @@ from vessel.data.transforms import Augmentation, QuarterTurns, tile_count
 from vessel.errors import VesselError
 from vessel.processes.signals import end_workers, outlive_signals
 from vessel.training.resume import TrainingPosition, training_position
-from vessel.training.sampler import Cut, EpochSampler
+from vessel.training.sampler import EpochDivision, EpochSampler
 
 log = logging.getLogger(__name__)
 
 
 class EpochLoader(DataLoader[Batch]):
-    """Begins to load at the first batch that is asked for.
+    """A loader that begins to load when the first batch is taken.
 
-    Lightning takes an iterator before it has loaded a checkpoint (DeepSpeed) and before it has told the sampler which
-    epoch it is (a run that goes on); workers would have read the wrong samples by then.
+    Lightning takes an iterator before it has loaded a checkpoint (DeepSpeed) and before it has set the epoch of the
+    sampler (a resumed run); workers would have read the wrong samples by then.
     """
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]  # an iterator is all that Lightning needs
         yield from super().__iter__()
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing: the data module keeps the place, for any number of ranks. Lightning warns of loaders without it."""
+        """Return nothing: the data module has the position, for any number of ranks; without it Lightning warns."""
         return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Nothing to do, see `state_dict`."""
+        """Do nothing, see `state_dict`."""
 
 
 class VesselDataModule(LightningDataModule):
@@ -50,7 +50,7 @@ class VesselDataModule(LightningDataModule):
 
     Args:
         root: folder that `vessel.prepare` wrote.
-        prompt, geometry: wording and cutting that belong to the network.
+        prompt, geometry: questions and answers, and the sizes of tiles and frame, as the network needs them.
         phrases: what to segment; None takes every phrase of the data set.
         fold: index of the cross-validation fold that replaces train and val; None keeps the fixed split.
         batch_size: images a step on each device.
@@ -60,8 +60,8 @@ class VesselDataModule(LightningDataModule):
         seed: of order, wording and augmentation.
 
     Attributes:
-        features: where features of an image may be known, for the data sets made from then on.
-        complete: makes of a batch on the device the one that the network takes; None where they are the same.
+        features: returns cached features of an image or None, for the data sets made from then on; None for no cache.
+        complete: turns a batch on the device into the one that the network takes; None where they are the same.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class VesselDataModule(LightningDataModule):
     ) -> None:
         super().__init__()
         self.catalog = Catalog.open(Path(root))
-        self.phrases = self._known(phrases)
+        self.phrases = self._choose_phrases(phrases)
         self.prompt, self.geometry, self.fold = prompt, geometry, fold
         self.batch_size, self.workers, self.repeats = batch_size, workers, repeats
         self.augmentation, self.seed = augmentation, seed
@@ -105,24 +105,24 @@ class VesselDataModule(LightningDataModule):
         return dataset
 
     def train_dataloader(self) -> DataLoader[Batch]:
-        """Augmented, shuffled."""
+        """Return the loader of training samples, augmented and shuffled."""
         return self.loader("train")
 
     def val_dataloader(self) -> DataLoader[Batch]:
-        """In order."""
+        """Return the loader of validation samples, in order."""
         return self.loader("val")
 
     def test_dataloader(self) -> DataLoader[Batch]:
-        """In order."""
+        """Return the loader of test samples, in order."""
         return self.loader("test")
 
     def loader(self, part: str) -> DataLoader[Batch]:
-        """Batches of a part, cut over the trainer's ranks."""
+        """Build the loader of a part, whose samples are divided over the trainer's ranks."""
         dataset = self.dataset(part)
         if self.workers:
             atexit.unregister(end_workers)
             atexit.register(end_workers)
-        sampler = self.training_sampler() if part == "train" else EpochSampler(len(dataset), self._cut(1))
+        sampler = self.training_sampler() if part == "train" else EpochSampler(len(dataset), self._division(1))
         return EpochLoader(
             dataset,  # type: ignore[arg-type]  # collate makes batches of its samples
             batch_size=self.batch_size,
@@ -144,13 +144,13 @@ class VesselDataModule(LightningDataModule):
         return batch if self.complete is None else self.complete(batch)
 
     def training_sampler(self) -> EpochSampler:
-        """The one order of training samples, cut over the trainer's ranks and steps."""
+        """Return the one order of training samples, divided over the trainer's ranks and steps."""
         if self._training is None:
-            cut = self._cut(self.trainer.accumulate_grad_batches if self.trainer else 1)
+            division = self._division(self.trainer.accumulate_grad_batches if self.trainer else 1)
             # Tiles make most of a sample's tokens.
             lengths = [tile_count(f.width, f.height, self.geometry) for f in self.dataset("train").frames]
             self._training = EpochSampler(
-                len(lengths), cut, repeats=self.repeats, shuffle=True, seed=self.seed, lengths=lengths
+                len(lengths), division, repeats=self.repeats, shuffle=True, seed=self.seed, lengths=lengths
             )
         return self._training
 
@@ -162,23 +162,23 @@ class VesselDataModule(LightningDataModule):
             `validated`, samples of the next step after which one was done already; `global_batch`, samples of a step.
         """
         assert self.trainer is not None
-        place, sampler = training_position(self.trainer), self.training_sampler()
+        position, sampler = training_position(self.trainer), self.training_sampler()
         return {
-            "epoch": place.epoch,
-            "served": sampler.served(place.epoch, place.batches),
-            "validation_due": place.validation_due,
-            "validated": place.validated * sampler.cut.together,
-            "global_batch": sampler.cut.step,
+            "epoch": position.epoch,
+            "served": sampler.served(position.epoch, position.batches),
+            "validation_due": position.validation_due,
+            "validated": position.validated * sampler.division.batch_of_ranks,
+            "global_batch": sampler.division.global_batch,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Begin training where `state_dict` was taken, also in a loader that is there already."""
         sampler = self.training_sampler()
         sampler.begin(state_dict["epoch"], state_dict["served"])
-        if sampler.cut.step != state_dict["global_batch"]:
+        if sampler.division.global_batch != state_dict["global_batch"]:
             log.info(
                 "global batch: %d samples, %d in the run before; it goes on with the samples that one left",
-                sampler.cut.step,
+                sampler.division.global_batch,
                 state_dict["global_batch"],
             )
 
@@ -186,35 +186,35 @@ class VesselDataModule(LightningDataModule):
         """Turn the content of `state_dict` into a position in batches of this run."""
         sampler, epoch = self.training_sampler(), state_dict["epoch"]
         sampler.begin(epoch, state_dict["served"])
-        validated, rest = divmod(state_dict["validated"], sampler.cut.together)
+        validated, rest = divmod(state_dict["validated"], sampler.division.batch_of_ranks)
         return TrainingPosition(
             epoch,
             sampler.first_batch(epoch),
             state_dict["validation_due"],
-            validated=0 if rest or validated >= sampler.cut.accumulated else validated,
+            validated=0 if rest or validated >= sampler.division.accumulated else validated,
         )
 
-    def _cut(self, accumulated: int) -> Cut:
+    def _division(self, accumulated: int) -> EpochDivision:
         if self.trainer is None:
-            return Cut(batch=self.batch_size, accumulated=accumulated)
-        return Cut(self.trainer.global_rank, self.trainer.world_size, self.batch_size, accumulated)
+            return EpochDivision(batch=self.batch_size, accumulated=accumulated)
+        return EpochDivision(self.trainer.global_rank, self.trainer.world_size, self.batch_size, accumulated)
 
-    def _known(self, phrases: Sequence[str] | str | None) -> tuple[str, ...]:
+    def _choose_phrases(self, phrases: Sequence[str] | str | None) -> tuple[str, ...]:
         if phrases is None:
             return self.catalog.phrases
         given = [phrases] if isinstance(phrases, str) else phrases
-        asked = tuple(dict.fromkeys(normal_phrase(phrase) for phrase in given))
-        unknown = [p for p in asked if p not in self.catalog.phrases]
-        if unknown or not asked:
+        chosen = tuple(dict.fromkeys(normal_phrase(phrase) for phrase in given))
+        unknown = [p for p in chosen if p not in self.catalog.phrases]
+        if unknown or not chosen:
             raise VesselError(
                 f"data.phrases={list(given)}: {unknown or 'an empty list'} is not in the data set; "
                 f"it holds {list(self.catalog.phrases)}"
             )
-        return asked
+        return chosen
 
 
 def _single_threaded(worker: int) -> None:
-    """OpenCV would start a thread for every core in every worker. A stop is for the main process to answer."""
+    """Keep OpenCV from starting a thread a core in every worker, and leave signals to the main process."""
     import cv2
 
     cv2.setNumThreads(0)

@@ -1,4 +1,4 @@
-"""Settings of AdamW and its schedule."""
+"""The settings of AdamW and its schedule."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """AdamW with linear warm-up, then cosine to `final` of the learning rate, by optimizer steps.
+    """The settings of AdamW with linear warm-up, then cosine to `final` of the learning rate, by optimizer steps.
 
     Attributes:
         lr: highest learning rate.
         weight_decay: on matrices; vectors (biases, norms, scales) do not decay.
         betas: of AdamW.
-        warmup: share of all steps.
-        final: share of `lr` at the last step.
+        warmup: fraction of all steps, 0 to 1.
+        final: fraction of `lr` at the last step, 0 to 1.
     """
 
     lr: float = 4e-5
@@ -25,7 +25,7 @@ class OptimizerSettings:
     final: float = 0.0
 
     def factor(self, step: int, steps: int) -> float:
-        """Share of `lr` at optimizer step `step` (0-based) of `steps`."""
+        """Compute the fraction of `lr` at optimizer step `step` (0-based) of `steps`."""
         warm = max(1, round(self.warmup * steps))
         if step < warm:
             return (step + 1) / warm

@@ -1,8 +1,8 @@
 """The position of Lightning's loops: read when a checkpoint is written, set in a checkpoint that is loaded.
 
-Lightning goes on by counters of batches and epochs, and takes from their differences at which moment the checkpoint was
+Lightning resumes by counters of batches and epochs, and takes from their differences at which moment the checkpoint was
 written. Those counters hold for one number of ranks, count batches of a step that was not finished, and differ with the
-hook that saved. So they are set anew, for the place where training really goes on.
+hook that saved. So they are set again, for the position at which training really resumes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from lightning.pytorch import Trainer
 
 @dataclass(frozen=True)
 class TrainingPosition:
-    """A place in training between two optimizer steps.
+    """A position in training between two optimizer steps.
 
     Attributes:
         epoch: 0-based.
@@ -31,14 +31,14 @@ class TrainingPosition:
 
 
 def training_position(trainer: Trainer) -> TrainingPosition:
-    """The last place between two steps that training has come to; at the end of an epoch the start of the next."""
+    """Return the last position between two steps that training has reached; at the end of an epoch the next's start."""
     epochs: Any = trainer.fit_loop.epoch_progress.current
     batches: int = _batches(trainer).processed
     epoch, length = epochs.completed, trainer.num_training_batches
     if epochs.started == epochs.completed:  # no epoch is under way
         if not 0 < batches < length:
             return TrainingPosition(epoch, 0)
-        epoch -= 1  # Lightning counts an epoch as completed in which it was told to stop
+        epoch -= 1  # Lightning counts an epoch in which it was stopped as completed
     if batches >= length:  # a step ends here even where the accumulation is not full
         return (
             TrainingPosition(epoch, int(length), True) if _validation_due(trainer) else TrainingPosition(epoch + 1, 0)
@@ -65,29 +65,33 @@ def _batches(trainer: Trainer) -> Any:
     return trainer.fit_loop.epoch_loop.batch_progress.current
 
 
-def set_loop_counters(loops: dict[str, Any], place: TrainingPosition, *, batches_in_epoch: int, by_steps: bool) -> None:
-    """Set the counters of a checkpoint's `fit_loop` so that Lightning goes on at `place`.
+def set_loop_counters(
+    loops: dict[str, Any], position: TrainingPosition, *, batches_in_epoch: int, by_steps: bool
+) -> None:
+    """Set the counters of a checkpoint's `fit_loop` so that Lightning resumes at `position`.
 
     In the middle of an epoch they are those of a save at the end of a training batch; where validation is due those of
     a save within it, before its first batch; else those between two epochs.
 
     Args:
         loops: changed in place.
-        place: where to go on.
+        position: the one to resume at.
         batches_in_epoch: on each rank.
         by_steps: whether `max_steps` is set; Lightning then takes every start for one in the middle of an epoch.
     """
-    begun = place.batches > 0
-    due = begun and place.validation_due
+    begun = position.batches > 0
+    due = begun and position.validation_due
     at_batch_end = not due and (begun or by_steps)
-    seen = place.epoch * batches_in_epoch + place.batches
+    total = position.epoch * batches_in_epoch + position.batches
     steps = loops["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]["total"]["completed"]
-    epochs = _counts(begun=place.epoch + begun, processed=place.epoch)
+    epochs = _counts(begun=position.epoch + begun, processed=position.epoch)
     loops["epoch_progress"] = {"total": epochs, "current": dict(epochs)}
     loops["epoch_loop.batch_progress"] = {
-        "total": _counts(begun=seen, processed=seen, completed=seen - at_batch_end),
-        "current": _counts(begun=place.batches, processed=place.batches, completed=place.batches - at_batch_end),
-        "is_last_batch": due and place.batches == batches_in_epoch,
+        "total": _counts(begun=total, processed=total, completed=total - at_batch_end),
+        "current": _counts(
+            begun=position.batches, processed=position.batches, completed=position.batches - at_batch_end
+        ),
+        "is_last_batch": due and position.batches == batches_in_epoch,
     }
     validated = _counts(begun=int(due), processed=0)
     loops["epoch_loop.val_loop.batch_progress"] = {

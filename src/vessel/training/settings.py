@@ -19,7 +19,7 @@ from vessel.weights.sources import open_source
 
 WEIGHTS = "weights"  # of prompt.tokenizer and prompt.template: those of the weights; with AUTO only if there are any
 SMALL: dict[str, str | None] = {"tokenizer": None, "template": "qwen_chat"}
-LANGUAGE = "vessel.model.sa2va.Sa2VAConfig"  # of the networks that are asked in words
+LANGUAGE = "vessel.model.sa2va.Sa2VAConfig"  # of the networks with a language model
 ROOT_KEYS = (
     *("model", "prompt", "lora", "loss", "optimizer", "data", "trainer", "callbacks", "logger", "cache"),
     *("name", "seed", "ckpt", "resume", "weights", "trainable", "activation_checkpointing", "compile", "run"),
@@ -53,9 +53,9 @@ def check(config: DictConfig) -> None:
 
 
 def settled(config: DictConfig, parent: Manifest | None) -> DictConfig:
-    """The configuration as it can be repeated from anywhere: whole paths, hub ids with their commits, prompts named.
+    """Return the configuration as it can be repeated from anywhere: absolute paths, commits of hub ids, prompts named.
 
-    A run that goes on has the commits of the one before.
+    A resumed run has the commits of the one before.
 
     Raises:
         VesselError: a source is not found, or the prompt is to come from sources of which none has one.
@@ -68,9 +68,9 @@ def settled(config: DictConfig, parent: Manifest | None) -> DictConfig:
     whole = OmegaConf.merge(config, {"weights": [asdict(entry) for entry in entries]})
     assert isinstance(whole, DictConfig)
     for section, key in (("data", "root"), ("prompt", "tokenizer")):
-        place = config[section].get(key)
-        if place not in (None, AUTO, WEIGHTS) and expanded(place).exists():
-            whole[section][key] = str(expanded(place).absolute())
+        path = config[section].get(key)
+        if path not in (None, AUTO, WEIGHTS) and expanded(path).exists():
+            whole[section][key] = str(expanded(path).absolute())
     _settle_prompt(whole, entries)
     return whole
 

@@ -1,6 +1,7 @@
 """The shard of a rank under ZeRO: values, gradient and moments of a parameter that trains.
 
-DeepSpeed keeps them flat and in float32, several parameters in one tensor. Where nothing is cut, a rank holds it all.
+DeepSpeed keeps them flat and in float32, several parameters in one tensor. Without ZeRO a rank holds every parameter
+whole.
 """
 
 from __future__ import annotations
@@ -21,43 +22,46 @@ class Shard:
     """The position of a rank's shard of a parameter in what DeepSpeed's optimizer holds.
 
     Attributes:
-        group, at: which of its flat tensors, and the place in it.
-        start, count: elements of the flattened parameter that the part is.
+        group: index of the flat tensor that holds it.
+        offset: of its first element in that flat tensor.
+        start: of its first element in the flattened parameter.
+        count: of its elements.
     """
 
     group: int
-    at: int
+    offset: int
     start: int
     count: int
 
     def of(self, flat: Tensor) -> Tensor:
-        """The part in the flat tensor of the group, or in a moment of it."""
-        return flat.narrow(0, self.at, self.count)
+        """Return the shard in the flat tensor of the group, or in a moment of it."""
+        return flat.narrow(0, self.offset, self.count)
 
     def out_of(self, parts: Parts) -> Tensor:
-        """The part in a saved tensor."""
+        """Return the shard of a saved tensor."""
         return parts.piece(self.start, self.start + self.count)
 
 
 def values(parameter: nn.Parameter) -> Tensor:
-    """Return what this rank's optimizer updates of a parameter, flat; nothing where other ranks hold it all."""
-    if not _is_shared(parameter):
+    """Return the elements of a parameter that this rank's optimizer updates, flat; none where other ranks hold them."""
+    if not _is_sharded(parameter):
         return parameter.detach().flatten()
     owner: Any = parameter
-    share = shard_of(parameter)
-    if share is None:
+    shard = shard_of(parameter)
+    if shard is None:
         return torch.empty(0, device=parameter.device)
     if is_partitioned(parameter):
-        return share.of(owner._z3_optimizer.fp32_partitioned_groups_flat[share.group]).detach()
+        return shard.of(owner._z3_optimizer.fp32_partitioned_groups_flat[shard.group]).detach()
     return owner._hp_mapping.hp_fragment.detach()
 
 
 def gradient(parameter: nn.Parameter) -> Tensor | None:
-    """The same of its gradient, averaged over the ranks, between the last backward pass of a step and the update.
+    """Return the gradient of those elements, averaged over the ranks.
 
-    A parameter that got none has None, and under ZeRO zeros or what is left of an earlier step.
+    It is there between the last backward pass of a step and the update. A parameter that got none has None, and under
+    ZeRO zeros or what is left of an earlier step.
     """
-    if parameter.grad is not None or not _is_shared(parameter):
+    if parameter.grad is not None or not _is_sharded(parameter):
         return parameter.grad
     owner: Any = parameter
     if shard_of(parameter) is None:
@@ -72,20 +76,20 @@ def shard_of(parameter: nn.Parameter) -> Shard | None:
     owner: Any = parameter
     if is_partitioned(parameter):
         optimizer = owner._z3_optimizer
-        group, at, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
+        group, offset, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
         start = size * optimizer._get_param_partition_rank(parameter)
         count = min(size, owner.ds_numel - start)
-        return Shard(group, at, start, count) if count > 0 else None
+        return Shard(group, offset, start, count) if count > 0 else None
     mapping = owner._hp_mapping
     if mapping is None:
         return None
-    here, there = mapping.hp_fragment_address, mapping.lp_fragment_address
-    return Shard(mapping.param_group_index, here.start, there.start, here.numel)
+    in_flat, in_parameter = mapping.hp_fragment_address, mapping.lp_fragment_address
+    return Shard(mapping.param_group_index, in_flat.start, in_parameter.start, in_flat.numel)
 
 
 @torch.no_grad()
-def take(saved: Saved, engine: Any) -> None:
-    """Give an engine the tensors, moments and counts of a checkpoint of any number of ranks; each reads its own part.
+def load_shards(saved: Saved, engine: Any) -> None:
+    """Load tensors, moments and counts of a checkpoint of any number of ranks into an engine; each reads its own shard.
 
     Tensors that the checkpoint lacks or has in another shape stay as they are.
 
@@ -101,9 +105,9 @@ def take(saved: Saved, engine: Any) -> None:
     states = [_fresh_state(group, saved.steps) for group in flat]
     for name, parameter in engine.module.named_parameters():
         if name in saved.trained and parameter.requires_grad:
-            _take_trained(saved, name, parameter, flat, states)
+            _load_trained(saved, name, parameter, flat, states)
         elif name in saved.frozen and saved.frozen[name].shape == whole_shape(parameter):
-            _take_frozen(saved.frozen[name], parameter)
+            _load_frozen(saved.frozen[name], parameter)
     optimizer.optimizer.state.update(zip(flat, states, strict=True))
     for name, buffer in engine.module.named_buffers():
         if name in saved.buffers:
@@ -126,18 +130,18 @@ def _fresh_state(flat: Tensor, steps: int) -> dict[str, Tensor]:
     return {"step": step} | {name: torch.zeros_like(flat) for name in MOMENTS}
 
 
-def _take_trained(
+def _load_trained(
     saved: Saved, name: str, parameter: nn.Parameter, flat: Sequence[Tensor], states: Sequence[Mapping[str, Tensor]]
 ) -> None:
-    trained, share = saved.trained[name], shard_of(parameter)
-    if share is None or trained.values.shape != whole_shape(parameter):
+    trained, shard = saved.trained[name], shard_of(parameter)
+    if shard is None or trained.values.shape != whole_shape(parameter):
         return
-    share.of(flat[share.group]).copy_(share.out_of(trained.values))
+    shard.of(flat[shard.group]).copy_(shard.out_of(trained.values))
     for moment, parts in trained.moments.items():
-        share.of(states[share.group][moment]).copy_(share.out_of(parts))
+        shard.of(states[shard.group][moment]).copy_(shard.out_of(parts))
 
 
-def _take_frozen(parts: Parts, parameter: nn.Parameter) -> None:
+def _load_frozen(parts: Parts, parameter: nn.Parameter) -> None:
     if not is_partitioned(parameter):
         parameter.copy_(parts.whole())
         return
@@ -149,6 +153,6 @@ def _take_frozen(parts: Parts, parameter: nn.Parameter) -> None:
     own[: len(piece)].copy_(piece)
 
 
-def _is_shared(parameter: nn.Parameter) -> bool:
-    """Tell whether DeepSpeed trains a parameter."""
+def _is_sharded(parameter: nn.Parameter) -> bool:
+    """Return True if DeepSpeed trains a parameter."""
     return hasattr(parameter, "_z3_optimizer") or hasattr(parameter, "_hp_mapping")

@@ -28,9 +28,9 @@ class VesselTask(LightningModule):
     """A network in training, validation and test.
 
     Args:
-        build: makes the network, weights loaded and adapters in place; called once, by `configure_model`.
+        build: makes the network, weights loaded and adapters added; called once, by `configure_model`.
         loss_function: mask loss and weight of the language-model loss.
-        optimizer: learning rate and its course.
+        optimizer: learning rate, its schedule, and weight decay.
         keep_frozen: whether a checkpoint holds frozen tensors too; needed when they are not the weights of a source.
         manifest: plain facts of the run that every checkpoint carries.
     """
@@ -59,15 +59,15 @@ class VesselTask(LightningModule):
             self.network = self.build()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Loss of a batch."""
+        """Compute the loss of a batch."""
         return self._step(batch, "train")[0]
 
     def validation_step(self, batch: Batch, batch_idx: int) -> StepOutput:  # type: ignore[override]
-        """Loss and probabilities of a batch."""
+        """Compute loss and probabilities of a batch."""
         return self._scored(batch, "val")
 
     def test_step(self, batch: Batch, batch_idx: int) -> StepOutput:  # type: ignore[override]
-        """Loss and probabilities of a batch."""
+        """Compute loss and probabilities of a batch."""
         return self._scored(batch, "test")
 
     def on_train_batch_end(self, outputs: STEP_OUTPUT, batch: Batch, batch_idx: int) -> None:
@@ -84,7 +84,7 @@ class VesselTask(LightningModule):
         self._log_overlap("test")
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """AdamW over trainable parameters only."""
+        """Build AdamW over the trainable parameters, and its schedule by steps."""
         settings = self.optimizer_settings
         trainable = [p for p in self.parameters() if p.requires_grad]
         groups = [
@@ -110,7 +110,7 @@ class VesselTask(LightningModule):
         checkpoint["vessel"] = self.manifest
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint that lacks a tensor this run trains; have Lightning count on from its place."""
+        """Refuse a checkpoint that lacks a tensor this run trains; set Lightning's counters to its position."""
         state = checkpoint["state_dict"]
         own = {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
         wrong = [n for n, p in own.items() if n not in state or tuple(state[n].shape) != whole_shape(p)]
@@ -124,10 +124,10 @@ class VesselTask(LightningModule):
                 group["fused"] = True  # also of a run that was not
         data = getattr(self.trainer, "datamodule", None)
         if isinstance(data, VesselDataModule) and data.__class__.__qualname__ in checkpoint:
-            place = data.resume_position(checkpoint[data.__class__.__qualname__])
+            position = data.resume_position(checkpoint[data.__class__.__qualname__])
             batches, by_steps = data.training_sampler().batches, self.trainer.max_steps != -1
-            set_loop_counters(checkpoint["loops"]["fit_loop"], place, batches_in_epoch=batches, by_steps=by_steps)
-            self._validated = (place.epoch, place.batches + place.validated) if place.validated else None
+            set_loop_counters(checkpoint["loops"]["fit_loop"], position, batches_in_epoch=batches, by_steps=by_steps)
+            self._validated = (position.epoch, position.batches + position.validated) if position.validated else None
 
     def _step(self, batch: Batch, stage: str) -> tuple[Tensor, Output]:
         assert self.network is not None
@@ -137,7 +137,7 @@ class VesselTask(LightningModule):
         losses["lm_loss"] = self.loss_function.lm_weight * lm_loss(output.lm_logits, output.lm_targets)
         loss = torch.stack(list(losses.values())).sum()
         if not len(output.lm_targets):
-            del losses["lm_loss"]  # a network without a language model has none to show
+            del losses["lm_loss"]  # a network without a language model has none to log
         logged = {f"{stage}/{name}": value.detach() for name, value in (losses | {"loss": loss}).items()}
         in_training = stage == "train"
         self.log_dict(
@@ -177,7 +177,7 @@ class VesselTask(LightningModule):
 
 
 def _statistics(module: nn.Module) -> Iterator[str]:
-    """Names of buffers that training changes: what batch normalisation counts."""
+    """Yield the names of buffers that training changes: the statistics of batch normalisation."""
     for prefix, part in module.named_modules():
         if isinstance(part, _BatchNorm):
             yield from (name for name, _ in part.named_buffers(prefix))

@@ -15,7 +15,7 @@ from typing_extensions import override
 
 from vessel.checkpoints.writing import errors_last, whole
 from vessel.errors import VesselError
-from vessel.training.shards import take
+from vessel.training.shards import load_shards
 from vessel.weights.zero import LATEST, is_zero, open_saved
 
 _TAG = "checkpoint"  # folder within a checkpoint that holds the files of the ranks
@@ -29,14 +29,14 @@ _SETTINGS = {
 
 
 class ZeroStrategy(DeepSpeedStrategy):
-    """Stage 2 cuts gradients and optimizer over the ranks, stage 3 the parameters as well.
+    """A strategy that shards gradients and optimizer over the ranks (stage 2), and the parameters as well (stage 3).
 
     Args:
         stage: 2 or 3.
         accelerator: of the trainer; `cpu` runs the same engine on processes of the host.
         offload_optimizer: keep float32 parameters and moments on the host, and update them there.
         offload_parameters: keep parameters on the host too; stage 3 only.
-        zero: what else DeepSpeed's `zero_optimization` section is to hold, such as bucket sizes.
+        zero: further keys of DeepSpeed's `zero_optimization` section, such as bucket sizes.
 
     Raises:
         VesselError: another stage, or parameters to offload under stage 2.
@@ -109,7 +109,7 @@ class ZeroStrategy(DeepSpeedStrategy):
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
-        """Write a folder with a part of each rank; frozen parameters come along where the task keeps them.
+        """Write a folder with the shards of each rank; frozen parameters are in it where the task keeps them.
 
         Raises:
             VesselError: there is no room for it.
@@ -129,10 +129,10 @@ class ZeroStrategy(DeepSpeedStrategy):
 
     @override
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Take over a folder of any number of ranks and either stage: each rank reads its own part of it.
+        """Load a folder of any number of ranks and either stage: each rank reads its own shards of it.
 
         Returns:
-            what was saved beside the tensors; `state_dict` holds their shapes only.
+            everything that was saved beside the tensors; `state_dict` holds their shapes only.
 
         Raises:
             VesselError: damaged, incomplete, or no such folder.
@@ -140,10 +140,10 @@ class ZeroStrategy(DeepSpeedStrategy):
         path = Path(checkpoint_path)
         if not is_zero(path):
             raise VesselError(
-                f"ckpt={path}: written without ZeRO, whose optimizer cannot be cut over ranks; go on with the trainer "
+                f"ckpt={path}: written without ZeRO, so its optimizer cannot be sharded; go on with the trainer "
                 f"of that run, or start from its weights: weights=[...,{path}]"
             )
         saved = open_saved(path)
-        take(saved, self.deepspeed_engine)
+        load_shards(saved, self.deepspeed_engine)
         shapes = {name: parts.outline() for name, parts in saved.tensors().items()}
         return dict(saved.beside) | {"state_dict": shapes}

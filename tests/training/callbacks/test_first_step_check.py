@@ -9,7 +9,7 @@ from vessel.training.callbacks.first_step_check import (
     check_change,
     check_gradients,
     fingerprint,
-    signs,
+    gradient_flags,
 )
 
 
@@ -26,7 +26,7 @@ def test_guard_T1_detached_network_is_refused(trainer, toy_task, batches):
         def training_step(self, batch, batch_idx):
             return super().training_step(batch, batch_idx).detach().requires_grad_()
 
-    with pytest.raises(VesselError, match=r"(?s)projector: .*projector.weight.*no gradient.*mask_decoder: "):
+    with pytest.raises(VesselError, match=r"(?s)projector: projector.weight.*no gradient.*mask_decoder: "):
         trainer(FirstStepCheck()).fit(Detached(), batches())
 
 
@@ -35,7 +35,7 @@ def test_guard_T1_zero_gradients_are_refused(trainer, toy_task, batches):
         def training_step(self, batch, batch_idx):
             return 0 * super().training_step(batch, batch_idx)
 
-    with pytest.raises(VesselError, match="projector: the gradients of all 2 tensors are zero; likely causes"):
+    with pytest.raises(VesselError, match=r"projector: .* 2 tensors .*zero"):
         trainer(FirstStepCheck()).fit(Multiplied(), batches())
 
 
@@ -44,12 +44,12 @@ def test_guard_T1_a_step_that_changes_nothing_is_refused(trainer, toy_task, batc
         def configure_optimizers(self):
             return torch.optim.SGD(self.network.mask_decoder.parameters(), lr=0.1)
 
-    with pytest.raises(VesselError, match="changed nothing in projector; likely"):
+    with pytest.raises(VesselError, match=r"optimizer .*projector;"):
         trainer(FirstStepCheck(), accumulate_grad_batches=2).fit(Stale(), batches(4))
 
 
 def test_guard_T1_a_learning_rate_that_stays_at_zero_is_refused(trainer, toy_task, batches):
-    with pytest.raises(VesselError, match=r"changed nothing in projector, mask_decoder; .*learning rate is 0"):
+    with pytest.raises(VesselError, match=r"optimizer .*projector, mask_decoder;"):
         trainer(FirstStepCheck()).fit(toy_task(lr=0.0), batches())
 
 
@@ -72,7 +72,7 @@ def groups():
 
 def check(members):
     arrived = {name for group in members.values() for name, parameter in group if parameter.grad is not None}
-    check_gradients(members, signs(members, arrived))
+    check_gradients(members, gradient_flags(members, arrived))
 
 
 def test_one_zero_tensor_in_a_group_is_fine():
@@ -89,16 +89,16 @@ def test_every_fault_is_listed_at_once():
 
 
 def test_nothing_trainable_is_refused():
-    with pytest.raises(VesselError, match="nothing to train in the network"):
+    with pytest.raises(VesselError, match=r"train in the network"):
         check({})
-    with pytest.raises(VesselError, match=r"nothing to train in \['tokens'\]"):
+    with pytest.raises(VesselError, match=r"train in \['tokens'\]"):
         check({"tokens": [], **groups()[0]})
 
 
-def test_fingerprint_sees_a_swap_of_sign_and_a_small_change():
+def test_fingerprint_differs_after_a_swap_of_sign_and_a_small_change():
     members, a, _ = groups()
     before = fingerprint(members)
-    with pytest.raises(VesselError, match="changed nothing in lora"):
+    with pytest.raises(VesselError, match=r"optimizer .*lora;"):
         check_change(members, changes(members, before))
     with torch.no_grad():
         a[0] += 1e-6

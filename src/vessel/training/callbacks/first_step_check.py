@@ -27,10 +27,10 @@ CAUSES = (
 
 
 class FirstStepCheck(Callback):
-    """At the first optimizer step of a fresh run, see gradients in every trainable group, then see each group change.
+    """A check at the first optimizer step of a new run: every trainable group has gradients, and then changes.
 
-    A learning rate that starts at 0 is allowed for: the change is then looked for after the second step. Under ZeRO
-    each rank looks at what it holds, nothing is gathered; all ranks come to the same verdict.
+    A learning rate that starts at 0 is allowed for: the change is then checked after the second step. Under ZeRO each
+    rank checks its own shards, nothing is gathered; all ranks come to the same verdict.
     """
 
     def __init__(self) -> None:
@@ -44,7 +44,7 @@ class FirstStepCheck(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._done = trainer.global_step > 0
         if not self._done:
-            # DeepSpeed takes `.grad` away as soon as it is there.
+            # DeepSpeed removes `.grad` as soon as it is computed.
             for name, parameter in _members(pl_module.network.trainable_groups()):  # type: ignore[union-attr, operator]
                 self._handles.append(parameter.register_post_accumulate_grad_hook(partial(self._note, name)))
 
@@ -54,8 +54,8 @@ class FirstStepCheck(Callback):
             return
         groups = pl_module.network.trainable_groups()  # type: ignore[union-attr, operator]
         if self._before is None:
-            check_gradients(groups, _of_all_ranks(trainer, signs(groups, self._arrived)))
-            self._forget()
+            check_gradients(groups, _reduce(trainer, gradient_flags(groups, self._arrived)))
+            self._remove_hooks()
         self._before = fingerprint(groups)
         self._moving = any(group["lr"] > 0 for group in optimizer.param_groups)
 
@@ -66,32 +66,32 @@ class FirstStepCheck(Callback):
         if self._done or self._before is None or (trainer.global_step < 2 and not self._moving):
             return
         groups = pl_module.network.trainable_groups()  # type: ignore[union-attr, operator]
-        check_change(groups, _of_all_ranks(trainer, changes(groups, self._before)))
+        check_change(groups, _reduce(trainer, changes(groups, self._before)))
         self._done = True
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._forget()
+        self._remove_hooks()
 
     def _note(self, name: str, parameter: Tensor) -> None:
         self._arrived.add(name)
 
-    def _forget(self) -> None:
+    def _remove_hooks(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
 
 
-def signs(groups: Groups, arrived: Collection[str]) -> Tensor:
-    """Collect what this rank knows of gradients.
+def gradient_flags(groups: Groups, arrived: Collection[str]) -> Tensor:
+    """Collect facts about the gradients that this rank holds.
 
     Args:
         groups: all of them.
         arrived: names of parameters that got a gradient.
 
     Returns:
-        int64 [P, 3] in the order of the groups; 1 says that a parameter got a gradient, that it holds a number that is
-        not finite, and that it holds one that is not 0.
+        int64 [P, 3] of 0 and 1 in the order of the groups: the parameter got a gradient, which has a number that is
+        not finite, and which has one that is not 0.
     """
     rows = []
     for name, parameter in _members(groups):
@@ -101,12 +101,12 @@ def signs(groups: Groups, arrived: Collection[str]) -> Tensor:
     return torch.tensor(rows, dtype=torch.int64).view(-1, 3)
 
 
-def check_gradients(groups: Groups, signs: Tensor) -> None:
-    """See that every parameter has a finite gradient and that no group's gradients are all zero.
+def check_gradients(groups: Groups, flags: Tensor) -> None:
+    """Refuse parameters without a finite gradient, and groups whose gradients are all zero.
 
     Args:
         groups: all of them.
-        signs: int64 [P, 3], see `signs`; the maximum over the ranks.
+        flags: int64 [P, 3], see `gradient_flags`; the maximum over the ranks.
 
     Raises:
         VesselError: names every group and parameter at fault.
@@ -116,18 +116,18 @@ def check_gradients(groups: Groups, signs: Tensor) -> None:
         raise VesselError(
             f"first step: nothing to train in {empty or 'the network'}; choose another set of trainable groups"
         )
-    told = dict(zip((name for name, _ in _members(groups)), signs.tolist(), strict=True))
+    by_name = dict(zip((name for name, _ in _members(groups)), flags.tolist(), strict=True))
     faults = []
     for group, members in groups.items():
         names = [name for name, _ in members]
-        present = [name for name in names if told[name][0]]
+        present = [name for name in names if by_name[name][0]]
         if missing := [name for name in names if name not in present]:
             faults.append(f"{group}: {_some(missing)} got no gradient: it takes no part in the loss; freeze it")
-        if broken := [name for name in present if told[name][1]]:
+        if broken := [name for name in present if by_name[name][1]]:
             faults.append(
                 f"{group}: {_some(broken)} got a gradient that is not finite; lower the rate or use bf16/fp32"
             )
-        if present and not any(told[name][1] or told[name][2] for name in present):
+        if present and not any(by_name[name][1] or by_name[name][2] for name in present):
             faults.append(f"{group}: the gradients of all {len(present)} tensors are zero; {CAUSES}")
     if faults:
         raise VesselError("first step: these would not learn\n" + "\n".join(f"  {fault}" for fault in faults))
@@ -140,7 +140,7 @@ def changes(groups: Groups, before: Fingerprint) -> Tensor:
 
 
 def check_change(groups: Groups, changed: Tensor) -> None:
-    """See that each group changed.
+    """Refuse groups of which no parameter changed.
 
     Args:
         groups: all of them.
@@ -160,7 +160,7 @@ def check_change(groups: Groups, changed: Tensor) -> None:
 
 @torch.no_grad()
 def fingerprint(groups: Groups) -> Fingerprint:
-    """Sum and sum of squares of what this rank's optimizer holds of each parameter, in float64."""
+    """Compute sum and sum of squares of this rank's shard of each parameter, in float64."""
     return {name: _moments(values(parameter)) for name, parameter in _members(groups)}
 
 
@@ -169,9 +169,9 @@ def _members(groups: Groups) -> Iterator[tuple[str, nn.Parameter]]:
         yield from members
 
 
-def _of_all_ranks(trainer: Trainer, facts: Tensor) -> Tensor:
-    """The maximum over the ranks, each of which calls this."""
-    reduced = trainer.strategy.reduce(facts.to(trainer.strategy.root_device), reduce_op="max")
+def _reduce(trainer: Trainer, flags: Tensor) -> Tensor:
+    """Compute the maximum over the ranks, each of which calls this."""
+    reduced = trainer.strategy.reduce(flags.to(trainer.strategy.root_device), reduce_op="max")
     assert isinstance(reduced, Tensor)
     return reduced.cpu()
 
@@ -186,6 +186,6 @@ def _moments(parameter: Tensor) -> tuple[float, float]:
     return total, squares
 
 
-def _some(names: Sequence[str], shown: int = 5) -> str:
-    rest = len(names) - shown
-    return ", ".join(names[:shown]) + (f" and {rest} more" if rest > 0 else "")
+def _some(names: Sequence[str], most: int = 5) -> str:
+    rest = len(names) - most
+    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")

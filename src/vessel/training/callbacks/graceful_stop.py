@@ -1,4 +1,4 @@
-"""Stop a run that is asked to, at the end of an optimizer step, with a checkpoint to go on from."""
+"""Stop a run on a signal, at the end of an optimizer step, with a checkpoint to resume from."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ from vessel.training.callbacks.last_checkpoint import LastCheckpoint
 
 
 class GracefulStop(Callback):
-    """SIGTERM, SIGHUP, SIGUSR1, SIGUSR2, a first Ctrl-C: all ranks save `last` after the same step and leave.
+    """A stop by SIGTERM, SIGHUP, SIGUSR1, SIGUSR2 or a first Ctrl-C: all ranks save `last` after one step, then exit.
 
-    A second Ctrl-C ends the process at once. During validation the run stops between two batches; the run that goes on
-    begins with that validation, see `vessel.training.resume`. It is called after all that log, see
+    A second Ctrl-C ends the process at once. During validation the run stops between two batches; the resumed run
+    begins with that validation, see `vessel.training.resume`. This callback is called after all that log, see
     `vessel.training.callbacks.order`, as nothing else of the step is called any more.
     """
 
     def __init__(self) -> None:
-        self._asked = 0  # number of the signal
+        self._signal = 0  # number of the first signal received; 0 for none
         self._step = 0
         self._before: dict[int, Any] = {}
 
@@ -45,8 +45,8 @@ class GracefulStop(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Listen from here on; before, a signal ends the process, as there is nothing to save."""
-        self._before = {signum: signal.signal(signum, self._ask) for signum in STOP_CODES}
+        """Handle signals from here on; before, one ends the process, as there is nothing to save."""
+        self._before = {signum: signal.signal(signum, self._receive) for signum in STOP_CODES}
         # Before a progress bar takes them over, which is called later.
         sys.stdout, sys.stderr = _Terminal(sys.stdout), _Terminal(sys.stderr)
         self._step = trainer.global_step
@@ -55,7 +55,7 @@ class GracefulStop(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Batch, batch_idx: int
     ) -> None:
-        """Look after each optimizer step."""
+        """Stop after an optimizer step if a signal came."""
         if trainer.global_step == self._step:
             return
         self._step = trainer.global_step
@@ -69,33 +69,33 @@ class GracefulStop(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Batch, batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:  # fmt: skip
-        """Look after each batch, as a validation may take longer than a scheduler waits."""
+        """Stop after a batch if a signal came, as a validation may take longer than a scheduler waits."""
         if signum := self._agreed(trainer):
             self._leave(trainer, signum)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave even now: the jobs of a sweep that would follow were to be stopped as well."""
+        """Exit even now if a signal came: it was to stop the following jobs of a sweep as well."""
         if signum := self._agreed(trainer):
             self._leave(trainer, signum)
-        self._restore()
-        if self._asked:  # while ranks agreed
-            raise SystemExit(STOP_CODES[signal.Signals(self._asked)])
+        self._restore_handlers()
+        if self._signal:  # it came while ranks agreed
+            raise SystemExit(STOP_CODES[signal.Signals(self._signal)])
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """On the way out of a stop, the signals that torchrun sends to stragglers are still only noted."""
+        """Restore the handlers, except on the way out of a stop, in which torchrun signals ranks that are not done."""
         if not isinstance(exception, SystemExit):
-            self._restore()
+            self._restore_handlers()
 
-    def _ask(self, signum: int, frame: FrameType | None) -> None:
-        self._asked = self._asked or signum
+    def _receive(self, signum: int, frame: FrameType | None) -> None:
+        self._signal = self._signal or signum
         if signum == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
         if signum == signal.SIGHUP:
-            _let_go_of_the_terminal()
+            _detach_from_terminal()
 
-    def _restore(self) -> None:
+    def _restore_handlers(self) -> None:
         for signum, handler in self._before.items():
             signal.signal(signum, handler)
         self._before = {}
@@ -104,11 +104,11 @@ class GracefulStop(Callback):
                 setattr(sys, name, stream.stream)
 
     def _agreed(self, trainer: Trainer) -> int:
-        """The signal that any rank was sent, the highest where they differ; 0 for none."""
-        if not trainer.strategy.reduce_boolean_decision(bool(self._asked), all=False):
+        """Return the signal that any rank received, the highest where they differ; 0 for none."""
+        if not trainer.strategy.reduce_boolean_decision(bool(self._signal), all=False):
             return 0
-        asked = torch.tensor(self._asked, device=trainer.strategy.root_device)
-        return int(trainer.strategy.reduce(asked, reduce_op="max"))
+        received = torch.tensor(self._signal, device=trainer.strategy.root_device)
+        return int(trainer.strategy.reduce(received, reduce_op="max"))
 
     def _leave(self, trainer: Trainer, signum: int) -> None:
         savers = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, LastCheckpoint)]
@@ -129,13 +129,13 @@ class _Terminal:
         self.stream = stream
 
     def write(self, text: str) -> int:
-        """As the stream does; what a closed terminal no longer takes is lost."""
+        """Write as the stream does; text that a closed terminal no longer takes is lost."""
         with _while_it_is_open():
             self.stream.write(text)
         return len(text)
 
     def flush(self) -> None:
-        """As `write`."""
+        """Flush as the stream does, see `write`."""
         with _while_it_is_open():
             self.stream.flush()
 
@@ -150,13 +150,13 @@ def _while_it_is_open() -> Iterator[None]:
     except OSError as error:
         if error.errno != errno.EIO:
             raise
-        _let_go_of_the_terminal()
+        _detach_from_terminal()
 
 
-def _let_go_of_the_terminal() -> None:
-    """It was closed: whatever is written to it from now on would fail."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
+def _detach_from_terminal() -> None:
+    """Write to /dev/null instead of a terminal that was closed, where every write would fail."""
+    null = os.open(os.devnull, os.O_WRONLY)
     for stream in (1, 2):
         if stat.S_ISCHR(os.fstat(stream).st_mode):  # a closed terminal is none for isatty
-            os.dup2(nowhere, stream)
-    os.close(nowhere)
+            os.dup2(null, stream)
+    os.close(null)

@@ -1,4 +1,4 @@
-"""The newest state of a run, to go on from."""
+"""The newest state of a run, to resume from."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vessel.training.callbacks.updates import is_update
 
 
 class LastCheckpoint(ModelCheckpoint):
-    """One checkpoint, written after each validation, when the run is stopped, and at its end."""
+    """A checkpoint that is written after each validation, when the run is stopped, and at its end."""
 
     def save(self, trainer: Trainer) -> str:
         """Write it unless it is of this very step; every rank calls this.
@@ -22,13 +22,13 @@ class LastCheckpoint(ModelCheckpoint):
             its path.
         """
         if self._last_global_step_saved != trainer.global_step:
-            # In the way of the class, which then removes the one before.
+            # As the base class does, which then removes the one before.
             self._save_none_monitor_checkpoint(trainer, self._monitor_candidates(trainer))
         return self.best_model_path
 
     @override
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
-        """Have the numbers of the step written first: a run killed in between goes on after it and never comes back."""
+        """Write the metrics of the step first: a run killed in between resumes after it and never writes them."""
         connector = trainer._logger_connector
         if is_update(trainer) and connector.should_update_logs:
             numbers = {name: float(value) for name, value in connector.metrics["log"].items()}
@@ -41,5 +41,5 @@ class LastCheckpoint(ModelCheckpoint):
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep the steps since the last validation."""
+        """Save the steps since the last validation."""
         self.save(trainer)

@@ -16,7 +16,7 @@ from vessel.training.shards import gradient
 
 
 class NonFiniteStop(Callback):
-    """Raise before the optimizer step, on every rank at once, so that no weight and no checkpoint is touched by it."""
+    """A stop before the optimizer step, on every rank at once, so that no weight and no checkpoint is touched."""
 
     def __init__(self) -> None:
         self._ids: list[str] = []
@@ -29,17 +29,17 @@ class NonFiniteStop(Callback):
 
     @override
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        """Look at the loss."""
+        """Check the loss."""
         self._stop_unless(trainer, bool(torch.isfinite(loss)), f"the loss is {loss.item()}")
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Look at the gradients: a finite loss can have ones that are not."""
+        """Check the gradients: a finite loss can have ones that are not."""
         if not is_update(trainer):
             return
         norm = torch.zeros((), device=trainer.strategy.root_device)
         for parameter in pl_module.parameters():
-            # One at a time: where the optimizer is on the host, each is brought here to be looked at.
+            # One at a time: where the optimizer is on the host, each is copied to the device to be checked.
             if parameter.requires_grad and (part := gradient(parameter)) is not None:
                 norm = torch.hypot(norm, torch.linalg.vector_norm(part.float()).to(norm.device))
         self._stop_unless(trainer, bool(torch.isfinite(norm)), f"the gradient norm is {norm.item()}")
@@ -52,7 +52,7 @@ class NonFiniteStop(Callback):
             torch.distributed.all_gather_object(reports, (finite, what, self._ids))
         at_fault = [rank for rank, report in enumerate(reports) if not report[0]]
         where = "" if trainer.world_size == 1 else f" on rank {', '.join(map(str, at_fault))}"
-        # The gradient is everybody's by now: whose images made it so is not known.
+        # The gradient is reduced over the ranks by now: which images made it so is not known.
         of_ranks = at_fault if "loss" in what else range(len(reports))
         ids = ", ".join(image for rank in of_ranks for image in reports[rank][2])
         raise VesselError(

@@ -12,7 +12,7 @@ from vessel.training.callbacks.last_checkpoint import LastCheckpoint
 from vessel.training.callbacks.non_finite_stop import NonFiniteStop
 from vessel.training.callbacks.step_seeds import StepSeeds
 
-# Seeds come before whatever draws; a first gradient that is not finite is told with its parameters.
+# Seeds come before whatever draws; a first gradient that is not finite is reported with its parameters.
 FIRST = (StepSeeds, FirstStepCheck, NonFiniteStop)
 # A stop comes after all that log, as nothing else of its step is called any more, and takes the terminal before a
 # progress bar does. Checkpoints hold the states of all others, the last one also which checkpoint is the best.

@@ -1,4 +1,4 @@
-"""A table of the parameters that train and those that do not: printed, written to the run folder and logged."""
+"""A table of trainable and frozen parameters: printed, written to the run folder and logged."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class ParameterGroup:
 
 
 class ParameterTable(Callback):
-    """At the start of `fit`: the table on the terminal, `<run>/parameters.json`, and a W&B table."""
+    """A callback that writes the table at the start of `fit`: terminal, `<run>/parameters.json`, and a W&B table."""
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -53,7 +53,7 @@ class ParameterTable(Callback):
 
 
 def parameter_groups(network: nn.Module) -> list[ParameterGroup]:
-    """Rows for the trainable groups, then for what is frozen in each child of the network.
+    """Count the parameters of the trainable groups, then the frozen ones of each child of the network.
 
     Args:
         network: a module with `trainable_groups()`; its parameters may be on the meta device or sharded by DeepSpeed.
@@ -69,7 +69,7 @@ def parameter_groups(network: nn.Module) -> list[ParameterGroup]:
 
 
 def render(rows: Iterable[ParameterGroup]) -> Table:
-    """The rows and their total as a terminal table."""
+    """Render the rows and their total as a terminal table."""
     table = Table(title="Parameters")
     for heading, justify in {"group": "left", "tensors": "right", "parameters": "right", "trainable": "right"}.items():
         table.add_column(heading, justify=justify)  # type: ignore[arg-type]
@@ -80,8 +80,8 @@ def render(rows: Iterable[ParameterGroup]) -> Table:
         table.add_row(row.group, f"{row.tensors:,}", f"{row.parameters:,}", f"{trainable:,}", row.dtype)
     total, trainable = sum(r.parameters for r in rows), sum(r.parameters for r in rows if r.trainable)
     table.add_section()
-    share = f"{trainable:,} ({trainable / max(total, 1):.1%})"
-    table.add_row("total", f"{sum(r.tensors for r in rows):,}", f"{total:,}", share, "")
+    fraction = f"{trainable:,} ({trainable / max(total, 1):.1%})"
+    table.add_row("total", f"{sum(r.tensors for r in rows):,}", f"{total:,}", fraction, "")
     return table
 
 

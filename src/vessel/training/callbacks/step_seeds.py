@@ -1,4 +1,4 @@
-"""Random numbers of a step that follow from where the step is, so that no generator's state has to be kept."""
+"""Random numbers of a step that follow from its position in the run, so that no generator's state has to be kept."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ TRAINING, VALIDATION = 0, 1
 
 
 class StepSeeds(Callback):
-    """Seed torch, numpy and python before each batch: in training by epoch, batch and rank, in validation by the rest.
+    """A seed of torch, numpy and python before each batch: by epoch (training only), batch and rank.
 
-    A run that goes on draws what the run without a stop draws, and every validation samples the same points.
+    A resumed run draws the random numbers of a run without a stop, and every validation samples the same points.
 
     Args:
         seed: of the run.

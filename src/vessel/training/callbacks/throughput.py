@@ -1,4 +1,4 @@
-"""Speed of the run, and the number of samples that one optimizer step really sees."""
+"""The speed of a run, and the number of samples of an optimizer step over all ranks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 
 class Throughput(Callback):
-    """Log `throughput/samples_per_second` of all ranks, `throughput/seconds_per_step` and, once, the global batch.
+    """A meter: `throughput/samples_per_second` of all ranks, `throughput/seconds_per_step` and, once, the global batch.
 
     Time runs from the end of one batch to the end of the next, waiting for data included, validation excluded.
 
@@ -31,7 +31,7 @@ class Throughput(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._last = perf_counter()  # a run that goes on within an epoch does not start it
+        self._last = perf_counter()  # a run that is resumed within an epoch does not start it
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -6,7 +6,7 @@ from lightning.pytorch import Trainer
 
 
 def is_update(trainer: Trainer) -> bool:
-    """Tell whether the present batch completes an optimizer step.
+    """Return True if the present batch completes an optimizer step.
 
     DeepSpeed counts accumulated batches itself, so that Lightning calls the optimizer's hooks at each of them.
     """
