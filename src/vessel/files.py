@@ -62,10 +62,10 @@ def write_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         an empty, hidden folder beside `path` to write into.
 
     Raises:
-        VesselError: `path` is there and `overwrite` is not set.
+        VesselError: `path` exists and `overwrite` is not set.
     """
     if path.exists() and not overwrite and (path.is_file() or any(path.iterdir())):
-        raise VesselError(f"{path} is there already; choose another path, or remove it")
+        raise VesselError(f"{path} exists already; choose another path, or remove it")
     new_parents = [parent for parent in path.parents if not parent.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{secrets.token_hex(4)}{PART}")

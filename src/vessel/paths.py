@@ -1,4 +1,4 @@
-"""Folders and files as a user names them."""
+"""Paths as users write them: expand, quote and shorten."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ def expanded(path: str | Path) -> Path:
     """Expand `~` and `~user` in a path.
 
     Raises:
-        VesselError: nobody of that name has a home here.
+        VesselError: there is no user of that name.
     """
     try:
         return Path(path).expanduser()
     except RuntimeError as error:
-        raise VesselError(f"{path}: no user of that name has a home here; write the whole path") from error
+        raise VesselError(f"{path}: there is no user of that name; write the whole path") from error
 
 
 def hydra_quoted(path: Path | str) -> str:

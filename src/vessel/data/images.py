@@ -1,4 +1,4 @@
-"""Read images for every command: uint8 RGB, upright, whatever the file held."""
+"""Read images of any file format for every command: uint8 RGB, upright."""
 
 from __future__ import annotations
 

@@ -118,8 +118,8 @@ def _input_images(files: Iterable[Path], base: Path) -> list[InputImage]:
     images: dict[str, InputImage] = {}
     for name in names:
         stem = name.with_suffix("").as_posix()
-        wanted = stem if stems[stem] == 1 else name.as_posix()
-        while wanted in images:
-            wanted += "_"
-        images[wanted] = InputImage(wanted, base / name, name.as_posix())
+        unique = stem if stems[stem] == 1 else name.as_posix()
+        while unique in images:
+            unique += "_"
+        images[unique] = InputImage(unique, base / name, name.as_posix())
     return list(images.values())

@@ -35,7 +35,7 @@ ANSWERS = (f"Sure, {SEG}.", f"Here it is: {SEG}.", f"The mask is {SEG}.", f"{SEG
 
 
 @dataclass(frozen=True)
-class Template:
+class ChatTemplate:
     """A chat format.
 
     Attributes:
@@ -53,9 +53,9 @@ class Template:
 
 _CHAT = "<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
 TEMPLATES = {
-    "qwen_chat": Template(_CHAT, "<|im_end|>", ("<|im_end|>", "<|endoftext|>")),
-    "internlm2_chat": Template(_CHAT, "<|im_end|>", ("<|im_end|>",)),
-    "phi3_chat": Template("<|user|>\n{question}<|end|>\n<|assistant|>\n", "<|end|>", ("<|end|>",)),
+    "qwen_chat": ChatTemplate(_CHAT, "<|im_end|>", ("<|im_end|>", "<|endoftext|>")),
+    "internlm2_chat": ChatTemplate(_CHAT, "<|im_end|>", ("<|im_end|>",)),
+    "phi3_chat": ChatTemplate("<|user|>\n{question}<|end|>\n<|assistant|>\n", "<|end|>", ("<|end|>",)),
 }
 
 
@@ -191,7 +191,7 @@ class Prompt:
         return [*answer] if self.is_finished(answer) else [*answer, *self._end]
 
     def _expand_images(self, ids: list[int], features: Iterator[int]) -> list[int]:
-        """Repeat each image token once for each feature; the text of a prompt is the same whatever their number."""
+        """Repeat each image token once for each feature; the text of a prompt does not depend on their number."""
         expanded: list[int] = []
         for token in ids:
             expanded += [token] * next(features, 1) if token == self.token_ids.image else [token]

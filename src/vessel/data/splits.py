@@ -68,7 +68,7 @@ def _by_patient(frames: Sequence[Frame], folds: int, rng: np.random.Generator) -
         raise VesselError(
             f"{len(patients)} patient(s): too few to keep training, validation and test patients apart. "
             "Add patients, or cut each video into blocks with split=block, or draw frames with split=frame; "
-            "every report will then say that the figures tell nothing about new patients"
+            "every report will then warn that the figures are no estimate for new patients"
         )
     sizes = np.array([len(ids[patient]) for patient in patients])
     numbers = _portions(len(patients))

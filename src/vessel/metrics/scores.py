@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 
 @dataclass(frozen=True)
-class Metric:
+class MetricInfo:
     """The title, direction and format of a score in reports.
 
     Attributes:
@@ -27,19 +27,21 @@ class Metric:
 
 
 _ONE = "Ground truth and prediction both empty: 1; one of them empty: 0."
-METRICS: Mapping[str, Metric] = {
-    "dice": Metric("Dice", "higher", "", _ONE),
-    "iou": Metric("IoU", "higher", "", _ONE),
-    "precision": Metric("Precision", "higher", "", "Nothing predicted: 1; predicted where ground truth is empty: 0."),
-    "recall": Metric("Recall", "higher", "", "Ground truth empty: 1; not empty and nothing of it predicted: 0."),
-    "cldice": Metric("clDice", "higher", "", _ONE),
-    "centreline_sensitivity": Metric(
+METRICS: Mapping[str, MetricInfo] = {
+    "dice": MetricInfo("Dice", "higher", "", _ONE),
+    "iou": MetricInfo("IoU", "higher", "", _ONE),
+    "precision": MetricInfo(
+        "Precision", "higher", "", "Nothing predicted: 1; predicted where ground truth is empty: 0."
+    ),
+    "recall": MetricInfo("Recall", "higher", "", "Ground truth empty: 1; not empty and nothing of it predicted: 0."),
+    "cldice": MetricInfo("clDice", "higher", "", _ONE),
+    "centreline_sensitivity": MetricInfo(
         "Centre-line sensitivity", "higher", "", "Ground truth empty: 1; nothing predicted: 0."
     ),
-    "hd95": Metric("HD95", "lower", "length", "Both empty: 0; one of them empty: the diagonal of the image."),
-    "nsd": Metric("Normalised surface distance", "higher", "", _ONE),
-    "component_error": Metric("Component error", "lower", "count", "An empty mask has no component."),
-    "ece": Metric("Calibration error", "lower", "", "Defined for every image with probabilities, empty or not."),
+    "hd95": MetricInfo("HD95", "lower", "length", "Both empty: 0; one of them empty: the diagonal of the image."),
+    "nsd": MetricInfo("Normalised surface distance", "higher", "", _ONE),
+    "component_error": MetricInfo("Component error", "lower", "count", "An empty mask has no component."),
+    "ece": MetricInfo("Calibration error", "lower", "", "Defined for every image with probabilities, empty or not."),
 }
 
 

@@ -95,23 +95,23 @@ class Code:
 
 
 @dataclass(frozen=True)
-class Group:
+class FigureRow:
     """Figures that stand side by side where there is room."""
 
-    kind: ClassVar[str] = "group"
+    kind: ClassVar[str] = "figure row"
     blocks: Sequence[Block]
 
 
 @dataclass(frozen=True)
-class Fold:
+class Details:
     """A part of a page that is folded until the reader opens it."""
 
-    kind: ClassVar[str] = "fold"
+    kind: ClassVar[str] = "details"
     title: str
     blocks: Sequence[Block]
 
 
-Block = Table | Drawing | Picture | Text | Code | Group | Fold
+Block = Table | Drawing | Picture | Text | Code | FigureRow | Details
 
 
 @dataclass(frozen=True)
@@ -163,6 +163,6 @@ def drawings(blocks: Sequence[Block]) -> list[Drawing]:
     for block in blocks:
         if isinstance(block, Drawing):
             found.append(block)
-        elif isinstance(block, Group | Fold):
+        elif isinstance(block, FigureRow | Details):
             found += drawings(block.blocks)
     return found

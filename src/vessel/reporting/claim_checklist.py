@@ -133,7 +133,7 @@ def _of_network(report: Mapping[str, Any]) -> dict[int, str]:
 
 def _training(config: Mapping[str, Any]) -> str:
     """Describe the most important settings of the training, where the configuration has them."""
-    wanted = {
+    keys = {
         "seed": ("seed",),
         "learning rate": ("optimizer", "lr"),
         "weight decay": ("optimizer", "weight_decay"),
@@ -145,7 +145,7 @@ def _training(config: Mapping[str, Any]) -> str:
         "precision": ("trainer", "precision"),
     }
     settings = []
-    for label, path in wanted.items():
+    for label, path in keys.items():
         value: Any = config
         for key in path:
             value = value.get(key) if isinstance(value, Mapping) else None

@@ -8,8 +8,8 @@ from typing import Any
 from vessel.reporting.blocks import (
     Block,
     Cell,
+    Details,
     Drawing,
-    Fold,
     Number,
     Page,
     Prose,
@@ -111,7 +111,7 @@ def _runs(comparison: Mapping[str, Any], units: Units, mark: str) -> list[Block]
     for run in runs:
         if summary := run.get("summary"):
             tables = score_tables(summary, units, caption=f"Mean scores of {run['run']}", mark=mark)
-            blocks.append(Fold(f"All scores of {run['run']}", tables))
+            blocks.append(Details(f"All scores of {run['run']}", tables))
     return blocks or [Text(("No run was scored.",))]
 
 
@@ -145,7 +145,7 @@ def _differences(pairs: Pairs, units: Units, mark: str) -> list[Block]:
     ]
     for (a, b), phrases in pairs.items():
         tables = _difference_tables(a, b, phrases, units, mark)
-        blocks += tables if a == reference else [Fold(f"{b} against {a}", tables)]
+        blocks += tables if a == reference else [Details(f"{b} against {a}", tables)]
     return blocks
 
 
@@ -193,7 +193,7 @@ def _patients(pairs: Pairs, mark: str) -> list[Block]:
     others = [one for pair, one in drawn.items() if one is not None and pair[0] != _reference(pairs)]
     if not first:
         return [Text(("No patient is in all runs.",))]
-    return [*first, *([Fold("The other pairs", others)] if others else [])]
+    return [*first, *([Details("The other pairs", others)] if others else [])]
 
 
 def _pair_drawing(pair: tuple[str, str], phrases: Mapping[str, Any], mark: str, number: int) -> Drawing | None:

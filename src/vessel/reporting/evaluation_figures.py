@@ -11,7 +11,7 @@ from typing import Any
 
 from vessel.errors import VesselError
 from vessel.metrics.summary import read_per_image_csv
-from vessel.reporting.blocks import Block, Drawing, Fold, Group, Picture, Text
+from vessel.reporting.blocks import Block, Details, Drawing, FigureRow, Picture, Text
 from vessel.reporting.svg import patient_figure, reliability_figure, threshold_figure
 from vessel.reporting.tables import ALL, HEADLINE, Units, patient_tables, phrase_name, plural, shown_phrases
 
@@ -32,8 +32,8 @@ def patient_blocks(
         return [Text(("No patient was scored.",))]
     blocks: list[Block] = [drawn[0]]
     if len(drawn) > 1:
-        blocks.append(Fold("Each phrase by itself", drawn[1:]))
-    return [*blocks, Fold("The same in numbers", patient_tables(patients, units, metric=HEADLINE, mark=mark))]
+        blocks.append(Details("Each phrase by itself", drawn[1:]))
+    return [*blocks, Details("The same in numbers", patient_tables(patients, units, metric=HEADLINE, mark=mark))]
 
 
 def _patient_drawing(
@@ -92,9 +92,9 @@ def curve_blocks(report: Mapping[str, Any], mark: str) -> list[Block]:
         for number, phrase in enumerate(shown_phrases(reliable))
     ]
     curves += drawn[:1]
-    blocks: list[Block] = [Group(curves)] if curves else [Text(("This run kept no curve of its validation.",))]
+    blocks: list[Block] = [FigureRow(curves)] if curves else [Text(("This run kept no curve of its validation.",))]
     if len(drawn) > 1:
-        blocks.append(Fold("Calibration of each phrase", [Group(drawn[1:])]))
+        blocks.append(Details("Calibration of each phrase", [FigureRow(drawn[1:])]))
     return blocks
 
 
@@ -122,7 +122,7 @@ def panel_blocks(report: Mapping[str, Any], folder: Path, units: Units) -> list[
     first = pictures.pop("first")
     blocks: list[Block] = [one for of_kind in pictures.values() for one in of_kind]
     if first:
-        blocks.append(Fold(f"The first {len(first)} of the part, whatever their score", first))
+        blocks.append(Details(f"The first {len(first)} of the part, at any score", first))
     if not blocks:
         return [Text(("No panels were drawn.",))]
     colours = "Green: vessel found; orange-red: false positive; blue: false negative. Ids are pseudonyms."

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vessel.reporting.blocks import Block, Fold, Number, Page, Prose, Section, Text
+from vessel.reporting.blocks import Block, Details, Number, Page, Prose, Section, Text
 from vessel.reporting.claim_checklist import claim_table
 from vessel.reporting.evaluation_figures import curve_blocks, image_values, panel_blocks, patient_blocks
 from vessel.reporting.provenance import data_blocks, decision_blocks, failure_blocks, run_blocks
@@ -159,7 +159,7 @@ def _scores(report: Mapping[str, Any], units: Units, mark: str) -> list[Block]:
                 f"{_distances(report, units)}",
             )
         ),
-        Fold("Plain means over images", plain_means(summary, units, mark=mark)),
+        Details("Plain means over images", plain_means(summary, units, mark=mark)),
     ]
     return blocks
 

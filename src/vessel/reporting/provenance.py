@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vessel.reporting.blocks import Block, Cell, Code, Fold, Number, Table, Text, cell, facts_table
+from vessel.reporting.blocks import Block, Cell, Code, Details, Number, Table, Text, cell, facts_table
 from vessel.reporting.claim_checklist import NETWORKS
 from vessel.reporting.tables import POOLED, part_name, spacing_text
 
@@ -21,7 +21,7 @@ def failure_blocks(report: Mapping[str, Any]) -> list[Block]:
     n, total = report["n_failed"], report["n_ok"] + report["n_failed"]
     caption = f"{n} of {total} images could not be processed and are in no score"
     table = Table(caption, head, rows, left_aligned=True)
-    return [table] if len(rows) <= 20 else [Text((f"{caption}.",)), Fold("All of them", [table])]
+    return [table] if len(rows) <= 20 else [Text((f"{caption}.",)), Details("All of them", [table])]
 
 
 def decision_blocks(report: Mapping[str, Any], mark: str) -> list[Block]:
@@ -40,7 +40,7 @@ def decision_blocks(report: Mapping[str, Any], mark: str) -> list[Block]:
     blocks: list[Block] = [facts_table("Threshold and post-processing, chosen before this evaluation", facts)]
     if searched := report.get("searched"):
         tried = _generic("Choices on validation, in the order in which they were tried", searched, mark)
-        blocks.append(Fold("Choices that were tried on validation, with their effect", [tried]))
+        blocks.append(Details("Choices that were tried on validation, with their effect", [tried]))
     return blocks
 
 
@@ -91,7 +91,7 @@ def data_blocks(report: Mapping[str, Any]) -> list[Block]:
         head = [cell("time"), cell("weights"), cell("threshold and post-processing")]
         rows = [[cell(_short(one.get(key))) for key in ("time", "fingerprint", "decision")] for one in uses]
         blocks.append(
-            Fold(f"Uses of the test part by this run: {len(uses)}", [Table("", head, rows, left_aligned=True)])
+            Details(f"Uses of the test part by this run: {len(uses)}", [Table("", head, rows, left_aligned=True)])
         )
     return blocks
 
@@ -119,7 +119,7 @@ def run_blocks(report: Mapping[str, Any]) -> list[Block]:
     if folds := report.get("folds"):
         blocks.append(_generic("Runs of the folds, each on the images that it did not train on", folds))
     if config := manifest.get("config"):
-        blocks.append(Fold("Configuration of the run", [Code(json.dumps(config, indent=1, ensure_ascii=False))]))
+        blocks.append(Details("Configuration of the run", [Code(json.dumps(config, indent=1, ensure_ascii=False))]))
     return blocks
 
 

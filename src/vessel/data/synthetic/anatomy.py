@@ -52,7 +52,7 @@ class Feature(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Pullback:
+class SyntheticPullback:
     """A vessel and the scanner's settings; a frame is this at one position.
 
     Attributes:
@@ -97,7 +97,7 @@ class Pullback:
     rays: Array
 
 
-def draw_pullback(rng: np.random.Generator, length: float) -> Pullback:
+def draw_pullback(rng: np.random.Generator, length: float) -> SyntheticPullback:
     """Draw a random vessel.
 
     Args:
@@ -112,7 +112,7 @@ def draw_pullback(rng: np.random.Generator, length: float) -> Pullback:
     wire = drift(rng.uniform(0, 2 * np.pi), 0.3)
     # Opposite sides of the vessel, both clear of the wire's shadow, so that neither structure hides another.
     side = rng.choice([-1, 1])
-    return Pullback(
+    return SyntheticPullback(
         axes=(drift(calibre, 0.06), drift(calibre * rng.uniform(0.72, 1), 0.06)),
         tilt=drift(rng.uniform(0, np.pi), 0.6),
         eccentricity=drift(rng.uniform(0.25, 0.75), 0.2),
@@ -143,7 +143,7 @@ class Anatomy(NamedTuple):
     lipid: Array
 
 
-def anatomy_at(pullback: Pullback, position: float, theta: Array, radius: Array) -> Anatomy:
+def anatomy_at(pullback: SyntheticPullback, position: float, theta: Array, radius: Array) -> Anatomy:
     """Compute the shapes at a position, from which both the image and the masks are made."""
     lumen = radius - _contour(pullback, position, theta)
     branch = np.full_like(lumen, np.inf)
@@ -164,7 +164,7 @@ def anatomy_at(pullback: Pullback, position: float, theta: Array, radius: Array)
     return Anatomy(lumen, branch, lipid)
 
 
-def _contour(pullback: Pullback, position: float, theta: Array) -> Array:
+def _contour(pullback: SyntheticPullback, position: float, theta: Array) -> Array:
     """Compute the distance of the lumen's wall from the catheter: an eccentric, rippled ellipse, narrowed by plaque."""
     a, b = (axis.at(position) for axis in pullback.axes)
     tilt, heading = pullback.tilt.at(position), pullback.heading.at(position)

@@ -23,7 +23,7 @@ SHIFT = 4  # fractional bits of OpenCV's coordinates
 
 
 @dataclass(frozen=True)
-class Run:
+class AngiographyRun:
     """The anatomy and the acquisition of a run, constant in time; a frame shows them at one time.
 
     Attributes:
@@ -55,7 +55,7 @@ class Run:
     photons: float
 
 
-def draw_run(rng: np.random.Generator, length: float) -> Run:
+def draw_run(rng: np.random.Generator, length: float) -> AngiographyRun:
     """Draw the random anatomy and view of one run.
 
     Args:
@@ -74,7 +74,7 @@ def draw_run(rng: np.random.Generator, length: float) -> Run:
         (rng.uniform(0.2, 0.8), 1.0 + y, rng.uniform(0.7, 0.85), rng.uniform(0.02, 0.03), rng.uniform(0.02, 0.06))
         for y in np.arange(5) * 0.22
     ]
-    return Run(
+    return AngiographyRun(
         segments=tree[:, :4].reshape(-1, 2, 2),
         widths=tree[:, 4],
         arrival=tree[:, 5],
@@ -120,7 +120,9 @@ def _grow(
             width, heading, since = width * (1 - share**3) ** (1 / 3), heading - 0.15 * side, 0.0
 
 
-def render(run: Run, time: float, size: int, rng: np.random.Generator) -> tuple[NDArray[np.uint8], dict[str, Mask]]:
+def render(
+    run: AngiographyRun, time: float, size: int, rng: np.random.Generator
+) -> tuple[NDArray[np.uint8], dict[str, Mask]]:
     """Render one frame with its mask.
 
     Args:
@@ -145,7 +147,7 @@ def render(run: Run, time: float, size: int, rng: np.random.Generator) -> tuple[
     return grey, {"blood vessel": _mask(segments[visible], run.widths[visible], size)}
 
 
-def _filling(run: Run, time: float) -> Array:
+def _filling(run: AngiographyRun, time: float) -> Array:
     """Compute the share of contrast medium [N] in each segment: a front runs down the tree, fresh blood follows."""
     start, washout = 0.15 * run.length, 0.75 * run.length
     front = 0.2 + 1.3 * time / max(start, 1)
@@ -156,7 +158,7 @@ def _filling(run: Run, time: float) -> Array:
     return (came * left).astype(np.float32)
 
 
-def _moved(run: Run, points: Array, time: float) -> Array:
+def _moved(run: AngiographyRun, points: Array, time: float) -> Array:
     """Move points with the beating heart: the further down, the more."""
     swing = np.sin(2 * np.pi * time / run.beat)
     shift = np.array(run.sway, dtype=np.float32) * np.float32(swing)
@@ -198,7 +200,7 @@ def _opencv_points(segments: Array, side: int) -> list[tuple[tuple[int, int], tu
     return fixed
 
 
-def _background(run: Run, time: float, size: int) -> Array:
+def _background(run: AngiographyRun, time: float, size: int) -> Array:
     """Compute the light [S, S] in (0, 1] behind the vessels: soft tissue, spine, ribs, diaphragm, vignette."""
     axis = ((np.arange(size) + 0.5) / size).astype(np.float32)
     x, y = axis[None, :], axis[:, None]

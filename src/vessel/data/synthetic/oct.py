@@ -18,7 +18,7 @@ from vessel.data.synthetic.anatomy import (
     WIRE,
     Anatomy,
     Array,
-    Pullback,
+    SyntheticPullback,
     anatomy_at,
     angle_between,
     noise,
@@ -35,7 +35,7 @@ BLUE = (0, 0, 1, 4, 4, 7, 18, 38, 125)
 
 
 def render(
-    pullback: Pullback, position: float, size: int, rng: np.random.Generator
+    pullback: SyntheticPullback, position: float, size: int, rng: np.random.Generator
 ) -> tuple[NDArray[np.uint8], dict[str, Mask]]:
     """Render one frame with its masks.
 
@@ -61,7 +61,9 @@ def render(
     return _display(pullback, polar, size), {phrase: mask for phrase, mask in masks.items() if mask.any()}
 
 
-def _polar(pullback: Pullback, position: float, anatomy: Anatomy, theta: Array, rng: np.random.Generator) -> Array:
+def _polar(
+    pullback: SyntheticPullback, position: float, anatomy: Anatomy, theta: Array, rng: np.random.Generator
+) -> Array:
     """Compute the brightness [A, D] on the display, speckle included."""
     wall = np.minimum(anatomy.lumen, anatomy.branch)
     # A soft minimum, so that layers bend round the mouth of a branch instead of folding.
@@ -81,7 +83,7 @@ def _polar(pullback: Pullback, position: float, anatomy: Anatomy, theta: Array, 
     return np.clip(level * (1 + pullback.speckle * speckle) + 0.012 * speckle, 0, 1)
 
 
-def _catheter(pullback: Pullback, level: Array, rng: np.random.Generator) -> Array:
+def _catheter(pullback: SyntheticPullback, level: Array, rng: np.random.Generator) -> Array:
     """Cover the centre with the sheath: mottled, with the rings that its surfaces reflect."""
     scale = RADIUS / pullback.catheter
     level_in = 0.05 + 0.19 * _step(scale - 0.72, 0.02) * (1 + 0.25 * noise(rng, 4.0, 1.5))
@@ -90,7 +92,7 @@ def _catheter(pullback: Pullback, level: Array, rng: np.random.Generator) -> Arr
     return np.where(scale < 1, level_in, level)
 
 
-def _wire(pullback: Pullback, position: float, theta: Array, level: Array) -> Array:
+def _wire(pullback: SyntheticPullback, position: float, theta: Array, level: Array) -> Array:
     """Add the guide wire: a crescent that faces the catheter, and its shadow over all that lies behind."""
     direction = pullback.wire.at(position)
     distance = pullback.catheter + WIRE
@@ -102,7 +104,7 @@ def _wire(pullback: Pullback, position: float, theta: Array, level: Array) -> Ar
     return np.maximum(level * (1 - behind) + 0.045 * behind, 0.9 * crescent)
 
 
-def _display(pullback: Pullback, polar: Array, size: int) -> NDArray[np.uint8]:
+def _display(pullback: SyntheticPullback, polar: Array, size: int) -> NDArray[np.uint8]:
     """Convert a polar image to a square one, anti-aliased, in the console's colours: uint8 [S, S, 3]."""
     fine = 2 * size
     theta, radius = _pixel_grid(fine)

@@ -18,7 +18,7 @@ from vessel.data.synthetic import anatomy, angiography, oct
 from vessel.errors import VesselError
 from vessel.files import write_folder
 
-Frame = tuple[NDArray[np.uint8], dict[str, NDArray[np.bool_]]]
+RenderedFrame = tuple[NDArray[np.uint8], dict[str, NDArray[np.bool_]]]
 
 KINDS = ("oct", "tree")
 # Initials differ, so that patients known by their initials stay apart.
@@ -83,7 +83,7 @@ def _rng(seed: int, *key: int) -> np.random.Generator:
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=key))
 
 
-def _video(kind: str, count: int, size: int, seed: int, key: tuple[int, int]) -> Iterator[tuple[int, Frame]]:
+def _video(kind: str, count: int, size: int, seed: int, key: tuple[int, int]) -> Iterator[tuple[int, RenderedFrame]]:
     """Yield the frame numbers of a video with their frames."""
     rng = _rng(seed, *key)
     numbers = np.cumsum(rng.integers(1, 4, count)) - 1
