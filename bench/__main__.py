@@ -1,9 +1,10 @@
-"""python -m bench: what vessel leaves out of the public code's work, in seconds and bytes, on this machine.
+"""python -m bench: measure, in seconds and bytes, the work of the public code that vessel leaves out.
 
 The product against `bench.reference`, which computes what the public training and inference do on the same weights, in
-turns and in one process (memory: a fresh process each); a training step split by part; and what a run costs against the
-number of images, phrases, tiles, images a batch and ranks. About eleven minutes and 10 GB of memory on two quiet cores,
-Linux. Writes outputs/bench/bench.json and bench.md; machines and their load differ, so compare figures of one run only.
+turns and in one process (memory: a fresh process each); a training step split by part; and the cost of a run against
+the number of images, phrases, tiles, images a batch and ranks. About eleven minutes and 10 GB of memory on two quiet
+cores, Linux. Writes outputs/bench/bench.json and bench.md; machines and their load differ, so compare figures of one
+run only.
 """
 
 from __future__ import annotations
@@ -35,24 +36,24 @@ def main() -> None:
     """Measure, write and print."""
     prompt, smallest = Prompt(), tiny()
     print("bench: peak memory", flush=True)
-    found: dict[str, Pairs] = {"peak_memory": peak.compared(SMALL, pairs=MEMORY_PAIRS)}
+    found: dict[str, Pairs] = {"peak_memory": peak.compare(SMALL, pairs=MEMORY_PAIRS)}
     parts: dict[str, dict[str, dict[str, float]]] = {}
     for case in (smallest, SMALL):  # of the latter the pairs are kept
         print(f"bench: training steps, {case.name}", flush=True)
-        found["train_step"], parts[case.name] = steps.compared(case, prompt, pairs=PAIRS)
+        found["train_step"], parts[case.name] = steps.compare(case, prompt, pairs=PAIRS)
     print("bench: epochs from the feature cache", flush=True)
-    cached = epochs.compared(ENCODERS, prompt, pairs=PAIRS)
+    cached = epochs.compare(ENCODERS, prompt, pairs=PAIRS)
     print("bench: prediction", flush=True)
     found |= {
         "cached_epoch": cached.pairs,
-        **answers.compared(SMALL, prompt, pairs=PAIRS),
+        **answers.compare(SMALL, prompt, pairs=PAIRS),
     }
     print("bench: cost against size", flush=True)
     written = {
         "ratios": {name: round(pairs.ratio, 3) for name, pairs in found.items()},
         "pairs": {name: pairs.as_dict() for name, pairs in found.items()},
         "machine": machine(),
-        "networks": {case.name: told(case) for case in (smallest, SMALL, ENCODERS)},
+        "networks": {case.name: describe(case) for case in (smallest, SMALL, ENCODERS)},
         "cache": {key: getattr(cached, key) for key in ("images", "image_bytes", "fill_seconds")},
         "parts": parts,
         "images_per_second": {case.name: rates(parts[case.name], case) for case in (smallest, SMALL)},
@@ -68,7 +69,7 @@ def main() -> None:
 
 
 def machine() -> dict[str, Any]:
-    """What the figures depend on, without the machine's name."""
+    """Collect the facts that the figures depend on, without the machine's name."""
     return {
         "cores": os.cpu_count(),
         "processor": platform.machine(),
@@ -78,24 +79,24 @@ def machine() -> dict[str, Any]:
     }
 
 
-def told(case: Case) -> str:
-    """A network in one line."""
-    own, seeing, drawing = case.sizes.language, case.sizes.vision, case.sizes.grounding
+def describe(case: Case) -> str:
+    """Describe a network in one line."""
+    language, vision, grounding = case.sizes.language, case.sizes.vision, case.sizes.grounding
     trains = f"LoRA r={case.lora.r}, trained copies of embedding and head" if case.lora.r else "every parameter trains"
     return (
-        f"language model {own.width} wide, {own.layers} layers, vocabulary {own.vocabulary:,}; vision encoder "
-        f"{seeing.width} wide, {seeing.layers} layers, tiles of {seeing.tile_size} pixels; SAM2 at "
-        f"{drawing.frame_size} pixels; {trains}; {case.images} images a training step, {case.phrases} phrase each"
+        f"language model {language.width} wide, {language.layers} layers, vocabulary {language.vocabulary:,}; vision "
+        f"encoder {vision.width} wide, {vision.layers} layers, tiles of {vision.tile_size} pixels; SAM2 at "
+        f"{grounding.frame_size} pixels; {trains}; {case.images} images a training step, {case.phrases} phrase each"
     )
 
 
 def rates(parts: Mapping[str, Mapping[str, float]], case: Case) -> dict[str, float]:
-    """Images a second of training by mode."""
-    return {mode: case.images / sum(own.values()) for mode, own in parts.items()}
+    """Compute the images a second of training by mode."""
+    return {mode: case.images / sum(seconds.values()) for mode, seconds in parts.items()}
 
 
 def flop(case: Case, trained: Pairs) -> dict[str, float]:
-    """Operations of the product's step, counted; those it does a second; and those of a product of two matrices."""
+    """Count the operations of the product's step, those it does a second, and those of a product of two matrices."""
     setup = Setup(case.sizes, case.lora, case.trainable, case.loss_function, Engine(), batch_size=case.images)
     total = whole_cost(setup).total
     left, right = torch.randn(2048, 2048), torch.randn(2048, 2048)

@@ -1,4 +1,4 @@
-"""Prediction of a batch, as the product's `Predictor` does it and as the reference does, image by image."""
+"""Predict a batch with the product's `Predictor`, and image by image with the reference."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from bench.fixed_answer import fix_answer, standard_answer
 from bench.pairs import Pairs, in_turns
 from bench.sizes import Case
-from bench.speech import saying, standard_answer
 from torch import Tensor
 
 from bench import reference
@@ -26,11 +26,11 @@ PHRASES = 4
 
 
 class Answers:
-    """The same images asked for the same phrases.
+    """Predictions of the same images and phrases in either way.
 
     Args:
         case: the network; without its adapters, which an export has folded in, that of vessel as the public one.
-        prompt: wording.
+        prompt: questions and answers.
         phrases: of each image.
     """
 
@@ -41,31 +41,33 @@ class Answers:
         self.answer = standard_answer(prompt)
 
     def product(self, decode: str) -> list[tuple[Tensor | None, ...]]:
-        """Probabilities of each phrase of each image, by one pass or in the network's own words."""
-        restored: Any = SimpleNamespace(network=self.network, prompt=self.prompt, geometry=self.geometry)
-        predictor = Predictor(restored, device="cpu", decode=decode, max_new_tokens=len(self.answer))
-        targets = [InputImage(str(i), Path(), str(i)) for i in range(IMAGES)]
-        found = predictor.predict(targets, lambda i: self.samples[i], batch_size=IMAGES)
-        with saying(self.network, self.answer) if decode == "generate" else nullcontext():
+        """Predict the probabilities of each phrase of each image, by one pass or by generated answers."""
+        model: Any = SimpleNamespace(network=self.network, prompt=self.prompt, geometry=self.geometry)
+        predictor = Predictor(model, device="cpu", decode=decode, max_new_tokens=len(self.answer))
+        inputs = [InputImage(str(i), Path(), str(i)) for i in range(IMAGES)]
+        found = predictor.predict(inputs, lambda i: self.samples[i], batch_size=IMAGES)
+        with fix_answer(self.network, self.answer) if decode == "generate" else nullcontext():
             return [one.probabilities for one in found if isinstance(one, Prediction)]
 
-    def taught(self) -> list[list[Tensor]]:
-        """The reference's, answers given."""
-        return [reference.taught(self.network, self.prompt, sample) for sample in self.samples]
+    def predict_forced(self) -> list[list[Tensor]]:
+        """Predict with the reference, answers given."""
+        return [reference.predict_forced(self.network, self.prompt, sample) for sample in self.samples]
 
-    def spoken(self) -> list[list[Tensor]]:
-        """The reference's, in the network's own words: an answer with one `[SEG]` for each phrase."""
+    def predict_generated(self) -> list[list[Tensor]]:
+        """Predict with the reference, answers generated: one with one `[SEG]` for each phrase."""
         most = len(self.answer)
-        with saying(self.network, self.answer):
-            said = [reference.spoken(self.network, self.prompt, s, max_new_tokens=most) for s in self.samples]
-        return [[drawn for [drawn] in one] for one in said]
+        with fix_answer(self.network, self.answer):
+            generated = [
+                reference.predict_generated(self.network, self.prompt, s, max_new_tokens=most) for s in self.samples
+            ]
+        return [[mask for [mask] in one] for one in generated]
 
 
-def compared(case: Case, prompt: Prompt, *, pairs: int) -> dict[str, Pairs]:
-    """Seconds for a batch: `predict_phrases`, answers given in both; `one_pass`, given against spoken one by one."""
+def compare(case: Case, prompt: Prompt, *, pairs: int) -> dict[str, Pairs]:
+    """Measure seconds a batch: `predict_phrases`, answers given in both; `one_pass`, given against generated ones."""
     answers = Answers(case, prompt)
     one_pass = partial(answers.product, "forced")
     return {
-        "predict_phrases": in_turns(one_pass, answers.taught, pairs=pairs),
-        "one_pass": in_turns(one_pass, answers.spoken, pairs=pairs),
+        "predict_phrases": in_turns(one_pass, answers.predict_forced, pairs=pairs),
+        "one_pass": in_turns(one_pass, answers.predict_generated, pairs=pairs),
     }

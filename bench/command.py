@@ -1,4 +1,4 @@
-"""The commands of vessel, each in a process of its own."""
+"""Run the commands of vessel, each in a process of its own."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def vessel(folder: Path, verb: str, *options: str, threads: int | None = None) -> None:
-    """Run `python -m vessel.<verb>` in a folder, and end with what it said where it fails.
+    """Run `python -m vessel.<verb>` in a folder; where it fails, print its errors and exit.
 
     Args:
         folder: where it runs.

@@ -1,4 +1,4 @@
-"""python -m bench.coverage: how often intervals of a mean over few patients hold the true mean, method by method.
+"""python -m bench.coverage: count how often intervals of a mean over few patients hold the true mean, by method.
 
 Simulates sets of patients of 1 to 4 videos of 20 to 40 frames that look alike, from populations of six shapes, and
 counts. `python -m bench.coverage 4 500` takes another number of patients (7) and of sets (1000). A minute and a half
@@ -50,12 +50,12 @@ class Shape:
     frame: float = 0.15
 
     def true_mean(self, generator: Generator, draws: int = 4_000_000) -> float:
-        """The mean of the population: that of one frame of one video of any patient."""
+        """Compute the mean of the population: that of one frame of one video of any patient."""
         rest = generator.normal(0, self.video, draws) + generator.normal(0, self.frame, draws)
         return float(self.score(self.effects(generator, draws) + rest).mean())
 
     def patients(self, generator: Generator, n: int) -> Vector:
-        """Means of n patients over their videos, each a mean over its frames."""
+        """Draw means of n patients over their videos, each a mean over its frames."""
         return np.array([self._patient(generator, effect) for effect in self.effects(generator, n)])
 
     def _patient(self, generator: Generator, effect: float) -> float:
@@ -99,7 +99,7 @@ def student_linked(values: Vector, shape: Shape, _: int) -> Ends:
 
 
 def of_scipy(method: str) -> Callable[[Vector, Shape, int], Ends]:
-    """An interval of `scipy.stats.bootstrap`."""
+    """Return the interval of a method of `scipy.stats.bootstrap`."""
 
     def ends(values: Vector, shape: Shape, seed: int) -> Ends:
         found = stats.bootstrap((values,), np.mean, confidence_level=LEVEL, n_resamples=DRAWS, method=method, rng=seed)
@@ -109,10 +109,10 @@ def of_scipy(method: str) -> Callable[[Vector, Shape, int], Ends]:
 
 
 def expanded(values: Vector, _: Shape, seed: int) -> Ends:
-    """Percentiles further out, as Student's t is further out than the normal (Hesterberg 2015, section 5.3)."""
+    """Take percentiles further out, as Student's t is further out than the normal (Hesterberg 2015, section 5.3)."""
     n = len(values)
-    share = stats.norm.cdf(-math.sqrt(n / (n - 1)) * stats.t.ppf((1 + LEVEL) / 2, n - 1))
-    low, high = np.quantile(_drawn(values, seed).mean(1), [share, 1 - share])
+    tail = stats.norm.cdf(-math.sqrt(n / (n - 1)) * stats.t.ppf((1 + LEVEL) / 2, n - 1))
+    low, high = np.quantile(_drawn(values, seed).mean(1), [tail, 1 - tail])
     return float(low), float(high)
 
 
@@ -156,8 +156,8 @@ def main(patients: str = "7", sets: str = "1000") -> None:
         table = Table("method", title=f"{name}: {patients} patients, {sets} sets")
         for column in ("coverage", "mean width", "outside the range"):
             table.add_column(column, justify="right")
-        for method, told in methods.items():
-            table.add_row(method, f"{told['coverage']:.3f}", f"{told['width']:.3f}", f"{told['outside']:.3f}")
+        for method, result in methods.items():
+            table.add_row(method, f"{result['coverage']:.3f}", f"{result['width']:.3f}", f"{result['outside']:.3f}")
         console.print(table)
     table = Table("method", title=f"distance of the coverage from {LEVEL}, mean over the shapes")
     table.add_column("", justify="right")
@@ -169,7 +169,7 @@ def main(patients: str = "7", sets: str = "1000") -> None:
 
 
 def measure(shape: Shape, patients: int, sets: int) -> Iterator[tuple[str, dict[str, float]]]:
-    """Coverage, mean width after the ends are cut to the range, and share of intervals that needed the cut.
+    """Measure coverage, mean width after the ends are clipped to the range, and the fraction of intervals clipped.
 
     Args:
         shape: of the population.
@@ -182,12 +182,12 @@ def measure(shape: Shape, patients: int, sets: int) -> Iterator[tuple[str, dict[
     low, high = shape.bounds
     for name, method in METHODS.items():
         ends = np.array([_ends(method, values, shape, seed) for seed, values in enumerate(samples)])
-        cut = ends.clip(low, high)
+        clipped = ends.clip(low, high)
         yield (
             name,
             {
-                "coverage": float(((cut[:, 0] <= true_mean) & (true_mean <= cut[:, 1])).mean()),
-                "width": float((cut[:, 1] - cut[:, 0]).mean()),
+                "coverage": float(((clipped[:, 0] <= true_mean) & (true_mean <= clipped[:, 1])).mean()),
+                "width": float((clipped[:, 1] - clipped[:, 0]).mean()),
                 "outside": float(((ends[:, 0] < low) | (ends[:, 1] > high)).mean()),
             },
         )
@@ -198,7 +198,7 @@ def _ends(method: Callable[[Vector, Shape, int], Ends], values: Vector, shape: S
 
 
 def _studentised(values: Vector, link: tuple[Callable[[Vector], Vector], ...], seed: int) -> Ends:
-    """Bootstrap-t on the scale of a link, the standard error by the delta method."""
+    """Compute the bootstrap-t interval on the scale of a link, the standard error by the delta method."""
     to, slope, back = link
     mean, error = _moments(values)
     drawn = _drawn(values, seed)

@@ -1,4 +1,4 @@
-"""Epochs of training with the frozen encoders' features from the cache, and without it."""
+"""Measure epochs of training with the frozen encoders' features from the cache, and without it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from vessel.training.datamodule import VesselDataModule
 
 @dataclass(frozen=True)
 class Epochs:
-    """What was measured.
+    """The measured epochs.
 
     Attributes:
         pairs: seconds of an epoch from the cache, and of one that encodes every image.
@@ -44,8 +44,8 @@ class Epochs:
     image_bytes: int
 
 
-def compared(case: Case, prompt: Prompt, *, pairs: int, patients: int = 8) -> Epochs:
-    """Train through the loader on painted pullbacks that are not augmented, everything in this process."""
+def compare(case: Case, prompt: Prompt, *, pairs: int, patients: int = 8) -> Epochs:
+    """Train through the loader on synthetic pullbacks that are not augmented, everything in this process."""
     with tempfile.TemporaryDirectory() as temporary:
         data, cached = (_data(case, prompt, Path(temporary) / "data", patients) for _ in range(2))
         steps = Steps(case, prompt)

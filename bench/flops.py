@@ -1,8 +1,8 @@
-"""python -m bench.flops [NAME ...]: floating-point operations of a training step, by part, at true sizes.
+"""python -m bench.flops [NAME ...]: count floating-point operations of a training step, by part, at true sizes.
 
 Counted by torch.utils.flop_counter on a network without content: a product and a sum are two operations, attention is
 counted in full although its kernels skip what the causal mask hides. Not counted are elementwise work, the optimizer,
-and what checkpointing computes again. Names are those of conf/model.
+and what activation checkpointing computes again. Names are those of conf/model.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ class Cost(NamedTuple):
 
     @property
     def total(self) -> int:
-        """Of both passes."""
+        """Return the operations of both passes."""
         return self.forward + self.backward
 
 
 def recipe(name: str, *, batch_size: int = 1) -> Setup:
-    """The published fine-tuning at the sizes of conf/model/<name>.yaml: LoRA r=128 in bf16 on one 512 x 512 image."""
+    """Return the published fine-tuning at the sizes of conf/model/<name>.yaml: LoRA r=128 in bf16, 512 x 512 images."""
     return Setup(
         sizes_of(f"model={name}"),
         Lora(r=128),
@@ -54,7 +54,7 @@ def recipe(name: str, *, batch_size: int = 1) -> Setup:
 
 
 def step_cost(setup: Setup) -> Mapping[str, Cost]:
-    """Operations of each part of a step, by the names of `bench.pieces`."""
+    """Count the operations of each part of a step, by the names of `bench.pieces`."""
     network, prompt = _network(setup)
     batch = batch_of(setup, prompt)
     with _Values():
@@ -63,7 +63,7 @@ def step_cost(setup: Setup) -> Mapping[str, Cost]:
 
 
 def whole_cost(setup: Setup) -> Cost:
-    """Operations of a step in one piece, to which those of its parts add up."""
+    """Count the operations of a step in one piece, to which those of its parts add up."""
     network, prompt = _network(setup)
     batch = batch_of(setup, prompt)
     with _Values():
@@ -71,7 +71,7 @@ def whole_cost(setup: Setup) -> Cost:
 
 
 def _network(setup: Setup) -> tuple[Sa2VA, Prompt]:
-    prompt = Prompt()  # wordings are of nearly the same length with every tokenizer
+    prompt = Prompt()  # questions and answers are of nearly the same length with every tokenizer
     with torch.device("meta"):
         network = setup.sizes.build(prompt.token_ids, setup.images.names)
         if setup.lora.r > 0:
@@ -91,7 +91,7 @@ def _counted(run: Any) -> Cost:
 
 
 class _Values(TorchFunctionMode):
-    """Answers the one question about values that a network without content asks: whether all tokens are read."""
+    """A mode that answers the one question about values which a network without content has: are all tokens read?"""
 
     def __torch_function__(self, func: Any, types: Iterable[Any], args: Any = (), kwargs: Any = None) -> Any:
         if func is Tensor.__bool__ and args[0].is_meta:
@@ -100,7 +100,7 @@ class _Values(TorchFunctionMode):
 
 
 def table(costs: Mapping[str, Mapping[str, Cost]]) -> list[str]:
-    """Teraflop of one image by part, forward and backward, as lines of Markdown.
+    """Format teraflop of one image by part, forward and backward, as lines of Markdown.
 
     Args:
         costs: parts of a step with one image, by the name of the sizes.

@@ -1,6 +1,6 @@
-"""python -m bench.loading: what a worker of the loader spends on an image, and how many images a second it loads.
+"""python -m bench.loading: measure the time that a worker of the loader needs for an image.
 
-Painted pullbacks of 512x512 pixels, cut as the public networks want them: tiles of 448 and a SAM2 frame of 1,024. One
+Synthetic pullbacks of 512x512 pixels, cut as the public networks want them: tiles of 448 and a SAM2 frame of 1,024. One
 process on one thread, as each worker is one. Writes outputs/bench/loading.json and a table.
 """
 
@@ -36,7 +36,7 @@ from vessel.data.transforms import QuarterTurns, cut_tiles, whole_frame
 
 OUT = Path("outputs/bench")
 SIDE, BATCH = 512, 4
-VIEWS = InputGeometry(tile_size=448, tokens_per_tile=256, max_tiles=12, frame_size=1024)
+GEOMETRY = InputGeometry(tile_size=448, tokens_per_tile=256, max_tiles=12, frame_size=1024)
 PHRASES = tuple(f"phrase {number}" for number in range(4))
 WHOLE, COLLATE = "an image, all of it", f"its share of collating {BATCH}"
 
@@ -51,7 +51,7 @@ def main(rounds: int = 32) -> None:
     cv2.setNumThreads(0)
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary) / "data"
-        frames = painted(root)
+        frames = write_synthetic(root)
         spent = {k: measure(root, frames, PHRASES[:k], rounds=rounds) for k in (1, len(PHRASES))}
     rates = {k: round(1 / (found[WHOLE] + found[COLLATE]), 1) for k, found in spent.items()}
     OUT.mkdir(parents=True, exist_ok=True)
@@ -67,8 +67,8 @@ def main(rounds: int = 32) -> None:
     print(f"bench: {OUT / 'loading.json'}")
 
 
-def painted(root: Path) -> list[Frame]:
-    """Frames of a painted data set, each with the mask of its lumen for every phrase."""
+def write_synthetic(root: Path) -> list[Frame]:
+    """Write a synthetic data set; return its frames, each with the mask of its lumen for every phrase."""
     given = ["source=synthetic", f"out={root}", "synthetic.patients=4", "synthetic.frames=4", f"synthetic.size={SIDE}"]
     with initialize_config_dir(CONF, version_base="1.3"):
         prepare(typed(compose("prepare", given), PrepareOptions, "vessel.prepare"))
@@ -77,19 +77,19 @@ def painted(root: Path) -> list[Frame]:
 
 
 def measure(root: Path, frames: list[Frame], phrases: tuple[str, ...], *, rounds: int) -> Mapping[str, float]:
-    """Median seconds of each part of what a data set does for an image of training, and of all of it."""
+    """Measure the median seconds of each part of loading an image of training, and of all of it."""
     prompt, frame = Prompt(), frames[0]
     with initialize_config_dir(CONF, version_base="1.3"):
         augmentation = instantiate(compose("train").data.augmentation, _convert_="all")
     dataset = VesselDataset(
-        root, frames, phrases=phrases, prompt=prompt, geometry=VIEWS, augmentation=augmentation, vary_templates=True
+        root, frames, phrases=phrases, prompt=prompt, geometry=GEOMETRY, augmentation=augmentation, vary_templates=True
     )
-    samples = [dataset[position] for position in range(BATCH)]  # what stays known is known from here on
+    samples = [dataset[position] for position in range(BATCH)]  # caches are filled from here on
     image, masks = PreparedImages().read(root / frame.image, frame.sha256), samples[0].masks
     assert masks is not None
     known, indices, seeds = PreparedImages(), itertools.count(), itertools.count()
     size, files = (frame.height, frame.width), [root / str(frame.masks[phrase]) for phrase in phrases]
-    tokens = len(samples[0].tiles) * VIEWS.tokens_per_tile
+    tokens = len(samples[0].tiles) * GEOMETRY.tokens_per_tile
 
     runs: dict[str, Callable[[], object]] = {
         "read it, for the first time": lambda: PreparedImages().read(root / frame.image, frame.sha256),
@@ -97,8 +97,8 @@ def measure(root: Path, frames: list[Frame], phrases: tuple[str, ...], *, rounds
         "read its masks": lambda: [read_mask(file, size) for file in files],
         "augmentation": lambda: augmentation(image, masks.numpy(), seed=next(seeds)),
         "or quarter turns": lambda: QuarterTurns()(image, masks.numpy(), seed=next(seeds)),
-        "tiles": lambda: cut_tiles(image, VIEWS),
-        "frame for SAM2": lambda: whole_frame(image, VIEWS),
+        "tiles": lambda: cut_tiles(image, GEOMETRY),
+        "frame for SAM2": lambda: whole_frame(image, GEOMETRY),
         "tokens, in words that are new": lambda: prompt.encode([f"{p} {next(seeds)}" for p in phrases], tokens),
         "tokens, of cached texts": lambda: prompt.encode(phrases, tokens, rng=Random(next(seeds))),
         COLLATE: partial(collate, samples, prompt.token_ids.pad),

@@ -1,4 +1,4 @@
-"""python -m bench.memory: peak memory of loading a Sa2VA folder, against the network and one shard of the folder.
+"""python -m bench.memory: measure the peak memory of loading a Sa2VA folder, against network and largest shard.
 
 Writes a folder of a true architecture with random bf16 weights, loads it in a fresh process as training does, with
 frozen weights in bf16, without and with adapters, and deletes it. `python -m bench.memory internvl3_8b 5` takes another
@@ -37,7 +37,7 @@ from vessel.weights.files import INDEX
 from vessel.weights.hub_config import public_config
 
 OUT = Path("outputs/bench")
-CHOICES = {"nothing": 0, "lora": 8}  # what trains, and the rank of its adapters
+CHOICES = {"nothing": 0, "lora": 8}  # `trainable`, and the rank of the adapters
 
 
 def main(model: str = "internvl3_2b", shard_gb: str = "1") -> None:
@@ -55,21 +55,21 @@ def main(model: str = "internvl3_2b", shard_gb: str = "1") -> None:
     (OUT / "memory.json").write_text(json.dumps({"model": model, **found}, indent=1) + "\n")
     columns = ("trainable", "network GB", "largest shard GB", "peak GB", "peak less network and shard", "seconds")
     table = Table(*columns, title=f"loading {model}, bf16")
-    for choice, told in found.items():
-        gb = [told[key] / 1e9 for key in ("network", "shard", "peak")]
-        table.add_row(choice, *(f"{value:.3f}" for value in (*gb, gb[2] - gb[0] - gb[1])), f"{told['seconds']:.0f}")
+    for choice, output in found.items():
+        gb = [output[key] / 1e9 for key in ("network", "shard", "peak")]
+        table.add_row(choice, *(f"{value:.3f}" for value in (*gb, gb[2] - gb[0] - gb[1])), f"{output['seconds']:.0f}")
     Console().print(table)
     print(f"bench: {OUT / 'memory.json'}")
 
 
 def sizes_of(*overrides: str) -> Sa2VAConfig:
-    """Sa2VAConfig as vessel.train would have them with these options."""
+    """Compose the configuration of the network that vessel.train builds with these options."""
     with initialize_config_dir(CONF, version_base="1.3"):
         return instantiate(compose("train", [*overrides, "data.root=none", "run=."]).model)
 
 
 def write(folder: Path, sizes: Sa2VAConfig, shard: int) -> None:
-    """A Sa2VA folder with random bf16 weights, never more than one shard in memory.
+    """Write a Sa2VA folder with random bf16 weights, never more than one shard in memory.
 
     Args:
         folder: must not exist.
@@ -89,17 +89,17 @@ def write(folder: Path, sizes: Sa2VAConfig, shard: int) -> None:
         raise OSError(f"{folder}: {needed / 1e9:.1f} GB needed, {shutil.disk_usage(folder).free / 1e9:.1f} GB are free")
     config = public_config(sizes, tokens, template="qwen_chat", dtype=torch.bfloat16)
     (folder / "config.json").write_text(json.dumps(config))
-    shards = list(_cut({name: tuple(tensor.shape) for name, tensor in outline.items()}, shard))
-    place = {}
+    shards = list(_split_shards({name: tuple(tensor.shape) for name, tensor in outline.items()}, shard))
+    weight_map = {}
     for number, part in enumerate(shards, start=1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         tensors = {name: torch.empty(shape, dtype=torch.bfloat16).normal_(std=0.02) for name, shape in part.items()}
         save_file(tensors, folder / file, metadata={"format": "pt"})
-        place |= dict.fromkeys(part, file)
-    (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": needed}, "weight_map": place}))
+        weight_map |= dict.fromkeys(part, file)
+    (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": needed}, "weight_map": weight_map}))
 
 
-def _cut(shapes: dict[str, tuple[int, ...]], limit: int) -> Iterator[dict[str, tuple[int, ...]]]:
+def _split_shards(shapes: dict[str, tuple[int, ...]], limit: int) -> Iterator[dict[str, tuple[int, ...]]]:
     part: dict[str, tuple[int, ...]] = {}
     held = 0
     for name, shape in shapes.items():
@@ -113,24 +113,24 @@ def _cut(shapes: dict[str, tuple[int, ...]], limit: int) -> Iterator[dict[str, t
 
 
 def measure(folder: Path, choice: str, *overrides: str) -> dict[str, float]:
-    """Load in a fresh process.
+    """Load the network in a fresh process, and measure it.
 
     Args:
         folder: written with the sizes of `overrides`.
-        choice: what trains, one of `CHOICES`.
+        choice: one of `CHOICES`.
         overrides: as in `sizes_of`.
 
     Returns:
         bytes of the network, of the largest shard, and of the peak above what the imports take; seconds.
     """
     command = [sys.executable, __file__, "load", str(folder), choice, *overrides]
-    told = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     shard = max(file.stat().st_size for file in folder.glob("*.safetensors"))
-    return {**json.loads(told.splitlines()[-1]), "shard": shard}
+    return {**json.loads(output.splitlines()[-1]), "shard": shard}
 
 
 def load(folder: str, choice: str, *overrides: str) -> None:
-    """Load, and print what it took."""
+    """Load the network, and print the bytes and seconds that it took."""
     sizes, prompt = sizes_of(*overrides), Prompt()
     plan = NetworkPlan(
         sizes, prompt.token_ids, prompt.new_tokens, lora=Lora(r=CHOICES[choice]), trainable=choice,

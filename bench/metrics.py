@@ -1,4 +1,4 @@
-"""python -m bench.metrics: milliseconds of each metric on masks of 512x512, and of scoring many in two processes.
+"""python -m bench.metrics: measure each metric on masks of 512x512, and scoring many of them in two processes.
 
 Ground truth is synthetic angiograms (`tree`) and OCT frames (`oct`); predictions are made of it by blur and noise.
 `python -m bench.metrics 1000` scores so many masks, half of each kind, 100 by default; a second number is their side.
@@ -32,7 +32,7 @@ from vessel.metrics.shape import centreline_scores, component_error, surface_sco
 OUT = Path("outputs/bench")
 SIDE = 512
 PROCESSES = 2
-# Probability and prediction, float32 and bool [SIDE, SIDE], and truth.
+# Probability float32, prediction bool and ground truth bool, each [SIDE, SIDE].
 Triple = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
@@ -44,9 +44,9 @@ def main(masks: str = "100", side: str = str(SIDE)) -> None:
         side: of each mask, pixels.
     """
     torch.set_num_threads(1)
-    drawn = {kind: draw(kind, int(side)) for kind in KINDS}
-    parts = {kind: measure(triples) for kind, triples in drawn.items()}
-    alternating = [triple for pair in zip(*drawn.values(), strict=True) for triple in pair]
+    by_kind = {kind: make_triples(kind, int(side)) for kind in KINDS}
+    parts = {kind: measure(triples) for kind, triples in by_kind.items()}
+    alternating = [triple for pair in zip(*by_kind.values(), strict=True) for triple in pair]
     seconds = score_many(alternating, int(masks))
     OUT.mkdir(parents=True, exist_ok=True)
     found = {"side": int(side), "milliseconds": parts, "masks": int(masks), "processes": PROCESSES, "seconds": seconds}
@@ -59,16 +59,18 @@ def main(masks: str = "100", side: str = str(SIDE)) -> None:
     print(f"bench: {OUT / 'metrics.json'}")
 
 
-def draw(kind: str, side: int, count: int = 8) -> list[Triple]:
-    """Probabilities, predictions and truths of `count` frames."""
+def make_triples(kind: str, side: int, count: int = 8) -> list[Triple]:
+    """Make probabilities, predictions and ground truths of `count` frames."""
     rng = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / kind
         write_source(folder, kind=kind, patients=count, frames=1, size=side)
         files = sorted((folder / "masks").rglob("*.png"))
-        truths = [read_mask(file, (side, side)) for file in files[:: len(files) // count][:count]]  # of all phrases
+        ground_truths = [
+            read_mask(file, (side, side)) for file in files[:: len(files) // count][:count]
+        ]  # of all phrases
     triples = []
-    for true in truths:
+    for true in ground_truths:
         noise = gaussian_filter(rng.standard_normal(true.shape), 3)
         blurred = gaussian_filter(true.astype(float), 2) + 0.15 * noise / noise.std()
         probability = blurred.clip(0, 1).astype(np.float32)
@@ -77,7 +79,7 @@ def draw(kind: str, side: int, count: int = 8) -> list[Triple]:
 
 
 def measure(triples: list[Triple]) -> dict[str, float]:
-    """Median milliseconds of each part of a score, and of all."""
+    """Measure the median milliseconds of each part of a score, and of all."""
     parts: dict[str, Callable[[Triple], object]] = {
         "clDice, centre-line sensitivity": lambda t: centreline_scores(t[1], t[2]),
         "HD95, normalised surface distance": lambda t: surface_scores(t[1], t[2], spacing=(1.0, 1.0), tolerance=2.0),
@@ -99,7 +101,7 @@ def _milliseconds(part: Callable[[Triple], object], triples: list[Triple]) -> li
 
 
 def score_many(triples: list[Triple], count: int) -> float:
-    """Wall seconds that the processes take for `count` masks, each triple in turn."""
+    """Measure the wall seconds that the processes take for `count` masks, each triple in turn."""
     jobs = [triples[i % len(triples)] for i in range(count)]
     start = time.perf_counter()
     with ProcessPoolExecutor(PROCESSES, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)) as pool:

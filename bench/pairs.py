@@ -1,4 +1,4 @@
-"""Two ways to do the same, measured in turns: a machine that slows down slows both."""
+"""Measure two ways to do the same in turns: a machine that slows down slows both."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from bench import stopwatch
 
 @dataclass
 class Pairs:
-    """What was measured of the product and of what it is compared with.
+    """Measurements of the product and of the reference.
 
     Attributes:
         unit: of the values.
@@ -27,16 +27,16 @@ class Pairs:
 
     @property
     def ratio(self) -> float:
-        """Median over the pairs: how many times less the product takes; of bytes, its share of the reference's."""
+        """Return the median over the pairs: the reference's time by the product's; of bytes, the inverse."""
         pairs = zip(self.product, self.reference, strict=True)
         return statistics.median(own / other if self.unit == "bytes" else other / own for own, other in pairs)
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return plain values for JSON."""
         return {"unit": self.unit, "product": self.product, "reference": self.reference}
 
 
 def in_turns(product: Callable[[], object], reference: Callable[[], object], *, pairs: int) -> Pairs:
-    """Wall seconds of each, after one run of each that does not count."""
+    """Measure the wall seconds of each, after one run of each that does not count."""
     times = stopwatch.in_turns({"product": product, "reference": reference}, torch.device("cpu"), rounds=pairs)
     return Pairs(product=times["product"].seconds, reference=times["reference"].seconds)

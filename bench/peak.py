@@ -1,4 +1,4 @@
-"""Peak memory of training steps, each mode in a process of its own. Linux only."""
+"""Measure the peak memory of training steps, each mode in a process of its own. Linux only."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from vessel.data.prompt import Prompt
 from vessel.model.sa2va import build_sa2va
 
 STEPS = 2  # in the second the optimizer's own tensors are there too
-# What is freed goes back to the system at once: the mark then tells what was in use, not what the allocator keeps.
+# Freed memory goes back to the system at once: the peak is then of memory in use, not of what the allocator keeps.
 GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": str(2**20), "MALLOC_TRIM_THRESHOLD_": str(2**20)}
 
 
-def compared(case: Case, *, pairs: int) -> Pairs:
-    """Bytes of the product and of the reference, weights, gradients and optimizer included."""
+def compare(case: Case, *, pairs: int) -> Pairs:
+    """Measure the bytes of the product and of the reference, weights, gradients and optimizer included."""
     found = Pairs(unit="bytes")
     for _ in range(pairs):
         found.product.append(_in_fresh_process("product", case.name))
@@ -34,8 +34,8 @@ def compared(case: Case, *, pairs: int) -> Pairs:
 
 def _in_fresh_process(mode: str, name: str) -> float:
     command = [sys.executable, "-m", "bench.peak", mode, name]
-    told = subprocess.run(command, env=os.environ | GIVE_BACK, check=True, stdout=subprocess.PIPE, text=True).stdout
-    return float(json.loads(told.splitlines()[-1])["bytes"])
+    output = subprocess.run(command, env=os.environ | GIVE_BACK, check=True, stdout=subprocess.PIPE, text=True).stdout
+    return float(json.loads(output.splitlines()[-1])["bytes"])
 
 
 def main(mode: str, name: str) -> None:

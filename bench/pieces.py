@@ -1,7 +1,7 @@
-"""A training step taken apart: each part alone, on the inputs that it has within the step.
+"""Take a training step apart: each part alone, on the inputs that it has within the step.
 
-A part is what the network itself calls. Its inputs are computed beforehand and ask for a gradient where something that
-trains made them, so that the backward pass of a part does what it does within the step, and no more.
+A part is a call of the network itself. Its inputs are computed beforehand and require a gradient where trainable
+weights made them, so that the backward pass of a part does what it does within the step, and no more.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Pieces = dict[str, Callable[[], Result]]
 
 
 def step_loss(network: Sa2VA, batch: Batch, loss_function: Loss) -> Tensor:
-    """Loss of a whole training step, a scalar, as `vessel.training.task` computes it."""
+    """Compute the loss of a whole training step, a scalar, as `vessel.training.task` does."""
     assert batch.masks is not None
     output = network(batch)
     losses = dict(loss_function(output.mask_logits, batch.masks, network.frame_size))
@@ -33,14 +33,14 @@ def step_loss(network: Sa2VA, batch: Batch, loss_function: Loss) -> Tensor:
 
 
 def backward(result: Result) -> None:
-    """The backward pass from a result; none where nothing that trains has a part in it."""
+    """Run the backward pass from a result; none where no trainable weight has a part in it."""
     wanted = [tensor for tensor in tree_iter(result) if tensor.requires_grad]
     if wanted:
         torch.autograd.backward(wanted, [torch.ones_like(tensor) for tensor in wanted])
 
 
 def pieces(network: Sa2VA, batch: Batch, loss_function: Loss) -> Pieces:
-    """The parts of a step.
+    """Return the parts of a step.
 
     Args:
         network: in the state that it trains in, on one device.
@@ -50,23 +50,25 @@ def pieces(network: Sa2VA, batch: Batch, loss_function: Loss) -> Pieces:
     Returns:
         the forward pass of each part by its name, in the order of the step.
     """
-    own, truth = network.mllm.model, batch.masks
-    assert truth is not None
-    pyramid = FeaturePyramid(*map(_alone, network.encode_frame(batch.frames)))
-    tile_features = _alone(network.encode_tiles(batch.tiles))
-    embedded = _alone(network.embed(batch.input_ids, tile_features, batch.regions))
+    own, masks = network.mllm.model, batch.masks
+    assert masks is not None
+    pyramid = FeaturePyramid(*map(_detached, network.encode_frame(batch.frames)))
+    tile_features = _detached(network.encode_tiles(batch.tiles))
+    embedded = _detached(network.embed(batch.input_ids, tile_features, batch.regions))
     reads = batch.attention_mask.to(embedded.device)
 
     def language() -> Tensor:
         states: Tensor = own.language_model(inputs_embeds=embedded, attention_mask=reads, use_cache=False)[0]
         return states
 
-    hidden = _alone(language())
+    hidden = _detached(language())
     at_seg = (batch.input_ids == network.tokens.seg).nonzero(as_tuple=True)
     supervised = (batch.labels[:, 1:] != -100).nonzero(as_tuple=True)
     targets = batch.labels[:, 1:][supervised].to(hidden.device)
-    answers, of_seg = (_alone(hidden[tuple(i.to(hidden.device) for i in place)]) for place in (supervised, at_seg))
-    logits = _alone(network.decode_masks(pyramid, of_seg, at_seg[0]))
+    answers, of_seg = (
+        _detached(hidden[tuple(i.to(hidden.device) for i in positions)]) for positions in (supervised, at_seg)
+    )
+    logits = _detached(network.decode_masks(pyramid, of_seg, at_seg[0]))
     return {
         VISION: lambda: network.encode_tiles(batch.tiles),
         PROJECTOR: lambda: network.embed(batch.input_ids, tile_features, batch.regions),
@@ -74,10 +76,10 @@ def pieces(network: Sa2VA, batch: Batch, loss_function: Loss) -> Pieces:
         HEAD: lambda: lm_loss(network.mllm.lm_head(answers), targets),
         SAM2: lambda: network.encode_frame(batch.frames),
         DECODER: lambda: network.decode_masks(pyramid, of_seg, at_seg[0]),
-        LOSSES: lambda: torch.stack(list(loss_function(logits, truth, network.frame_size).values())).sum(),
+        LOSSES: lambda: torch.stack(list(loss_function(logits, masks, network.frame_size).values())).sum(),
     }
 
 
-def _alone(tensor: Tensor) -> Tensor:
-    """Without its graph, asking for a gradient where it had one."""
+def _detached(tensor: Tensor) -> Tensor:
+    """Return a tensor without its graph, which requires a gradient where it had one."""
     return tensor.detach().requires_grad_(tensor.requires_grad)

@@ -1,4 +1,4 @@
-"""bench.md: what the bench found, as tables that need no code to be understood."""
+"""Write bench.md: the results of the bench, as tables that need no code to be understood."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from typing import Any
 
 from bench import scaling, startup
 
-# What a ratio is of, and what it has to be.
-TOLD = {
+# Of each ratio: its title, and its requirement.
+RATIOS = {
     "train_step": ("training step", "at least 2 times faster"),
     "peak_memory": ("peak memory of training", "at most 0.6 of it"),
     "cached_epoch": ("epoch of training from the feature cache, against one without", "at least 3 times faster"),
     "predict_phrases": ("prediction of 4 phrases an image, answers given", "at least 3 times faster"),
-    "one_pass": ("prediction of 4 phrases an image, given against spoken one by one", "at least 4 times faster"),
+    "one_pass": ("prediction of 4 phrases an image, given against generated one by one", "at least 4 times faster"),
 }
 
 
 def table(found: Mapping[str, Any]) -> str:
-    """Markdown of what `python -m bench` found."""
+    """Format the results of `python -m bench` as Markdown."""
     sections = [
         *(_machine(found), _ratios(found), _parts(found)),
         *(scaling.table(found["scaling"]), startup.table(found["startup"])),
@@ -29,8 +29,8 @@ def table(found: Mapping[str, Any]) -> str:
 
 def _machine(found: Mapping[str, Any]) -> list[str]:
     own = found["machine"]
-    told = f"{own['cores']} CPU cores ({own['processor']}), {own['threads']} threads, torch {own['torch']}"
-    lines = [f"`python -m bench`, {told}, float32. Medians of runs in turns.", ""]
+    description = f"{own['cores']} CPU cores ({own['processor']}), {own['threads']} threads, torch {own['torch']}"
+    lines = [f"`python -m bench`, {description}, float32. Medians of runs in turns.", ""]
     lines += [f"- **{name}**: {text}" for name, text in found["networks"].items()]
     kept, flop = found["cache"], found["flop"]
     filled = f"filled once in {kept['fill_seconds']:.1f} s"
@@ -44,7 +44,7 @@ def _machine(found: Mapping[str, Any]) -> list[str]:
 
 def _ratios(found: Mapping[str, Any]) -> list[str]:
     lines = ["| | network | product | reference | ratio | wanted |", "|---|---|---|---|---|---|"]
-    for name, (told, wanted) in TOLD.items():
+    for name, (description, wanted) in RATIOS.items():
         pairs, network = found["pairs"][name], "encoders" if name == "cached_epoch" else "small"
         own, other = (statistics.median(pairs[mode]) for mode in ("product", "reference"))
         ratio = found["ratios"][name]
@@ -52,7 +52,7 @@ def _ratios(found: Mapping[str, Any]) -> list[str]:
             cells = f"{own / 1e9:.2f} GB | {other / 1e9:.2f} GB | **{ratio:.2f}**"
         else:
             cells = f"{own:.2f} s | {other:.2f} s | **{ratio:.1f}**"
-        lines.append(f"| {told} | {network} | {cells} | {wanted} |")
+        lines.append(f"| {description} | {network} | {cells} | {wanted} |")
     return lines
 
 

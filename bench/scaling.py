@@ -1,4 +1,4 @@
-"""python -m bench.scaling: what a run costs against the number of images, phrases, tiles, images a batch, and ranks.
+"""python -m bench.scaling: measure a run against the number of images, phrases, tiles, images a batch, and ranks.
 
 On the CPU, with the network of conf/model/tiny.yaml, in one or two minutes. What grows along a row is measured in
 turns, ranks excepted.
@@ -19,7 +19,7 @@ from bench.command import vessel
 from bench.memory import sizes_of
 from bench.pieces import step_loss
 from bench.stopwatch import in_turns
-from bench.true_sizes import as_read, network_of, sample_for
+from bench.true_sizes import for_prediction, network_of, sample_for
 
 from vessel.batch import Sample, collate
 from vessel.data.inputs import InputImage
@@ -39,17 +39,17 @@ Runs = Mapping[int, Callable[[], object]]
 
 
 def scaling() -> dict[str, dict[str, float]]:
-    """Median seconds by what is done, and by how much of it there is."""
+    """Measure the median seconds of each kind of work, by its size."""
     cost = _Cost()
     found = {}
     for name, runs in cost.runs().items():
         times = in_turns({str(value): run for value, run in runs.items()}, _CPU, rounds=_ROUNDS)
-        found[name] = {value: told.median for value, told in times.items()}
+        found[name] = {value: measured.median for value, measured in times.items()}
     return {**found, "training, an image, against ranks of one core": _ranks()}
 
 
 def table(found: Mapping[str, Mapping[str, float]]) -> list[str]:
-    """Lines of Markdown: seconds, and how many times those of the first."""
+    """Format lines of Markdown: seconds, and their ratio to those of the first size."""
     lines = ["| how many: seconds (times the first) | | | | |", "|---|---|---|---|---|"]
     for name, seconds in found.items():
         first = next(iter(seconds.values()))
@@ -65,23 +65,23 @@ class _Cost:
         self.prompt, sizes = Prompt(), sizes_of("model=tiny")
         self.setup = Setup(sizes, Lora(r=0), "all", NativeLoss(), Engine(), images=Images((256, 256)))
         self.network = network_of(self.setup, self.prompt, _CPU).train()
-        network = network_of(as_read(self.setup), self.prompt, _CPU)
-        restored: Any = SimpleNamespace(network=network, prompt=self.prompt, geometry=sizes.geometry)
-        self.predictor = Predictor(restored, device="cpu")
+        network = network_of(for_prediction(self.setup), self.prompt, _CPU)
+        model: Any = SimpleNamespace(network=network, prompt=self.prompt, geometry=sizes.geometry)
+        self.predictor = Predictor(model, device="cpu")
 
     def runs(self) -> dict[str, Runs]:
-        """What is measured, by its name, for each number of what grows."""
+        """Return the runs to measure, by name and size."""
         some = [self._sample() for _ in range(max(BATCHES))]
         phrases = {n: [self._sample(phrases=n)] * 2 for n in PHRASES}
         tiles = {n: [self._sample(tiles=n)] * 2 for n in TILES}
         predict, train = self._predict, self._train
         return {
             "prediction against images": {n: predict(some[:1] * n, 2) for n in IMAGES},
-            "prediction of 2 images against phrases": {n: predict(shown, 2) for n, shown in phrases.items()},
-            "prediction of 2 images against tiles": {n: predict(shown, 2) for n, shown in tiles.items()},
+            "prediction of 2 images against phrases": {n: predict(samples, 2) for n, samples in phrases.items()},
+            "prediction of 2 images against tiles": {n: predict(samples, 2) for n, samples in tiles.items()},
             "prediction of 8 images against the batch": {n: predict(some, n) for n in BATCHES},
-            "a step of 2 images against phrases": {n: train(shown) for n, shown in phrases.items()},
-            "a step of 2 images against tiles": {n: train(shown) for n, shown in tiles.items()},
+            "a step of 2 images against phrases": {n: train(samples) for n, samples in phrases.items()},
+            "a step of 2 images against tiles": {n: train(samples) for n, samples in tiles.items()},
             "a step against images of the batch": {n: train(some[:n]) for n in BATCHES},
         }
 
@@ -89,10 +89,10 @@ class _Cost:
         return sample_for(self.setup, self.prompt, phrases=phrases, tiles=tiles)
 
     def _predict(self, samples: Sequence[Sample], batch_size: int) -> Callable[[], None]:
-        targets = [InputImage(str(i), Path(), str(i)) for i in range(len(samples))]
+        inputs = [InputImage(str(i), Path(), str(i)) for i in range(len(samples))]
 
         def run() -> None:
-            for result in self.predictor.predict(targets, samples.__getitem__, batch_size=batch_size):
+            for result in self.predictor.predict(inputs, samples.__getitem__, batch_size=batch_size):
                 assert isinstance(result, Prediction), result
 
         return run
@@ -108,7 +108,7 @@ class _Cost:
 
 
 def _ranks() -> dict[str, float]:
-    """Seconds an image of `vessel.train`, a core a rank, by the number of ranks."""
+    """Measure the seconds an image of `vessel.train`, a core a rank, by the number of ranks."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         vessel(folder, "prepare", "source=synthetic", "out=data", "synthetic.patients=4", "synthetic.frames=8")
@@ -127,11 +127,11 @@ def _training(ranks: int) -> list[str]:
 
 
 def _rates(run: Path) -> Iterator[float]:
-    """Images a second of each step, all ranks together, the first ones left out."""
+    """Yield the images a second of each step over all ranks, the first steps left out."""
     for line in (run / "metrics.jsonl").read_text().splitlines():
-        told = json.loads(line)
-        if told.get("throughput/samples_per_second") and told["step"] >= _WARMING_UP:
-            yield told["throughput/samples_per_second"]
+        measured = json.loads(line)
+        if measured.get("throughput/samples_per_second") and measured["step"] >= _WARMING_UP:
+            yield measured["throughput/samples_per_second"]
 
 
 if __name__ == "__main__":

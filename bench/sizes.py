@@ -24,7 +24,7 @@ PUBLISHED = Lora(r=128, tokens="full")
 
 @dataclass(frozen=True)
 class Case:
-    """A network with what trains of it, and what it is shown.
+    """A network, its trainable part, and the size of its batches.
 
     Attributes:
         name: in tables.
@@ -43,11 +43,11 @@ class Case:
 
     @property
     def loss_function(self) -> NativeLoss:
-        """What the product trains on by default."""
+        """Return the product's default loss."""
         return NativeLoss()
 
     def network(self, prompt: Prompt) -> Sa2VA:
-        """With random weights, the same at every call."""
+        """Build the network with random weights, the same at every call."""
         torch.manual_seed(0)
         plan = NetworkPlan(self.sizes, prompt.token_ids, prompt.new_tokens, lora=self.lora, trainable=self.trainable)
         network = plan.build()
@@ -55,7 +55,7 @@ class Case:
         return network
 
     def sample(self, prompt: Prompt, seed: int, *, phrases: int) -> Sample:
-        """Noise of one tile, with noise for masks."""
+        """Make a sample of one tile of noise, with noise for masks."""
         geometry = self.sizes.geometry
         generator = torch.Generator().manual_seed(seed)
         ids, labels = prompt.encode(PHRASES[:phrases], geometry.tokens_per_tile)
@@ -77,7 +77,7 @@ class Case:
         )
 
     def batch(self, prompt: Prompt) -> Batch:
-        """Of training."""
+        """Make a batch of training."""
         samples = [self.sample(prompt, i, phrases=self.phrases) for i in range(self.images)]
         return collate(samples, prompt.token_ids.pad)
 
@@ -114,5 +114,5 @@ ENCODERS = Case(
 
 
 def tiny() -> Case:
-    """The network that `experiment=tiny` trains, every parameter of it."""
+    """Return the network that `experiment=tiny` trains, every parameter of it."""
     return Case("tiny", sizes_of("experiment=tiny"), Lora(r=0), "all", images=4)

@@ -1,4 +1,4 @@
-"""Start-up: seconds until a command has answered `--help`, and until the first training step of `tiny` is logged."""
+"""Measure the seconds until a command has printed `--help`, and until the first training step of `tiny` is logged."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _TRAIN = ("experiment=tiny", "trainer.max_steps=1", "trainer.log_every_n_steps=1
 
 
 def startup(times: int = 3) -> dict[str, list[float]]:
-    """Each command in a fresh process, from its start."""
+    """Measure each command in a fresh process, from its start."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         vessel(folder, "prepare", *_PREPARE, "out=data")
@@ -23,7 +23,7 @@ def startup(times: int = 3) -> dict[str, list[float]]:
 
 
 def table(found: dict[str, list[float]]) -> list[str]:
-    """Markdown of what `startup` found."""
+    """Format the results of `startup` as Markdown."""
     rows = [f"| {name} | {', '.join(f'{seconds:.1f}' for seconds in found[name])} |" for name in (HELP, STEP)]
     return ["| seconds from the command to the | runs |", "|---|---|", *rows]
 

@@ -1,4 +1,4 @@
-"""A training step, as the product takes it and as the reference does, with its time split by part."""
+"""Take training steps of the product and of the reference, and split their time by part."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ FORWARD_REST, BACKWARD, OPTIMIZER = "losses and the rest of the forward pass", "
 
 
 class Steps:
-    """Training steps of one network: gradients are clipped at 1 and AdamW moves what trains, in both modes.
+    """Training steps of one network: gradients are clipped at 1 and AdamW updates the trainable weights, in both modes.
 
     Args:
-        case: what is trained, and on what.
-        prompt: wording.
+        case: the network and its batch.
+        prompt: questions and answers.
 
     Attributes:
         network: in training.
@@ -48,13 +48,13 @@ class Steps:
         self._watch()
 
     def product(self, batch: Batch | None = None) -> None:
-        """A step of `vessel.training.task`, the optimizer fused as there."""
+        """Take a step of `vessel.training.task`, the optimizer fused as there."""
         given = self.batch if batch is None else batch
         start = self._begin(fused=True)
         self._finish("product", start, step_loss(self.network, given, self.loss_function))
 
     def reference(self) -> None:
-        """A step of the public code, with the AdamW that torch chooses by itself."""
+        """Take a step of the public code, with the AdamW that torch chooses by itself."""
         start = self._begin(fused=False)
         losses = reference.losses(self.network, self.batch, self.loss_function)
         self._finish("reference", start, torch.stack(list(losses.values())).sum())
@@ -92,13 +92,13 @@ class Steps:
             module.register_forward_hook(leave)
 
 
-def compared(case: Case, prompt: Prompt, *, pairs: int) -> tuple[Pairs, dict[str, dict[str, float]]]:
-    """Seconds of steps in turns, and median seconds of each part by mode."""
+def compare(case: Case, prompt: Prompt, *, pairs: int) -> tuple[Pairs, dict[str, dict[str, float]]]:
+    """Measure the seconds of steps in turns, and the median seconds of each part by mode."""
     steps = Steps(case, prompt)
     found = in_turns(steps.product, steps.reference, pairs=pairs)
     return found, {mode: parts(spent[1:]) for mode, spent in steps.spent.items()}  # the first warmed up
 
 
 def parts(spent: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Median seconds of each part."""
+    """Compute the median seconds of each part."""
     return {name: statistics.median(one.get(name, 0.0) for one in spent) for name in spent[0]}

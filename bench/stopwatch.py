@@ -1,4 +1,4 @@
-"""Seconds and memory of what runs on a device, and the rate that its matrix units reach."""
+"""Measure seconds and memory of work on a device, and the rate that its matrix units reach."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vessel.errors import is_out_of_memory
 
 @dataclass
 class Times:
-    """What was measured of one of several that ran in turns.
+    """The measurements of one of several functions that ran in turns.
 
     Attributes:
         seconds: of each round.
@@ -27,12 +27,12 @@ class Times:
 
     @property
     def median(self) -> float:
-        """Seconds."""
+        """Return the median of `seconds`."""
         return statistics.median(self.seconds)
 
 
 def seconds(run: Callable[[], object], device: torch.device) -> float:
-    """Seconds until a device has done what a function asks of it, what others left cleared away before."""
+    """Measure the seconds until a device has done the work of a function; garbage of others is collected before."""
     gc.collect()
     _wait(device)
     start = time.perf_counter()
@@ -60,7 +60,7 @@ def in_turns(runs: Mapping[str, Callable[[], object]], device: torch.device, *, 
 
 
 def fits(run: Callable[[], object], device: torch.device) -> bool:
-    """Run once; False where the memory was too small, which is free again then."""
+    """Run once; return False where the memory was too small, which is free again then."""
     try:
         run()
         _wait(device)
@@ -74,14 +74,14 @@ def fits(run: Callable[[], object], device: torch.device) -> bool:
 
 
 def release(device: torch.device) -> None:
-    """Give memory of a GPU back that nothing refers to any more."""
+    """Free memory of a GPU that nothing refers to any more."""
     if device.type == "cuda":
         gc.collect()
         torch.cuda.empty_cache()
 
 
 def matrix_rate(device: torch.device) -> float:
-    """Operations a second of a large product of bf16 matrices with random content, a product and a sum being two."""
+    """Measure the operations a second of a large product of bf16 matrices; a product and a sum are two."""
     side, rounds = (8192, 20) if device.type == "cuda" else (256, 3)
     left, right = (torch.randn(side, side, device=device).bfloat16() for _ in range(2))
     times = in_turns({"product": lambda: left @ right}, device, rounds=rounds)

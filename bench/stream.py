@@ -1,6 +1,6 @@
-"""python -m bench.stream [100 1000]: peak memory of vessel.predict on so many frames of 512 x 512.
+"""python -m bench.stream [100 1000]: measure the peak memory of vessel.predict on so many frames of 512 x 512.
 
-Trains the tiny network for two steps on painted pullbacks, predicts their frames over and over on the CPU, each count
+Trains the tiny network for two steps on synthetic pullbacks, predicts their frames over and over on the CPU, each count
 in a fresh process, and reads the highest resident memory of that process. Linux only. Writes outputs/bench/stream.json.
 """
 
@@ -35,8 +35,8 @@ def main(*counts: str) -> None:
     """
     with tempfile.TemporaryDirectory() as temporary:
         data, run = Path(temporary) / "data", Path(temporary) / "run"
-        painted = ("synthetic.patients=5", "synthetic.frames=8", "synthetic.size=512")
-        vessel(Path(temporary), "prepare", "source=synthetic", f"out={data}", *painted)
+        write_synthetic = ("synthetic.patients=5", "synthetic.frames=8", "synthetic.size=512")
+        vessel(Path(temporary), "prepare", "source=synthetic", f"out={data}", *write_synthetic)
         steps = ("trainer.max_steps=2", "trainer.val_check_interval=2", "trainer.accelerator=cpu")
         vessel(Path(temporary), "train", "experiment=tiny", f"data.root={data}", f"hydra.run.dir={run}", *steps)
         found = [measure(run, data / "images", count)[0] for count in counts or ("100", "1000")]
@@ -44,9 +44,9 @@ def main(*counts: str) -> None:
     OUT.mkdir(parents=True, exist_ok=True)
     (OUT / "stream.json").write_text(json.dumps({"grown_bytes": grown, "counts": found}, indent=1) + "\n")
     table = Table("frames", "peak MB", "results.json, MB", "seconds a frame", title="vessel.predict, tiny, on CPU")
-    for told in found:
-        megabytes = [f"{told[key] / 1e6:.1f}" for key in ("peak_bytes", "results_bytes")]
-        table.add_row(str(told["frames"]), *megabytes, f"{told['seconds'] / told['frames']:.3f}")
+    for counted in found:
+        megabytes = [f"{counted[key] / 1e6:.1f}" for key in ("peak_bytes", "results_bytes")]
+        table.add_row(str(counted["frames"]), *megabytes, f"{counted['seconds'] / counted['frames']:.3f}")
     Console().print(table)
     print(f"bench: {OUT / 'stream.json'}: {grown / 1e6:.1f} MB more for {found[-1]['frames']} frames")
 
@@ -63,8 +63,8 @@ def measure(run: Path, images: Path, *counts: str) -> list[dict[str, Any]]:
         for each: frames, seconds, and bytes: of the highest resident memory so far, and of results.json.
     """
     command = [sys.executable, "-m", "bench.stream", "predict", str(run), str(images), *counts]
-    told = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-    return json.loads(told.splitlines()[-1])
+    counted = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    return json.loads(counted.splitlines()[-1])
 
 
 def predict(run: str, images: str, *counts: str) -> None:

@@ -1,4 +1,4 @@
-"""Networks of true sizes with random weights, made on the device, and what they are shown."""
+"""Build networks of true sizes with random weights on the device, and batches of random images for them."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from vessel.model.sa2va import Sa2VA
 from vessel.weights.build import NetworkPlan
 
 
-def low(device: torch.device) -> torch.dtype:
-    """The dtype of what does not train, as the recipes have it for a device."""
+def frozen_dtype(device: torch.device) -> torch.dtype:
+    """Return the dtype of frozen weights, as the recipes have it for a device."""
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 def network_of(setup: Setup, prompt: Prompt, device: torch.device, *, compiled: bool = False) -> Sa2VA:
-    """The network as `vessel.train` has it, weights drawn at random on the device itself, in the dtype that they keep.
+    """Build the network as `vessel.train` does, with random weights made on the device in the dtype that they keep.
 
     Args:
-        setup: sizes, adapters, what trains and checkpointing.
-        prompt: whose tokens it knows.
-        device: where it is made.
+        setup: sizes, adapters, trainable groups and activation checkpointing.
+        prompt: whose tokens it has.
+        device: of the weights.
         compiled: by torch's compiler; on the CPU its graphs are made and run as they are.
     """
     plan = NetworkPlan(
@@ -36,10 +36,10 @@ def network_of(setup: Setup, prompt: Prompt, device: torch.device, *, compiled: 
         lora=setup.lora,
         trainable=setup.trainable,
         activation_checkpointing=setup.activation_checkpointing,
-        frozen_dtype=low(device),
+        frozen_dtype=frozen_dtype(device),
     )
     usual = torch.get_default_dtype()
-    torch.set_default_dtype(low(device))
+    torch.set_default_dtype(frozen_dtype(device))
     try:
         with torch.device(device):
             network = plan.build()
@@ -51,15 +51,15 @@ def network_of(setup: Setup, prompt: Prompt, device: torch.device, *, compiled: 
     return network
 
 
-def as_read(setup: Setup) -> Setup:
-    """The same network as a prediction reads it: adapters folded in, nothing trains."""
+def for_prediction(setup: Setup) -> Setup:
+    """Return the same network as a prediction has it: adapters folded in, nothing trains."""
     return replace(setup, lora=Lora(r=0), trainable="nothing", activation_checkpointing=False)
 
 
 def batch_for(setup: Setup, prompt: Prompt, device: torch.device) -> Batch:
-    """A batch of random images in the host's memory, as a loader hands it over for that device."""
+    """Make a batch of random images in the host's memory, as a loader does for that device."""
     planned = batch_of(setup, prompt)
-    drawn = replace(
+    filled = replace(
         planned,
         tiles=_pixels(planned.tiles.shape),
         frames=_pixels(planned.frames.shape),
@@ -67,30 +67,32 @@ def batch_for(setup: Setup, prompt: Prompt, device: torch.device) -> Batch:
         input_ids=planned.input_ids.contiguous(),
         labels=planned.labels.contiguous(),
     )
-    return drawn.pin_memory() if device.type == "cuda" else drawn
+    return filled.pin_memory() if device.type == "cuda" else filled
 
 
 def with_features(network: Sa2VA, batch: Batch, setup: Setup, device: torch.device) -> Batch:
-    """The same batch with what the frozen encoders make of it, in the host's memory, as a cache gives it."""
+    """Return the same batch with the features of the frozen encoders, in the host's memory, as a cache gives them."""
     made = []
     for tiles, frame in zip(batch.tiles.split(setup.tiles), batch.frames, strict=True):
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             tile_features, pyramid = network.encode_tiles(tiles), network.encode_frame(frame[None])
             made.append(
-                Features(tile_features, FeaturePyramid(*pyramid)).map(lambda tensor: tensor.to("cpu", low(device)))
+                Features(tile_features, FeaturePyramid(*pyramid)).map(
+                    lambda tensor: tensor.to("cpu", frozen_dtype(device))
+                )
             )
     known = replace(batch, tiles=batch.tiles[:0], frames=batch.frames[:0], features=tuple(made))
     return known.pin_memory() if device.type == "cuda" else known
 
 
 def sample_for(setup: Setup, prompt: Prompt, *, phrases: int = 1, tiles: int | None = None) -> Sample:
-    """A random image with random masks.
+    """Make a random image with random masks.
 
     Args:
         setup: sizes of network and image.
-        prompt: wording.
-        phrases: that it is asked for.
-        tiles: that it is cut into; None for what its size says.
+        prompt: questions and answers.
+        phrases: their number.
+        tiles: their number; None derives it from the image's size.
     """
     geometry, names, tiles = (
         setup.sizes.geometry,

@@ -1,10 +1,10 @@
-"""python -m bench.gpu [size=internvl3_1b,internvl3_8b] [minutes=10]: training and prediction at true sizes on a GPU.
+"""python -m bench.gpu [size=internvl3_1b,internvl3_8b] [minutes=10]: measure training and prediction on a GPU.
 
-Random weights, LoRA r=128, bf16, images of 512 x 512, SAM2-L at 1024. For each size, in a process of its own: samples a
-second, memory and share of the GPU's own matrix rate of the product and of the reference, batches growing until the
-memory is full; with features from a cache, with checkpointing, compiled; seconds by part; the operators that take
-longest; prediction. Writes outputs/bench/gpu.json and gpu.md. Without a GPU it says what it would run and writes
-nothing; device=cpu size=tiny goes the whole way at a size that a CPU can take, and writes gpu_rehearsal.json and .md.
+True sizes, random weights, LoRA r=128, bf16, images of 512 x 512, SAM2-L at 1024. For each size, in a process of its
+own: samples a second, memory and fraction of the GPU's own matrix rate of the product and of the reference, batches
+growing until the memory is full; with features from a cache, with activation checkpointing, compiled; seconds by part;
+the slowest operators; prediction. Writes outputs/bench/gpu.json and gpu.md. Without a GPU it prints its plan and writes
+nothing; device=cpu size=tiny does everything at a size for a CPU, and writes gpu_rehearsal.json and .md.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ _GRACE = 120  # seconds that a size may take to end what it began
 
 
 @dataclass
-class Asked:
-    """What the command line may say.
+class GpuOptions:
+    """The options of the command line.
 
     Attributes:
         size: names of configurations in conf/model, with commas between.
@@ -55,45 +55,47 @@ class Asked:
 
 
 def main(*options: str) -> None:
-    """Measure each size, or say what would be measured."""
-    asked = _asked(options)
-    if asked.device == "cuda" and not torch.cuda.is_available():
-        announce(asked)
+    """Measure each size, or print the plan where there is no GPU."""
+    settings = _read_options(options)
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        announce(settings)
         return
-    name = "gpu" if asked.device == "cuda" else "gpu_rehearsal"
+    name = "gpu" if settings.device == "cuda" else "gpu_rehearsal"
     OUT.mkdir(parents=True, exist_ok=True)
     found = {}
-    for size in asked.size.split(","):
-        found[size] = _in_own_process(size, OUT / f"{name}_{size}.json", options, asked)
+    for size in settings.size.split(","):
+        found[size] = _in_own_process(size, OUT / f"{name}_{size}.json", options, settings)
         (OUT / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
         (OUT / f"{name}.md").write_text("\n".join(report(found)) + "\n")
     print((OUT / f"{name}.md").read_text())
     print(f"bench: {OUT / name}.json, {name}.md")
-    if any("ended" in told for told in found.values()):
+    if any("ended" in measured for measured in found.values()):
         sys.exit("bench.gpu: not complete, see above")
 
 
-def _asked(options: Sequence[str]) -> Asked:
+def _read_options(options: Sequence[str]) -> GpuOptions:
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(Asked), OmegaConf.from_cli([*options]))
+        merged = OmegaConf.merge(OmegaConf.structured(GpuOptions), OmegaConf.from_cli([*options]))
     except OmegaConfBaseException as error:
-        sys.exit(f"bench.gpu: {error.args[0].splitlines()[0]}; the options are {', '.join(vars(Asked()))}")
-    asked = Asked(**{str(option): value for option, value in merged.items()})
-    if asked.device not in ("cuda", "cpu"):
-        sys.exit(f"bench.gpu: device={asked.device}: use cuda or cpu")
-    if unknown := [size for size in asked.size.split(",") if not (Path(CONF) / "model" / f"{size}.yaml").is_file()]:
-        sys.exit(f"bench.gpu: size={asked.size}: conf/model has no {', '.join(unknown)}")
-    return asked
+        sys.exit(f"bench.gpu: {error.args[0].splitlines()[0]}; the options are {', '.join(vars(GpuOptions()))}")
+    settings = GpuOptions(**{str(option): value for option, value in merged.items()})
+    if settings.device not in ("cuda", "cpu"):
+        sys.exit(f"bench.gpu: device={settings.device}: use cuda or cpu")
+    if unknown := [size for size in settings.size.split(",") if not (Path(CONF) / "model" / f"{size}.yaml").is_file()]:
+        sys.exit(f"bench.gpu: size={settings.size}: conf/model has no {', '.join(unknown)}")
+    return settings
 
 
-def _in_own_process(size: str, file: Path, options: Sequence[str], asked: Asked) -> dict[str, Any]:
-    """What a size told until it ended, by itself or by force; another one is measured all the same."""
+def _in_own_process(size: str, file: Path, options: Sequence[str], settings: GpuOptions) -> dict[str, Any]:
+    """Measure a size in a process; return its results until that ended, by itself or by force."""
     file.unlink(missing_ok=True)
     paths = [str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
     command = [sys.executable, "-m", "bench.gpu", "one", size, str(file), *options]
     try:
-        status = subprocess.run(command, env=environment, check=False, timeout=60 * asked.minutes + _GRACE).returncode
+        status = subprocess.run(
+            command, env=environment, check=False, timeout=60 * settings.minutes + _GRACE
+        ).returncode
         ended = None if status == 0 else f"the process ended with status {status}"
     except subprocess.TimeoutExpired:
         ended = "the process took too long and was stopped"
@@ -104,9 +106,9 @@ def _in_own_process(size: str, file: Path, options: Sequence[str], asked: Asked)
 
 def one(size: str, file: str, *options: str) -> None:
     """Measure one size, and write after each chapter."""
-    asked = _asked(options)
-    until = time.monotonic() + 60 * asked.minutes
-    trial = Trial(size, torch.device(asked.device), asked.rounds, asked.largest, until)
+    settings = _read_options(options)
+    until = time.monotonic() + 60 * settings.minutes
+    trial = Trial(size, torch.device(settings.device), settings.rounds, settings.largest, until)
 
     def write(found: Mapping[str, Any]) -> None:
         part = Path(f"{file}.part")
@@ -116,13 +118,13 @@ def one(size: str, file: str, *options: str) -> None:
     measure(trial, write)
 
 
-def announce(asked: Asked) -> None:
-    """Say what would run, and what each size takes."""
+def announce(settings: GpuOptions) -> None:
+    """Print the plan, and the memory and operations of each size."""
     print("bench.gpu: torch finds no GPU here, nothing is measured. On one with enough memory it would, for each size,")
     print("train (product, reference, cached features; batches 1, 2, 4, ... while they fit), time each part, profile a")
     print("step, predict, and train again with checkpointing and compiled:\n")
     costs: dict[str, Mapping[str, Cost]] = {}
-    for size in asked.size.split(","):
+    for size in settings.size.split(","):
         setup = recipe(size)
         print(
             f"{size}: training takes {memory_plan(setup).gigabytes:.1f} GB with a batch of one, by vessel.memory_plan"

@@ -1,4 +1,4 @@
-"""What `bench.gpu` measures of one size of the network, chapter by chapter, each written as soon as it is known."""
+"""Measure one size of the network for `bench.gpu`, chapter by chapter, each written as soon as it is known."""
 
 from __future__ import annotations
 
@@ -37,16 +37,16 @@ def measure(trial: Trial, write: Callable[[Mapping[str, Any]], None]) -> None:
 
     Args:
         trial: of one size.
-        write: is handed all that is known so far, after each chapter.
+        write: is called with all results so far, after each chapter.
 
     Raises:
-        RuntimeError: chapters failed, for another reason than memory; what went wrong was printed.
+        RuntimeError: chapters failed, for another reason than memory; their tracebacks were printed.
     """
     found: dict[str, Any] = {"model": trial.name}
     failed = []
     for title, chapter in CHAPTERS.items():
         try:
-            found[title] = {"left_out": "the time was over"} if trial.late else _told(chapter, trial)
+            found[title] = {"left_out": "the time was over"} if trial.late else _run_chapter(chapter, trial)
         except Exception as error:  # time on a GPU is dear: the other chapters are worth having
             traceback.print_exc()
             failed.append(title)
@@ -57,10 +57,10 @@ def measure(trial: Trial, write: Callable[[Mapping[str, Any]], None]) -> None:
         raise RuntimeError(f"{trial.name}: {', '.join(failed)} failed")
 
 
-def _told(chapter: Chapter, trial: Trial) -> Any:
-    told: list[Any] = []
-    room = fits(lambda: told.append(chapter(trial)), trial.device)
-    return told[0] if room else {"left_out": "the memory was too small"}
+def _run_chapter(chapter: Chapter, trial: Trial) -> Any:
+    results: list[Any] = []
+    has_room = fits(lambda: results.append(chapter(trial)), trial.device)
+    return results[0] if has_room else {"left_out": "the memory was too small"}
 
 
 def _machine(trial: Trial) -> dict[str, Any]:
@@ -68,12 +68,12 @@ def _machine(trial: Trial) -> dict[str, Any]:
     if trial.device.type != "cuda":
         return {"device": "CPU", "threads": torch.get_num_threads(), "torch": torch.__version__, "matrix_rate": rate}
     facts = torch.cuda.get_device_properties(trial.device)
-    told = {"device": facts.name, "gb": facts.total_memory / GB, "torch": torch.__version__, "cuda": torch.version.cuda}
-    return {**told, "matrix_rate": rate}
+    versions = {"torch": torch.__version__, "cuda": torch.version.cuda}
+    return {"device": facts.name, "gb": facts.total_memory / GB, **versions, "matrix_rate": rate}
 
 
 def _operations(trial: Trial) -> dict[str, Any]:
-    """Of one image, by part; forward and backward pass."""
+    """Count the operations of one image, by part; forward and backward pass."""
     return {part: list(cost) for part, cost in step_cost(trial.setup).items()}
 
 
@@ -83,7 +83,7 @@ def _training(*names: str, activation_checkpointing: bool = False, compiled: boo
         network = network_of(setup, trial.prompt, trial.device, compiled=compiled).train()
         steps, able = Steps(trial, network), names
         rows: list[dict[str, Any]] = []
-        size = trial.best if compiled else 1  # each size is compiled anew
+        size = trial.best if compiled else 1  # each size is compiled again
         while able and size <= trial.largest and not trial.late:
             runs = steps.of(replace(setup, batch_size=size), able)
             times = in_turns(runs, trial.device, rounds=trial.rounds)
@@ -91,11 +91,11 @@ def _training(*names: str, activation_checkpointing: bool = False, compiled: boo
                 {
                     "mode": name,
                     "batch": size,
-                    "seconds": told.seconds,
-                    "samples_per_second": size / told.median,
-                    "peak_gb": told.peak / GB,
+                    "seconds": measured.seconds,
+                    "samples_per_second": size / measured.median,
+                    "peak_gb": measured.peak / GB,
                 }
-                for name, told in times.items()
+                for name, measured in times.items()
             ]
             able = tuple(times)
             size *= 2
@@ -108,10 +108,10 @@ def _training(*names: str, activation_checkpointing: bool = False, compiled: boo
 
 
 class Steps:
-    """Training steps of one network, as the product takes them and as the reference does, with the product's optimizer.
+    """Training steps of one network by the product and by the reference, both with the product's optimizer.
 
     Args:
-        trial: where and how.
+        trial: device and rounds.
         network: in training mode.
     """
 
@@ -121,12 +121,12 @@ class Steps:
         self.optimizer = AdamW(self.trained, lr=4e-5, weight_decay=0.05, fused=True)
 
     def of(self, setup: Setup, names: tuple[str, ...]) -> dict[str, Callable[[], None]]:
-        """A step of each mode on one and the same random batch, which is in the host's memory when it begins."""
+        """Return a step of each mode on the same random batch, which is in the host's memory when it begins."""
         batch, loss_function = batch_for(setup, self.trial.prompt, self.trial.device), setup.loss_function
         assert isinstance(loss_function, NativeLoss)
-        shown = dict.fromkeys(names, batch)
+        batches = dict.fromkeys(names, batch)
         if CACHED in names:
-            shown[CACHED] = with_features(self.network, batch, setup, self.trial.device)
+            batches[CACHED] = with_features(self.network, batch, setup, self.trial.device)
 
         def product(batch: Batch) -> Tensor:
             return step_loss(self.network, batch, loss_function)
@@ -134,19 +134,19 @@ class Steps:
         def plain(batch: Batch) -> Tensor:
             return torch.stack(list(reference.losses(self.network, batch, loss_function).values())).sum()
 
-        return {name: partial(self._step, plain if name == REFERENCE else product, shown[name]) for name in names}
+        return {name: partial(self._step, plain if name == REFERENCE else product, batches[name]) for name in names}
 
     def _step(self, loss: Callable[[Batch], Tensor], batch: Batch) -> None:
         self.optimizer.zero_grad(set_to_none=True)
         with self.trial.autocast():
-            told = loss(batch.to(self.trial.device, non_blocking=True))
-        told.backward()
+            value = loss(batch.to(self.trial.device, non_blocking=True))
+        value.backward()
         clip_grad_norm_(self.trained, 1.0)
         self.optimizer.step()
 
 
 def _parts(trial: Trial) -> dict[str, Any]:
-    """Median seconds of each part alone, forward and with its backward pass."""
+    """Measure the median seconds of each part alone, forward and with its backward pass."""
     setup = replace(trial.setup, batch_size=trial.best)
     network = network_of(setup, trial.prompt, trial.device).train()
     batch = batch_for(setup, trial.prompt, trial.device).to(trial.device)
@@ -157,13 +157,13 @@ def _parts(trial: Trial) -> dict[str, Any]:
         forward = partial(_forward, trial, run)
         with_backward = partial(_backward, forward)
         times = in_turns({"forward": forward, "both": with_backward}, trial.device, rounds=trial.rounds)
-        rows[name] = {kind: told.median for kind, told in times.items()}
+        rows[name] = {kind: measured.median for kind, measured in times.items()}
         network.zero_grad(set_to_none=True)
     return {"batch": trial.best, "seconds": rows}
 
 
 def _forward(trial: Trial, run: Callable[[], Result]) -> Result:
-    with trial.autocast():  # anew each time, as it keeps what it has cast until it ends
+    with trial.autocast():  # a new one each time, as it keeps its casts until it ends
         return run()
 
 
@@ -172,7 +172,7 @@ def _backward(forward: Callable[[], Result]) -> None:
 
 
 def _profile(trial: Trial) -> dict[str, Any]:
-    """What of the product's step takes longest, by operator, on the device alone."""
+    """Find the slowest operators of the product's step, by their own time on the device."""
     setup = replace(trial.setup, batch_size=trial.best)
     network = network_of(setup, trial.prompt, trial.device).train()
     step = Steps(trial, network).of(setup, (PRODUCT,))[PRODUCT]

@@ -1,4 +1,4 @@
-"""How one size of the network is measured by `bench.gpu`."""
+"""The settings with which `bench.gpu` measures one size of the network."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from vessel.memory_plan.plan import Setup
 
 @dataclass
 class Trial:
-    """How one size is measured.
+    """The settings of the measurements of one size.
 
     Attributes:
         name: of a configuration in conf/model.
-        device: where.
+        device: that is measured.
         rounds: timed runs of each.
         largest: images of a batch at most.
         until: of `time.monotonic`, after which no other measurement begins.
@@ -36,16 +36,16 @@ class Trial:
 
     @property
     def setup(self) -> Setup:
-        """The published fine-tuning."""
+        """Return the published fine-tuning."""
         return recipe(self.name)
 
     @property
     def late(self) -> bool:
-        """Whether the time is over."""
+        """Return True if the time is over."""
         return time.monotonic() > self.until
 
     def autocast(self) -> AbstractContextManager[None]:
-        """The arithmetic of `trainer=gpu`; of the CPU's recipes none."""
+        """Return the autocast of `trainer=gpu`; on the CPU one that does nothing."""
         context: AbstractContextManager[None] = torch.autocast(
             self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"
         )

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.slow
 
 
 def run(folder, *arguments):
-    """`python -m ...` in a folder, with the bench of this repository."""
+    """Run `python -m ...` in a folder, with the bench of this repository."""
     environment = os.environ | {"PYTHONPATH": SEARCH_PATH}
     command = [sys.executable, "-m", *arguments]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)

@@ -38,7 +38,7 @@ def summed(parts):
 
 
 def by_formula(setup):
-    """Forward and backward pass of the language model with adapters, on inputs that ask for a gradient.
+    """Count forward and backward pass of the language model with adapters, on inputs that require a gradient.
 
     A weight takes two operations a token forward and two for the gradient of its input; one that trains two more.
     """
@@ -54,13 +54,13 @@ def by_formula(setup):
     return Cost(2 * tokens * (weights + adapters) + scores, 2 * tokens * (weights + 2 * adapters) + 2 * scores)
 
 
-def test_the_language_model_costs_what_its_sizes_say(parts):
+def test_the_language_model_costs_what_follows_from_its_sizes(parts):
     # Some versions of transformers make the angles of positions by a product of matrices, which the formula leaves out.
     assert parts[LANGUAGE] == pytest.approx(by_formula(SETUP), rel=1e-3)
 
 
 @pytest.mark.slow
-def test_a_language_model_of_true_width_costs_what_its_sizes_say():
+def test_a_language_model_of_true_width_costs_what_follows_from_its_sizes():
     published = recipe("internvl3_8b")
     language = replace(published.sizes.language, layers=2)
     setup = replace(published, sizes=replace(SIZES, language=language))
@@ -80,6 +80,6 @@ def test_the_head_is_paid_for_supervised_tokens_only(parts):
     assert parts[HEAD].forward == 2 * supervised * SIZES.language.width * SIZES.language.vocabulary
 
 
-def test_the_table_tells_every_part_and_the_sum():
+def test_the_table_has_every_part_and_the_sum():
     lines = table({"one": {"a": Cost(10**12, 2 * 10**12), "b": Cost(10**12, 0)}})
     assert lines[2:] == ["| a | 1.00 + 2.00 |", "| b | 1.00 + 0.00 |", "| **together** | 4.00 |"]

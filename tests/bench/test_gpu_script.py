@@ -26,14 +26,14 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def here(tmp_path, monkeypatch):
+def empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
 @pytest.fixture
 def small(monkeypatch):
-    """Smaller still than tiny."""
+    """Take a network that is smaller still than tiny."""
     setup = Setup(SIZES, Lora(r=8), "lora", NativeLoss(), Engine(), images=Images((64, 64)))
     monkeypatch.setattr(trials, "recipe", lambda name: setup)
 
@@ -44,28 +44,28 @@ def trial(device="cpu", **changes):
 
 
 @pytest.mark.slow
-def test_without_a_gpu_it_says_what_it_would_run_and_writes_nothing(here, monkeypatch, capsys):
+def test_without_a_gpu_it_prints_its_plan_and_writes_nothing(empty_folder, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     gpu.main("size=tiny")
-    told = capsys.readouterr().out
-    assert "nothing is measured" in told
-    assert re.search(r"tiny: training takes \d+\.\d GB with a batch of one", told)
-    assert "| language model | 0.00 + 0.00 |" in told
-    assert list(here.iterdir()) == []
+    printed = capsys.readouterr().out
+    assert "nothing is measured" in printed
+    assert re.search(r"tiny: training takes \d+\.\d GB with a batch of one", printed)
+    assert "| language model | 0.00 + 0.00 |" in printed
+    assert list(empty_folder.iterdir()) == []
 
 
-def test_what_does_not_exist_is_named(here):
-    with pytest.raises(SystemExit, match="'sise' not in 'Asked'; the options are size, device"):
+def test_what_does_not_exist_is_named(empty_folder):
+    with pytest.raises(SystemExit, match=r"'sise' .*size, device"):
         gpu.main("sise=tiny")
-    with pytest.raises(SystemExit, match="device=tpu: use cuda or cpu"):
+    with pytest.raises(SystemExit, match=r"device=tpu: "):
         gpu.main("device=tpu")
-    with pytest.raises(SystemExit, match="conf/model has no huge"):
+    with pytest.raises(SystemExit, match=r"conf/model .*huge$"):
         gpu.main("size=tiny,huge", "device=cpu")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_every_chapter_is_measured_and_told(device, small, monkeypatch):
+def test_every_chapter_is_measured_and_reported(device, small, monkeypatch):
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs a GPU")
     monkeypatch.setattr(prediction, "IMAGES", 2)
@@ -74,7 +74,7 @@ def test_every_chapter_is_measured_and_told(device, small, monkeypatch):
     chapters.measure(trial(device), lambda found: written.append(json.dumps(found)))
     assert len(written) == len(chapters.CHAPTERS)
     found = json.loads(written[-1])
-    assert not [told for told in found.values() if "left_out" in told]
+    assert not [printed for printed in found.values() if "left_out" in printed]
     modes = [(row["mode"], row["batch"]) for row in found["training"]]
     assert modes == [(mode, n) for n in (1, 2) for mode in ("product", "reference", "product, cached features")]
     assert all(row["samples_per_second"] > 0 and len(row["seconds"]) == 1 for row in found["training"])
@@ -100,10 +100,10 @@ def test_a_chapter_that_fails_takes_no_other_with_it(monkeypatch, capsys):
     def needs_more(_trial):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    stand_ins = {"broken": breaks, "large": needs_more, "good": lambda trial: trial.largest}
-    monkeypatch.setattr(chapters, "CHAPTERS", stand_ins)
+    chapters_of_test = {"broken": breaks, "large": needs_more, "good": lambda trial: trial.largest}
+    monkeypatch.setattr(chapters, "CHAPTERS", chapters_of_test)
     written = []
-    with pytest.raises(RuntimeError, match="tiny: broken failed"):
+    with pytest.raises(RuntimeError, match=r"tiny: broken"):
         chapters.measure(trial(), lambda found: written.append(dict(found)))
     assert written[-1] == {
         "model": "tiny",
@@ -115,7 +115,7 @@ def test_a_chapter_that_fails_takes_no_other_with_it(monkeypatch, capsys):
     assert "large: left out, the memory was too small." in report({"tiny": written[-1]})
 
 
-def test_what_was_measured_is_told_also_where_the_operations_are_not_known():
+def test_the_measurements_are_reported_without_known_operations_too():
     row = {"mode": "product", "batch": 2, "seconds": [0.5], "samples_per_second": 4.0, "peak_gb": 1.5}
     parts = {"batch": 2, "seconds": {"language model": {"forward": 0.1, "both": 0.3}}}
     lines = report({"tiny": {"operations": {"left_out": "it failed"}, "training": [row], "parts": parts}})
@@ -130,12 +130,12 @@ def test_nothing_begins_when_the_time_is_over(monkeypatch):
     assert written[-1]["good"] == {"left_out": "the time was over"}
 
 
-def test_a_size_whose_process_dies_loses_neither_what_it_told_nor_the_others(here, monkeypatch, capsys):
-    process = here / "process"  # in place of Python, called with -m bench.gpu one SIZE FILE
+def test_a_size_whose_process_dies_loses_neither_its_results_nor_the_others(empty_folder, monkeypatch, capsys):
+    process = empty_folder / "process"  # in place of Python, called with -m bench.gpu one SIZE FILE
     process.write_text('#!/bin/sh\n[ $4 = internvl3_1b ] || echo "{\\"model\\": \\"$4\\"}" > "$5"\n[ $4 = tiny ]\n')
     process.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(process))
-    with pytest.raises(SystemExit, match="not complete"):
+    with pytest.raises(SystemExit, match=r"^bench\.gpu: "):
         gpu.main("size=internvl3_1b,internvl3_2b,tiny", "device=cpu")
     ended = "the process ended with status 1"
     assert json.loads(Path("outputs/bench/gpu_rehearsal.json").read_text()) == {
@@ -161,10 +161,10 @@ def test_what_does_not_fit_is_left_out_and_the_others_run_in_turns():
 
 
 def test_batches_grow_without_what_did_not_fit_the_last_one(small, monkeypatch):
-    asked, plain = [], chapters.reference.losses
+    sizes, plain = [], chapters.reference.losses
 
     def too_large_for_two(network, batch, loss_function):
-        asked.append(len(batch))
+        sizes.append(len(batch))
         if len(batch) > 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return plain(network, batch, loss_function)
@@ -174,14 +174,14 @@ def test_batches_grow_without_what_did_not_fit_the_last_one(small, monkeypatch):
     rows = chapters.CHAPTERS["training, checkpointing"](one)
     modes = [("product", 1), ("reference", 1), ("product", 2), ("product", 4)]
     assert [(row["mode"], row["batch"]) for row in rows] == modes
-    assert asked == [1, 1, 2]
+    assert sizes == [1, 1, 2]
 
 
 def test_another_error_than_of_memory_is_not_hidden():
     def breaks():
         raise RuntimeError("shapes differ")
 
-    with pytest.raises(RuntimeError, match="shapes differ"):
+    with pytest.raises(RuntimeError, match=r"^shapes differ$"):
         in_turns({"a": breaks}, CPU, rounds=1)
 
 

@@ -1,11 +1,11 @@
-"""The bench measures what it says, on networks of a few thousand weights."""
+"""The bench measures what its tables name, on networks of a few thousand weights."""
 
 import json
 from dataclasses import replace
 
 import pytest
 import torch
-from bench.__main__ import machine, rates, told
+from bench.__main__ import describe, machine, rates
 from bench.pairs import Pairs, in_turns
 from bench.sizes import SMALL, Case, tiny
 from tests.conftest import SIZES
@@ -18,7 +18,7 @@ MINI = Case("mini", SIZES, Lora(r=2, dropout=0.0), "lora", images=2)
 
 
 def test_a_ratio_is_the_median_over_pairs_and_not_the_ratio_of_medians():
-    # 3, 1.5 and 2; the medians alone would say 4 / 2
+    # 3, 1.5 and 2; the medians alone would give 4 / 2
     assert Pairs(product=[1.0, 4.0, 2.0], reference=[3.0, 6.0, 4.0]).ratio == 2.0
     assert Pairs(product=[1.0, 2.0, 10.0], reference=[9.0, 2.0, 10.0]).ratio == 1.0
     assert Pairs(unit="bytes", product=[3.0], reference=[4.0]).ratio == 0.75
@@ -47,7 +47,7 @@ def test_both_modes_take_the_same_step(prompt):
 
 
 def test_the_parts_of_a_step_add_up_to_it(prompt):
-    found, parts = steps.compared(MINI, prompt, pairs=3)
+    found, parts = steps.compare(MINI, prompt, pairs=3)
     assert parts["product"].keys() == parts["reference"].keys()
     assert {*ENCODERS, "language model", "mask decoder", steps.BACKWARD, steps.OPTIMIZER} <= set(parts["product"])
     assert all(seconds >= 0 for own in parts.values() for seconds in own.values())
@@ -55,9 +55,9 @@ def test_the_parts_of_a_step_add_up_to_it(prompt):
 
 
 def test_predictions_that_are_compared_are_the_same(prompt):
-    asked = answers.Answers(MINI, prompt, phrases=3)
-    one_pass = [torch.stack(one) for one in asked.product("forced")]
-    for others in (asked.taught(), asked.spoken(), asked.product("generate")):
+    compared = answers.Answers(MINI, prompt, phrases=3)
+    one_pass = [torch.stack(one) for one in compared.product("forced")]
+    for others in (compared.predict_forced(), compared.predict_generated(), compared.product("generate")):
         assert len(others) == answers.IMAGES
         for own, other in zip(one_pass, others, strict=True):
             assert own.shape == (3, 512, 512)
@@ -74,7 +74,7 @@ def test_an_epoch_from_the_cache_runs_no_encoder(prompt, monkeypatch):
         spent.append(any(name in self.spent["product"][-1] for name in ENCODERS))
 
     monkeypatch.setattr(steps.Steps, "product", product)
-    found = epochs.compared(MINI, prompt, pairs=1, patients=3)
+    found = epochs.compare(MINI, prompt, pairs=1, patients=3)
     half = len(spent) // 4
     assert half > 0
     assert spent == [False] * half + [True] * half + [False] * half + [True] * half
@@ -92,11 +92,11 @@ def test_the_table_names_every_ratio_with_what_was_wanted():
     parts = {mode: {"vision encoder": 0.25, steps.BACKWARD: 0.75} for mode in ("product", "reference")}
     seconds = {"unit": "s", "product": [1.0, 2.0, 3.0], "reference": [4.0, 5.0, 9.0]}
     found = {
-        "ratios": dict.fromkeys(report.TOLD, 2.5) | {"peak_memory": 0.5},
-        "pairs": dict.fromkeys(report.TOLD, seconds)
+        "ratios": dict.fromkeys(report.RATIOS, 2.5) | {"peak_memory": 0.5},
+        "pairs": dict.fromkeys(report.RATIOS, seconds)
         | {"peak_memory": {"unit": "bytes", "product": [2e9], "reference": [4e9]}},
         "machine": machine(),
-        "networks": {"small": told(SMALL)},
+        "networks": {"small": describe(SMALL)},
         "cache": {"images": 8, "image_bytes": 2_000_000, "fill_seconds": 1.5},
         "parts": {"small": parts},
         "images_per_second": {"small": rates(parts, replace(SMALL, images=8))},

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from bench.speech import saying, standard_answer
+from bench.fixed_answer import fix_answer, standard_answer
 
 from bench import reference
 from vessel.batch import FeaturePyramid, Features, Sample
@@ -12,13 +12,13 @@ from vessel.losses import NativeLoss, lm_loss
 from vessel.model.lora import Lora
 
 PHRASES = ("lumen", "side branch", "lipid core", "cap", "vessel", "stent", "thrombus", "calcium")
-OBJECTIVE = NativeLoss(lm_weight=0.7, mask_weight=2.0, dice_weight=0.5)
+LOSS = NativeLoss(lm_weight=0.7, mask_weight=2.0, dice_weight=0.5)
 TRAINED = {"lora": Lora(r=4, dropout=0.0), "all": Lora(r=0)}
 
 
 @pytest.fixture
 def network(plan):
-    """Adapters that do something, and a choice among the candidates that is not always the first."""
+    """Return a function that builds a network whose adapters and choice among the candidate masks are not trivial."""
 
     def make(trainable="lora", dtype=torch.float32):
         made = plan(trainable=trainable, lora=TRAINED[trainable]).build().train()
@@ -33,7 +33,7 @@ def network(plan):
 
 @pytest.fixture
 def batch(make_batch):
-    """Two images, the second with one phrase: `batch(3)`; masks of its objects differ."""
+    """Return a function that makes two images, the second with one phrase; masks of its objects differ."""
 
     def make(phrases):
         made = make_batch([list(PHRASES[:phrases]), ["lumen"]])
@@ -45,8 +45,8 @@ def batch(make_batch):
 
 def product(network, batch):
     output = network(batch)
-    losses = dict(OBJECTIVE(output.mask_logits, batch.masks, network.frame_size))
-    return losses | {"lm_loss": OBJECTIVE.lm_weight * lm_loss(output.lm_logits, output.lm_targets)}
+    losses = dict(LOSS(output.mask_logits, batch.masks, network.frame_size))
+    return losses | {"lm_loss": LOSS.lm_weight * lm_loss(output.lm_logits, output.lm_targets)}
 
 
 def gradients(network, losses):
@@ -57,14 +57,14 @@ def gradients(network, losses):
 
 
 def with_features(network, batch):
-    """The first image's features in place of its pixels, as a cache that misses the second would have it."""
+    """Put the first image's features in place of its pixels, as a cache that misses the second would."""
     with torch.no_grad():
         known = Features(network.encode_tiles(batch.tiles[:1]), FeaturePyramid(*network.encode_frame(batch.frames[:1])))
     return replace(batch, tiles=batch.tiles[1:], frames=batch.frames[1:], features=(known, None))
 
 
 def difference(one, other):
-    """The largest, over the largest value."""
+    """Compute the largest difference, relative to the largest value."""
     return float((one.float() - other.float()).abs().max() / other.float().abs().max().clamp(min=1e-12))
 
 
@@ -78,7 +78,7 @@ CHOICES = [
 def test_losses_and_gradients_are_those_of_the_network(network, batch, trainable, phrases, cached):
     made, given = network(trainable), batch(phrases)
     own = product(made, with_features(made, given) if cached else given)
-    plain = reference.losses(made, given, OBJECTIVE)
+    plain = reference.losses(made, given, LOSS)
     assert own.keys() == plain.keys()
     for name in own:
         assert own[name].item() == pytest.approx(plain[name].item(), rel=1e-5), name
@@ -105,7 +105,7 @@ def test_masks_of_all_slots_are_those_of_their_object(network, batch, phrases):
 def test_in_bf16_both_are_as_far_from_float32(network, batch, phrases):
     """bf16 keeps 8 bits, 0.4 %: some layers later the two may differ by a few percent of the largest value."""
     made, given = network(dtype=torch.bfloat16), batch(phrases)
-    own, plain = product(made, given), reference.losses(made, given, OBJECTIVE)
+    own, plain = product(made, given), reference.losses(made, given, LOSS)
     for name in own:
         assert own[name].item() == pytest.approx(plain[name].item(), rel=0.02), name
     with torch.no_grad():
@@ -128,17 +128,17 @@ def test_prediction_phrase_by_phrase_is_that_of_one_pass(network, batch, prompt,
     made, given = network().eval(), batch(phrases)
     with torch.no_grad():
         own = made.probabilities(made(given), given)[0]
-    plain = reference.taught(made, prompt, sample_of(given))
+    plain = reference.predict_forced(made, prompt, sample_of(given))
     assert torch.allclose(torch.stack(plain), own, atol=1e-5)
 
 
 @pytest.mark.parametrize("phrases", [1, 3])
-def test_what_is_said_is_drawn_as_what_is_taught(network, batch, prompt, phrases):
+def test_masks_of_generated_answers_are_those_of_given_ones(network, batch, prompt, phrases):
     made, given = network().eval(), batch(phrases)
     with torch.no_grad():
         own = made.probabilities(made(given), given)[0]
     answer = standard_answer(prompt)
-    with saying(made, answer):
-        plain = reference.spoken(made, prompt, sample_of(given), max_new_tokens=len(answer))
-    assert [len(drawn) for drawn in plain] == [1] * phrases
-    assert torch.allclose(torch.stack([drawn[0] for drawn in plain]), own, atol=1e-5)
+    with fix_answer(made, answer):
+        plain = reference.predict_generated(made, prompt, sample_of(given), max_new_tokens=len(answer))
+    assert [len(maps) for maps in plain] == [1] * phrases
+    assert torch.allclose(torch.stack([maps[0] for maps in plain]), own, atol=1e-5)

@@ -1,4 +1,4 @@
-"""What grows is measured for each of its values, and runs on ranks are asked for as `vessel.train` understands."""
+"""Each size is measured, and runs on ranks have options that `vessel.train` knows."""
 
 import json
 
