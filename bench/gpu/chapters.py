@@ -33,7 +33,7 @@ Chapter = Callable[[Trial], Any]
 
 
 def measure(trial: Trial, write: Callable[[Mapping[str, Any]], None]) -> None:
-    """Go through the chapters while there is time; one that fails takes no other with it.
+    """Measure the chapters while there is time; one that fails takes no other with it.
 
     Args:
         trial: of one size.

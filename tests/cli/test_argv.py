@@ -25,7 +25,7 @@ KEPT = "hydra.output_subdir=null"  # the record of the run stays as it is
 
 @pytest.fixture(autouse=True)
 def _alone(monkeypatch, tmp_path):
-    """No rank and no job of SLURM, whatever starts the tests; a folder of its own."""
+    """Hide the ranks and the job of SLURM that may start the tests, and work in an empty folder."""
     for name in list(os.environ):
         if name.startswith(("SLURM_", "VESSEL_", "TORCHELASTIC_")):
             monkeypatch.delenv(name)

@@ -18,7 +18,7 @@ PHRASES = ("lumen", "side branch")
 
 
 def row(image: str, phrase: str, dice: float, **scores: float | None) -> ImageScore:
-    """Of image `<patient>_<number>`; HD95 falls as Dice rises, and nothing has a calibration error."""
+    """Make a row of image `<patient>_<number>`; HD95 falls as Dice rises, and nothing has a calibration error."""
     patient = image.split("_")[0]
     values = dict.fromkeys(METRICS, dice) | {"hd95": 40 * (1 - dice), "component_error": 1.0, "ece": None} | scores
     return ImageScore(image, patient, f"{patient}_v1", phrase, present=True, scores=Scores(**values))

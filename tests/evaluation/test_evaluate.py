@@ -37,7 +37,7 @@ def set_threshold(run, threshold):
 
 @pytest.fixture
 def run_folder(tiny_run, tmp_path):
-    """A copy of the run without results, with a threshold at which its hardly trained network draws something."""
+    """Copy the run without results, with a threshold at which its hardly trained network predicts some vessel."""
     shutil.copytree(tiny_run, tmp_path / "run")
     probabilities = network_results(load_model(str(tiny_run)), {"synthetic": synthetic_image(64)}).probabilities[
         "synthetic"
@@ -65,7 +65,7 @@ def score(run_folder, tmp_path):
 
 @pytest.fixture
 def damaged(oct_set, tmp_path):
-    """The data set with one test image cut short."""
+    """Copy the data set with one test image cut short."""
     shutil.copytree(oct_set, tmp_path / "damaged")
     catalog = Catalog.open(tmp_path / "damaged")
     frame = catalog.part("test")[1]

@@ -20,7 +20,7 @@ def folder(tmp_path):
 
 @pytest.fixture
 def run(tmp_path):
-    """A run folder with results on its test part."""
+    """Write a run folder with results on its test part."""
     folder = results(tmp_path / "run/evaluate/test", rows_of(falling))
     manifest = json.loads((folder / "metrics.json").read_text())["manifest"]
     (tmp_path / "run/manifest.json").write_text(json.dumps({**manifest, "fingerprint": ""}))

@@ -1,4 +1,4 @@
-"""What validation decides, on probabilities with known answers, and once with a network."""
+"""The search on validation, on probabilities with known answers, and once with a network."""
 
 import json
 import shutil
@@ -204,7 +204,7 @@ def test_kept_maps_give_the_dice_of_those_that_came(tmp_path):
 
 @pytest.fixture
 def run_folder(tiny_run, tmp_path):
-    """A copy of the run, as searches write into it."""
+    """Copy the run, as searches write into it."""
     shutil.copytree(tiny_run, tmp_path / "run")
     return tmp_path / "run"
 

@@ -50,7 +50,7 @@ class Kept:
 
 
 def really_kept(setup, plan, prompt):
-    """Bytes that the graph of a real step holds."""
+    """Count the bytes that the graph of a real step holds."""
     network = plan(
         sizes=setup.sizes, lora=setup.lora, trainable=setup.trainable, phrases=setup.images.names,
         activation_checkpointing=setup.activation_checkpointing,
@@ -142,7 +142,7 @@ def test_linear_layers_of_zero3_keep_their_input_for_frozen_weights():
 
 
 def _parts(network, device):
-    """Calls of parts of a network on a device."""
+    """Return calls of parts of a network on a device."""
     sizes = SIZES
     network.to_empty(device=device)
     with torch.device(device):

@@ -38,7 +38,7 @@ def settings(network, data, *options):
 
 @pytest.fixture(scope="module")
 def runs(oct_set, tmp_path_factory):
-    """The run folder of each baseline, with a checkpoint of its second step."""
+    """Train each baseline, with a checkpoint of its second step; return the run folders."""
     folder = tmp_path_factory.mktemp("baselines")
     for network in SMALL:
         run = folder / network

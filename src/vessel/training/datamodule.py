@@ -57,7 +57,7 @@ class VesselDataModule(LightningDataModule):
         workers: loader processes on each device.
         repeats: passes over the training images in an epoch.
         augmentation: changes of training images; None for none.
-        seed: of order, wording and augmentation.
+        seed: of order, prompt templates and augmentation.
 
     Attributes:
         features: returns cached features of an image or None, for the data sets made from then on; None for no cache.
@@ -89,7 +89,7 @@ class VesselDataModule(LightningDataModule):
         self._training: EpochSampler | None = None
 
     def dataset(self, part: str) -> VesselDataset:
-        """The samples of `train`, `val` or `test`; only `train` is augmented and worded at random."""
+        """Return the samples of `train`, `val` or `test`; only `train` is augmented and has random templates."""
         in_training = part == "train"
         dataset = VesselDataset(
             self.catalog.root,

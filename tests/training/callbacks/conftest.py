@@ -14,7 +14,7 @@ PHRASES = ("lumen", "cap")
 
 
 def make_batch(number: int, images: int = 2) -> Batch:
-    """Bright discs on noise; image 0 of video v<number>."""
+    """Make images of bright discs on noise; image 0 of video v<number>."""
     generator = torch.Generator().manual_seed(number)
     frames = torch.randint(0, 90, (images, 3, 8, 8), generator=generator, dtype=torch.uint8)
     frames[:, :, 2:6, 2:6] += 150

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(autouse=True)
 def _own_handlers():
-    """A process that stops keeps listening until it has ended; this one goes on."""
+    """Restore the handlers: a process that stops keeps its own until it has ended, and this one goes on."""
     kept = {s: signal.getsignal(s) for s in STOP_CODES}
     yield
     for signum, handler in kept.items():

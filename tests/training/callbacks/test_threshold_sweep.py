@@ -9,7 +9,7 @@ from vessel.training.callbacks.threshold_sweep import ThresholdSweep
 
 
 def naive_curve(task, loader) -> list[float]:
-    """Mean over images of the mean over phrases of the Dice, a phrase never predicted nor present scoring 1."""
+    """Average the Dice over phrases, then over images; a phrase never predicted nor present scores 1."""
     scores = []
     with torch.no_grad():
         for batch in loader:
