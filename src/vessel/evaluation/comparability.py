@@ -11,7 +11,7 @@ from vessel.errors import VesselError
 from vessel.evaluation.results import Results
 from vessel.metrics.summary import ImageScore
 
-# What two sets of scores must have in common, where metrics.json says it, and how the user gets there.
+# Facts that two sets of scores must have in common: name, keys in metrics.json, remedy.
 _SAME = (
     ("data fingerprint", ("data", "fingerprint"), "evaluate both on the same data set"),
     (
@@ -74,7 +74,7 @@ def scored_by_all(found: Sequence[Results], labels: Sequence[str]) -> list[list[
                         f"{a} and {b}; one per_image.csv was changed, evaluate both again"
                     )
     if not common:
-        raise VesselError(f"no image was scored by all of {', '.join(labels)}; look at the failures of each")
+        raise VesselError(f"no image was scored by all of {', '.join(labels)}; their failures are in metrics.json")
     order = [key for key in scored[0] if key[0] in common]
     return [[rows[key] for key in order] for rows in scored]
 

@@ -245,7 +245,7 @@ def _notes(split: Split, folds: Sequence[Mapping[str, Any]]) -> list[str]:
     ]
     if early := [str(fold["fold"]) for fold in folds if fold["stopped_early"]]:
         notes.append(
-            f"Early stopping looked at the images that are scored here when it ended training on fold "
+            f"Early stopping monitored the images that are scored here when it ended training on fold "
             f"{', '.join(early)}: a length chosen beforehand (callbacks.early_stopping=null) avoids that."
         )
     return notes

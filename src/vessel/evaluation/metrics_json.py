@@ -158,7 +158,7 @@ def _notes(model: LoadedModel, part: Part, scored: Scored, uses: Sequence[Mappin
         if (missing := missing_seg(scored.emitted)) is not None:
             notes.append(
                 f"Answers were given to it; within those words [SEG] is its own choice in {100 * (1 - missing):.0f} %. "
-                "What it says by itself: vessel.predict decode=generate."
+                "Its own answers: vessel.predict decode=generate."
             )
     elif not part.own:
         notes.append("This is not the data set of the run; whether they share patients is not known.")

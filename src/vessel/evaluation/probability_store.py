@@ -106,7 +106,7 @@ def require_room(folder: Path, dataset: VesselDataset) -> None:
     """Refuse to begin where the probabilities of two kinds of test-time augmentation have no room.
 
     Raises:
-        VesselError: says how much is needed and free.
+        VesselError: the space is too small; the message has the needed and the free bytes.
     """
     pixels = sum(frame.height * frame.width for frame in dataset.frames) * len(dataset.phrases)
     needed, free = 2 * _BYTES * pixels, shutil.disk_usage(folder).free

@@ -30,7 +30,7 @@ def print_evaluation(report: Mapping[str, Any], out: Path) -> None:
         line(f"means: image, video, patient, set; intervals: 95 %, bootstrap over {unit}s; other scores: metrics.json")
     for phrase, scores in report["summary"].items():
         if not scores["dice"]["n_present"] and phrase != "all":
-            line(f"{phrase} is in none of these images: its scores only say that nothing was drawn", "yellow")
+            line(f"{phrase} is in none of these images: its scores only mean that nothing was predicted", "yellow")
     threshold = "differs" if report["threshold"] is None else f"{report['threshold']:.2f}"  # by fold
     line(f"threshold {threshold} ({report['threshold_source']})")
     for failure in report["failures"][:_MAX_FAILURES]:

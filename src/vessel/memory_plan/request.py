@@ -40,7 +40,7 @@ def require_memory(config: DictConfig) -> MemoryPlan | None:
         by: on the CPU without `gpu_gb`.
 
     Raises:
-        VesselError: it does not fit, and `force` is not given; the message says what would help.
+        VesselError: it does not fit, and `force` is not given; the message lists settings that would help.
     """
     size = _size(config)
     if size is None:

@@ -90,7 +90,7 @@ class ZeroStrategy(DeepSpeedStrategy):
 
     @override
     def setup_distributed(self) -> None:
-        if self._on_cpu:  # there are no device indices to look at
+        if self._on_cpu:  # there are no device indices to check
             self.set_world_ranks()
             self._init_deepspeed_distributed()
         else:
