@@ -94,7 +94,7 @@ def test_what_trains_and_how_it_trains_does_not(network):
             if parameter.requires_grad:
                 parameter.add_(1)
     network.eval()
-    network.checkpoint_layers()
+    network.checkpoint_activations()
     assert cache_namespace(network, VIEWS) == before
 
 

@@ -20,8 +20,8 @@ from vessel.memory_plan.engine import Engine
 from vessel.memory_plan.plan import Setup, memory_plan
 from vessel.model.baselines import PromptedSam2, PromptedSam2Config, UNetConfig
 from vessel.model.lora import Lora
-from vessel.model.placement import place
-from vessel.training.callbacks.first_step_check import check_gradients, gradient_flags
+from vessel.model.placement import distribute
+from vessel.training.callbacks.first_step_check import check_gradients, signs
 from vessel.training.optimizer import OptimizerSettings
 from vessel.training.task import VesselTask
 from vessel.weights.entry import Weights
@@ -249,4 +249,4 @@ def test_a_placed_baseline_computes_the_same(baseline, make_batch, sizes):
     network, batch = baseline(sizes).build().eval(), make_batch([["lumen", "cap"]])
     with torch.no_grad():
         before = network(batch).mask_logits
-        assert torch.equal(before, place(network, "auto")(batch).mask_logits)
+        assert torch.equal(before, distribute(network, "auto")(batch).mask_logits)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from vessel.errors import VesselError
-from vessel.model.placement import place
+from vessel.model.placement import distribute
 
 
 def test_guard_I3_tensors_follow_their_modules(plan, make_batch):
@@ -24,7 +24,7 @@ def test_a_placed_network_computes_the_same(plan, make_batch, device_map):
     network, batch = plan().build().eval(), make_batch([["lumen", "cap"]])
     with torch.no_grad():
         before = network(batch)
-        after = place(network, device_map)(batch)
+        after = distribute(network, device_map)(batch)
     assert torch.equal(before.mask_logits, after.mask_logits)
     assert torch.equal(before.lm_logits, after.lm_logits)
 
@@ -35,22 +35,22 @@ def test_language_on_a_gpu_and_sam2_on_the_cpu(plan, make_batch):
     network, batch = plan().build().eval(), make_batch([["lumen"]])
     with torch.no_grad():
         before = network(batch).mask_logits
-        after = place(network, {"mllm": 0, "text_hidden_fcs": 0, "grounding": "cpu"})(batch).mask_logits
+        after = distribute(network, {"mllm": 0, "text_hidden_fcs": 0, "grounding": "cpu"})(batch).mask_logits
     assert torch.allclose(before, after.cpu(), atol=1e-3)
 
 
 @pytest.mark.parametrize("device_map", ["balanced?", 3, [{"mllm": "cpu"}], ["cpu", "cuda:0"]])
 def test_what_is_no_map_is_refused(plan, device_map):
     with pytest.raises(VesselError, match="use auto, or a device for each part"):
-        place(plan().build(), device_map)
+        distribute(plan().build(), device_map)
 
 
 @pytest.mark.parametrize("mllm", [["cpu"], "banana"])
 def test_wrong_devices_are_refused(plan, mllm):
     with pytest.raises(VesselError, match="device_map"):
-        place(plan().build(), {"mllm": mllm, "text_hidden_fcs": "cpu", "grounding": "cpu"})
+        distribute(plan().build(), {"mllm": mllm, "text_hidden_fcs": "cpu", "grounding": "cpu"})
 
 
 def test_a_part_without_a_device_is_refused(plan):
     with pytest.raises(VesselError, match="device_map"):
-        place(plan().build(), {"mllm": "cpu"})
+        distribute(plan().build(), {"mllm": "cpu"})

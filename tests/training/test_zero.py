@@ -16,7 +16,7 @@ from vessel.errors import VesselError
 from vessel.inference.loading import load_model
 from vessel.training.task import VesselTask
 from vessel.training.zero import ZeroStrategy
-from vessel.weights.zero import open_saved
+from vessel.weights.zero import open_zero_checkpoint
 
 # Every parameter is cut and gathered, however small, and a group of the optimizer falls into several pieces.
 CUT = (
@@ -251,7 +251,7 @@ def test_in_bf16_buffers_and_what_the_optimizer_updates_stay_float32(adapted, al
 @pytest.mark.slow
 def test_a_checkpoint_of_adapters_holds_what_trains_and_restores_the_rest_from_the_base(adapted):
     path, end = find_checkpoint(adapted / "run", ("last",)), seen(adapted, 2)[0]["end"]
-    saved = open_saved(path)
+    saved = open_zero_checkpoint(path)
     assert saved.frozen == {}
     assert saved.trained.keys() == end["trained"].keys()
     state = load_model(str(path)).network.state_dict()
@@ -323,7 +323,7 @@ def test_guard_T13_what_is_not_finite_on_one_rank_stops_every_rank_under_zero3(r
     [path] = (out / "run/checkpoints").glob("last-*.ckpt")
     assert path.name == "last-000001.ckpt"
     assert f"last good checkpoint: {path.parent}/best-000001.ckpt" in message
-    assert all(torch.isfinite(trained.values.whole()).all() for trained in open_saved(path).trained.values())
+    assert all(torch.isfinite(trained.values.whole()).all() for trained in open_zero_checkpoint(path).trained.values())
     ids = message.partition("images of the step: ")[2].partition(";")[0].split(", ")
     assert len(ids) == (1 if job == "nan_loss" else BATCH)
 

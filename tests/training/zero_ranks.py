@@ -181,7 +181,7 @@ def detached() -> None:
 
 
 def recomputed() -> None:
-    changed_network(lambda network: network.checkpoint_layers())  # type: ignore[operator]
+    changed_network(lambda network: network.checkpoint_activations())  # type: ignore[operator]
 
 
 def nan(how: str) -> None:

@@ -9,7 +9,7 @@ from tests.weights.layouts import write_sa2va
 
 from vessel.weights import load as loading
 from vessel.weights.entry import Weights
-from vessel.weights.partition import put
+from vessel.weights.partition import assign
 
 # A public vision encoder of a quarter of its depth, the smallest SAM2, and a language model of two layers.
 SIZES = (
@@ -29,7 +29,7 @@ def test_one_shard_at_a_time_is_mapped(plan, tmp_path, monkeypatch):
     def noted(*arguments):
         lines = Path("/proc/self/maps").read_text().splitlines()
         mapped.append({Path(line.split()[-1]).name for line in lines if str(folder) in line})
-        return put(*arguments)
+        return assign(*arguments)
 
     monkeypatch.setattr(loading, "put", noted)
     loaded = plan(weights=[Weights(str(folder))]).build()

@@ -24,7 +24,7 @@ from vessel.inference.loading import load_model
 from vessel.weights.build import NetworkPlan
 from vessel.weights.entry import Weights
 from vessel.weights.sources import open_source
-from vessel.weights.zero import open_saved, open_zero
+from vessel.weights.zero import open_zero, open_zero_checkpoint
 
 TINY = ("experiment=tiny", "prompt=small", "run=.", "data.root=none", *TINY_NETWORK)
 
@@ -110,7 +110,7 @@ def test_parts_of_stage_2_make_the_whole_with_its_moments(tmp_path, ranks):
     folder = write_zero2(tmp_path / "last.ckpt", ranks=ranks)
     read = dict(open_zero(folder).read())
     assert all(torch.equal(read[name], WHOLE[name]) for name in WHOLE)
-    saved = open_saved(folder)
+    saved = open_zero_checkpoint(folder)
     assert (saved.steps, saved.groups[0]["lr"]) == (4, 0.1)
     for name in ("network.a", "network.c"):
         for moment, factor in MOMENTS.items():

@@ -14,7 +14,7 @@ import torch
 
 from vessel.errors import VesselError
 from vessel.runs.manifest import MANIFEST
-from vessel.weights.zero import LATEST, is_zero, open_zero, written
+from vessel.weights.zero import LATEST, is_zero_folder, open_zero, time_written
 
 _PART, _ASIDE = ".part", ".aside"
 _FOLDER = 0x10  # a zip file's mark of a part that is a folder
@@ -62,12 +62,12 @@ def find_checkpoint(run: Path, kinds: tuple[str, ...] = ("best", "last")) -> Pat
     Raises:
         VesselError: the folder is no run, or has no checkpoint yet.
     """
-    if is_zero(run):
+    if is_zero_folder(run):
         _refuse_unfinished(run)
         return run
     for kind in kinds:
         for folder in (run, run / "checkpoints"):
-            if found := sorted(folder.glob(f"{kind}*.ckpt"), key=written):
+            if found := sorted(folder.glob(f"{kind}*.ckpt"), key=time_written):
                 return found[-1]
     what = "a run without checkpoint" if (run / MANIFEST).is_file() else "neither a run nor an export of vessel"
     raise VesselError(f"{run}: {what}; give a run folder (outputs/<name>/<time>), one of its checkpoints, or an export")
@@ -88,7 +88,7 @@ def newest_good(run: Path) -> tuple[Path | None, list[str]]:
     put_back(run / "checkpoints")
     steps: dict[Path, int] = {}
     skipped = []
-    for path in sorted(checkpoints_in(run / "checkpoints"), key=written, reverse=True):
+    for path in sorted(checkpoints_in(run / "checkpoints"), key=time_written, reverse=True):
         step = _step(path)
         if isinstance(step, str):
             skipped.append(f"{path.name}: {step}")
@@ -118,7 +118,7 @@ def read_checkpoint(path: Path) -> Mapping[str, Any]:
     """
     _refuse_unfinished(path)
     try:
-        if is_zero(path):
+        if is_zero_folder(path):
             checkpoint = open_zero(path).beside
         else:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
-from vessel.checkpoints.reading import aside_of, checkpoints_in, part_of, put_back, written
+from vessel.checkpoints.reading import aside_of, checkpoints_in, part_of, put_back, time_written
 from vessel.checkpoints.retention import discard
 from vessel.errors import DISK_FULL, VesselError
 from vessel.files import flush, put_in_place, readable, size_on_disk
@@ -153,7 +153,7 @@ def _refusal(path: Path, error: Exception, begun: int) -> VesselError | None:
         return None
     is_full = refused is None or refused.errno in DISK_FULL
     reason = "the disk or the quota is full" if is_full else refused.strerror  # type: ignore[union-attr]
-    before = max(checkpoints_in(path.parent), key=written, default=None)
+    before = max(checkpoints_in(path.parent), key=time_written, default=None)
     needed = max(begun, 0 if before is None else size_on_disk(before))
     kept = "no checkpoint was there before" if before is None else f"the checkpoint before is intact: {before.name}"
     free = shutil.disk_usage(path.parent if path.parent.is_dir() else Path.home()).free

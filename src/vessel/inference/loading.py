@@ -171,7 +171,7 @@ def _from_export(source: WeightSource, settings: LoadSettings) -> LoadedModel:
         plan = _plan(plain, prompt, settings, [source.entry], lora=Lora(r=0))
     network = plan.build()
     *before, own = plan.reports
-    if source.kind.on_top:
+    if source.kind.needs_base:
         require_same_base(manifest.weights, before)
     if own.fingerprint != manifest.fingerprint:
         raise VesselError(
@@ -183,7 +183,7 @@ def _from_export(source: WeightSource, settings: LoadSettings) -> LoadedModel:
 
 def _from_public(source: WeightSource, settings: LoadSettings) -> LoadedModel:
     """A network that vessel never trained: nothing but its own files says what it is."""
-    if source.kind.on_top or source.kind is INTERNVL or "grounding" not in source.kind.modules:
+    if source.kind.needs_base or source.kind is INTERNVL or "grounding" not in source.kind.modules:
         raise VesselError(
             f"{source.entry.source}: a {source.kind.name} is no whole Sa2VA; begin a training with it: vessel.train "
             f"weights=[...,{source.entry.source}]"

@@ -35,7 +35,7 @@ class Predictor:
     Args:
         model: network, prompt and views.
         device: `auto`, `cpu` or `cuda`; a GPU computes in bf16.
-        device_map: parts of the network on several devices, as `vessel.model.placement.place` takes it.
+        device_map: parts of the network on several devices, as `vessel.model.placement.distribute` takes it.
         decode: `forced` teaches the answer and takes one pass a batch; `generate` lets the network speak, phrase by
             phrase in one conversation, and reads the masks of what it said. A free question needs `generate`.
         max_new_tokens: where `generate` cuts an answer that does not end.

@@ -205,7 +205,7 @@ def _network(setup: Setup, prompt: Prompt) -> Network:
             add_lora(network, setup.lora, new_tokens=prompt.new_tokens, seg_is_trained=True)
     choose_trainable(network, setup.trainable)
     if setup.activation_checkpointing:
-        network.checkpoint_layers()
+        network.checkpoint_activations()
     setup.engine.prepare(network)
     return network
 

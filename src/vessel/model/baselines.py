@@ -1,6 +1,6 @@
-"""The networks that a Sa2VA has to beat: SAM2 with a learned prompt a phrase, and a U-Net with a channel a phrase.
+"""Baselines for a Sa2VA: SAM2 with a learned prompt a phrase, and a U-Net with a channel a phrase.
 
-Neither has a language model: the phrases of the run are a fixed list, and a phrase is known by its place in it.
+Neither has a language model: the phrases of the run are a fixed list, and a phrase is known by its index in it.
 
 Letters: B images, N masks (each image as often as it has phrases), S side of the frame, C width of SAM2.
 """
@@ -37,30 +37,39 @@ class Baseline(Network):
         super().__init__(frame_size, phrases)
 
     def forward(self, batch: Batch) -> Output:
-        """Masks of a batch; there are no words to learn.
+        """Predict the masks of a batch; language logits are empty.
 
         Raises:
             VesselError: frames have another size than the network's, or a phrase is none of its own.
         """
         self.require_frames(batch)
-        images, phrases = self._asked(batch)
+        images, phrases = self._images_and_phrases(batch)
         return Output(
-            mask_logits=self.draw(batch.frames, images, phrases),
+            mask_logits=self.segment(batch.frames, images, phrases),
             seg_to_image=images,
             lm_logits=torch.empty(0, 1, device=images.device),
             lm_targets=torch.empty(0, dtype=torch.int64, device=images.device),
         )
 
-    def draw(self, frames: Tensor, images: Tensor, phrases: Tensor) -> Tensor:
-        """Mask logits float32 [N, h, w] of frames uint8 [B, 3, S, S]: of the N images and phrases, int64 [N] each."""
+    def segment(self, frames: Tensor, images: Tensor, phrases: Tensor) -> Tensor:
+        """Segment N phrases.
+
+        Args:
+            frames: uint8 [B, 3, S, S].
+            images: int64 [N], the frame of each mask.
+            phrases: int64 [N], the phrase of each mask, an index into the list.
+
+        Returns:
+            mask logits float32 [N, h, w].
+        """
         raise NotImplementedError
 
     def emitted(self, output: Output) -> Tensor:
-        """Nothing: bool [0]."""
+        """Return bool [0]: there is no language model."""
         return torch.empty(0, dtype=torch.bool, device=output.mask_logits.device)
 
-    def _asked(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """For each of N masks its image in the batch and its phrase in the list, int64 [N]."""
+    def _images_and_phrases(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return the index of the image and of the phrase of each of N masks, int64 [N] each."""
         require_known(self, [phrase for of_image in batch.phrases for phrase in of_image])
         images = [i for i, of_image in enumerate(batch.phrases) for _ in of_image]
         phrases = [self.phrases.index(phrase) for of_image in batch.phrases for phrase in of_image]
@@ -78,39 +87,39 @@ def require_known(network: Network, phrases: Sequence[str]) -> None:
     if known is not None and (new := [phrase for phrase in dict.fromkeys(phrases) if phrase not in known]):
         raise VesselError(
             f"phrases: {', '.join(new)}: this network reads no words, it knows the phrases that it was trained on: "
-            f"{', '.join(known)}; ask for those, or train with data.phrases=[{','.join([*known, *new])}]"
+            f"{', '.join(known)}; choose among those, or train with data.phrases=[{','.join([*known, *new])}]"
         )
 
 
 @dataclass(frozen=True)
 class PromptedSam2Config:
-    """Everything that fixes the shape of a SAM2 with a learned prompt a phrase.
+    """Configuration that fixes the shape of a SAM2 with a learned prompt a phrase.
 
     Attributes:
         grounding: sizes of SAM2.
     """
 
     grounding: GroundingConfig
-    loads: ClassVar[tuple[str, ...]] = ("grounding",)
+    loadable: ClassVar[tuple[str, ...]] = ("grounding",)
 
     @property
     def geometry(self) -> InputGeometry:
-        """A frame; of tiles, which it does not look at, the smallest."""
+        """Return the frame size, with the smallest tiles, as none are read."""
         return _without_tiles(self.grounding.frame_size)
 
     def build(self, tokens: TokenIds, phrases: Sequence[str]) -> PromptedSam2:
-        """The network with random weights."""
+        """Build the network with random weights."""
         with torch.device("cpu"):  # Hiera reads values while it is built, which the meta device has not
             network = PromptedSam2(build_grounding(self.grounding), phrases)
         return _on_the_current_device(network)
 
     def with_frame_size(self, size: int) -> tuple[str, PromptedSam2Config]:
-        """The same at another resolution, after the option that says so."""
+        """Return the option that sets another frame size, and the configuration with it."""
         return f"model.grounding.frame_size={size}", replace(self, grounding=replace(self.grounding, frame_size=size))
 
 
 class PromptedSam2(Baseline):
-    """SAM2 whose third sparse token is learned, one a phrase, where a Sa2VA has what its language model says.
+    """SAM2 whose third sparse token is learned, one a phrase, in place of the language embedding of a Sa2VA.
 
     Args:
         grounding: SAM2.
@@ -120,33 +129,33 @@ class PromptedSam2(Baseline):
     def __init__(self, grounding: Grounding, phrases: Sequence[str]) -> None:
         super().__init__(grounding.image_size, phrases)
         self.grounding = grounding
-        self.phrase_prompts = nn.Embedding(len(phrases), grounding.hidden_dim)  # drawn as SAM2's own prompts are
+        self.phrase_prompts = nn.Embedding(len(phrases), grounding.hidden_dim)  # initialised as SAM2's own prompts are
 
-    def draw(self, frames: Tensor, images: Tensor, phrases: Tensor) -> Tensor:
-        """Mask logits float32 [N, S/4, S/4]: the candidate with the highest predicted IoU."""
-        here, dtype = self.grounding.no_mem_embed.device, self.grounding.no_mem_embed.dtype
-        features = self.grounding.encode(normalise(frames.to(here)).to(dtype))
-        prompts = self.phrase_prompts(phrases.to(self.phrase_prompts.weight.device)).to(here)
-        return best_candidate(*self.grounding.decode(features.of(images.to(here)), prompts))
+    def segment(self, frames: Tensor, images: Tensor, phrases: Tensor) -> Tensor:
+        """Segment N phrases, as `Baseline.segment`: [N, S/4, S/4], of the candidate with the highest predicted IoU."""
+        device, dtype = self.grounding.no_mem_embed.device, self.grounding.no_mem_embed.dtype
+        features = self.grounding.encode(normalise(frames.to(device)).to(dtype))
+        prompts = self.phrase_prompts(phrases.to(self.phrase_prompts.weight.device)).to(device)
+        return best_candidate(*self.grounding.decode(features.of(images.to(device)), prompts))
 
     def parts(self) -> Mapping[str, nn.Module]:
-        """Those of SAM2."""
+        """Return image encoder and mask decoder by name."""
         own = self.grounding
         return {"SAM2 image encoder": own.image_encoder, "mask decoder": own.sam_mask_decoder}
 
-    def costly(self) -> Sequence[nn.Module]:
-        """The trunk of the image encoder."""
+    def modules_to_compile(self) -> Sequence[nn.Module]:
+        """Return the trunk of the image encoder."""
         return [self.grounding.image_encoder.trunk]
 
-    def checkpoint_layers(self) -> None:
-        """For the image encoder where it trains; in a frozen one nothing is kept anyway."""
+    def checkpoint_activations(self) -> None:
+        """Recompute the blocks of the image encoder where it trains; a frozen one keeps nothing anyway."""
         if trains(self.grounding.image_encoder):
-            self.grounding.checkpoint_blocks()
+            self.grounding.checkpoint_activations()
 
 
 @dataclass(frozen=True)
 class UNetConfig:
-    """Everything that fixes the shape of a U-Net.
+    """Configuration that fixes the shape of a U-Net.
 
     Attributes:
         encoder: as segmentation-models-pytorch calls it; weights of the ResNets are read from local files.
@@ -157,15 +166,15 @@ class UNetConfig:
     encoder: str = "resnet34"
     decoder: Sequence[int] = (256, 128, 64, 32, 16)
     frame_size: int = 512
-    loads: ClassVar[tuple[str, ...]] = ("unet.encoder",)
+    loadable: ClassVar[tuple[str, ...]] = ("unet.encoder",)
 
     @property
     def geometry(self) -> InputGeometry:
-        """A frame; of tiles, which it does not look at, the smallest."""
+        """Return the frame size, with the smallest tiles, as none are read."""
         return _without_tiles(self.frame_size)
 
     def build(self, tokens: TokenIds, phrases: Sequence[str]) -> UNet:
-        """The network with random weights; nothing is downloaded.
+        """Build the network with random weights; nothing is downloaded.
 
         Raises:
             VesselError: the package is not there, or a size is none that it builds.
@@ -193,7 +202,7 @@ class UNetConfig:
         return _on_the_current_device(network)
 
     def with_frame_size(self, size: int) -> tuple[str, UNetConfig]:
-        """The same at another resolution, after the option that says so."""
+        """Return the option that sets another frame size, and the configuration with it."""
         return f"model.frame_size={size}", replace(self, frame_size=size)
 
 
@@ -210,25 +219,25 @@ class UNet(Baseline):
         super().__init__(frame_size, phrases)
         self.unet = unet
 
-    def draw(self, frames: Tensor, images: Tensor, phrases: Tensor) -> Tensor:
-        """Mask logits float32 [N, S, S]."""
+    def segment(self, frames: Tensor, images: Tensor, phrases: Tensor) -> Tensor:
+        """Segment N phrases, as `Baseline.segment`: [N, S, S]."""
         first = next(self.unet.parameters())
         logits: Tensor = self.unet(normalise(frames.to(first.device)).to(first.dtype))
         return logits[images.to(logits.device), phrases.to(logits.device)].float()
 
     def parts(self) -> Mapping[str, nn.Module]:
-        """Both halves."""
+        """Return encoder and decoder by name."""
         return {
             "U-Net encoder": self.unet.get_submodule("encoder"),
             "U-Net decoder": self.unet.get_submodule("decoder"),
         }
 
-    def costly(self) -> Sequence[nn.Module]:
-        """All of it."""
+    def modules_to_compile(self) -> Sequence[nn.Module]:
+        """Return the whole U-Net."""
         return [self.unet]
 
-    def checkpoint_layers(self) -> None:
-        """Batch normalisation would count a batch twice.
+    def checkpoint_activations(self) -> None:
+        """Refuse: batch normalisation would count a batch twice.
 
         Raises:
             VesselError: always.

@@ -17,7 +17,7 @@ from vessel.batch import FeaturePyramid
 
 @contextmanager
 def _hydra_as_found() -> Iterator[None]:
-    """`import sam2` initialises Hydra's global state, after which no command could start; take that back."""
+    """Undo what `import sam2` does: it initialises Hydra's global state, after which no command could start."""
     was_initialised = GlobalHydra.instance().is_initialized()
     yield
     if not was_initialised:
@@ -36,7 +36,7 @@ with _hydra_as_found():
 
 @dataclass(frozen=True)
 class GroundingConfig:
-    """Sa2VAConfig of SAM2; the defaults are `sam2_hiera_large`, generation 2.0.
+    """Configuration of SAM2; the defaults are `sam2_hiera_large`, generation 2.0.
 
     Attributes:
         frame_size: side of the input frame, pixels, a multiple of 32.
@@ -63,7 +63,7 @@ class GroundingConfig:
 
 @dataclass(frozen=True)
 class FrameFeatures:
-    """SAM2's view of B frames, computed once whatever the number of phrases.
+    """Features of B frames as the mask decoder reads them, computed once for any number of phrases.
 
     Attributes:
         top: [B, C, S/16, S/16].
@@ -74,18 +74,18 @@ class FrameFeatures:
     high: tuple[Tensor, Tensor]
 
     def of(self, index: Tensor) -> FrameFeatures:
-        """The features of the frames that `index` (int64 [N]) names."""
+        """Take the features of the frames that `index` (int64 [N]) names."""
         return FrameFeatures(self.top[index], (self.high[0][index], self.high[1][index]))
 
 
 class Grounding(SAM2Base):
-    """SAM2 whose mask decoder listens to a language embedding.
+    """SAM2 whose mask decoder takes a language embedding as prompt.
 
     Parameter names are those of the sam2 package, so that its weights load as they are.
     """
 
     def encode(self, frames: Tensor) -> FrameFeatures:
-        """Features of normalised frames [B, 3, S, S]."""
+        """Encode normalised frames [B, 3, S, S] as the mask decoder reads them."""
         return self.features(self.encode_frame(frames))
 
     def encode_frame(self, frames: Tensor) -> FeaturePyramid:
@@ -99,14 +99,14 @@ class Grounding(SAM2Base):
         decoder = self.sam_mask_decoder
         return FrameFeatures(pyramid.top, (decoder.conv_s0(pyramid.high), decoder.conv_s1(pyramid.middle)))
 
-    def checkpoint_blocks(self) -> None:
+    def checkpoint_activations(self) -> None:
         """Keep only the input of each block of the image encoder where gradients are wanted."""
         for block in self.image_encoder.trunk.blocks:
             # the method alone: a wrapping module would change the names of tensors
             block.forward = partial(_recomputed, block.forward)
 
     def decode(self, features: FrameFeatures, prompts: Tensor) -> tuple[Tensor, Tensor]:
-        """Masks for N prompts.
+        """Decode masks for N prompts.
 
         Args:
             features: of N frames, one per prompt.
@@ -119,18 +119,18 @@ class Grounding(SAM2Base):
         return masks, ious
 
     def without_memory(self, top: Tensor) -> Tensor:
-        """Features [N, C, s, s] marked as those of an image, or of a frame that nothing came before."""
+        """Mark features [N, C, s, s] as those of an image, or of a frame without memory."""
         return top + self.no_mem_embed.reshape(1, -1, 1, 1)
 
     def candidates(
         self, features: Tensor, high: tuple[Tensor, Tensor], prompts: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Three candidates for each of N masks.
+        """Decode three candidates for each of N masks.
 
         Args:
             features: [N, C, S/16, S/16], with or without memory.
             high: as in `FrameFeatures`, N each.
-            prompts: [N, C], the projected `[SEG]` states; None where the memory alone says what to draw.
+            prompts: [N, C], the projected `[SEG]` states; None where the memory alone prompts.
 
         Returns:
             mask logits float32 [N, 3, S/4, S/4], predicted IoU float32 [N, 3], mask tokens [N, 3, C], and logits
@@ -153,7 +153,10 @@ class Grounding(SAM2Base):
         return masks.float(), ious.float(), tokens, appears
 
     def _dense_position(self) -> Tensor:
-        """Random Fourier position of every cell, float32 [1, C, s, s]; sam2's own version fails on bf16 weights."""
+        """Compute the random Fourier position of every cell: float32 [1, C, s, s].
+
+        The method of sam2 itself fails on bf16 weights.
+        """
         matrix = self.sam_prompt_encoder.pe_layer.positional_encoding_gaussian_matrix.float()
         side = self.sam_image_embedding_size
         centres = (torch.arange(side, dtype=torch.float32, device=matrix.device) + 0.5) / side
@@ -176,7 +179,7 @@ def _recomputed(forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 
 def best_candidate(masks: Tensor, ious: Tensor) -> Tensor:
-    """The candidate with the highest predicted IoU: masks [N, 3, h, w], ious [N, 3] -> [N, h, w]."""
+    """Take the candidate with the highest predicted IoU: masks [N, 3, h, w], ious [N, 3] -> [N, h, w]."""
     return masks[torch.arange(len(masks), device=masks.device), ious.argmax(dim=1)]
 
 

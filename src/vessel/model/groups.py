@@ -1,4 +1,4 @@
-"""Named groups of parameters, and which of them train; modules, by which loads are told and asked for."""
+"""Parameter groups, by which a run chooses what trains; modules, by which loads of weights are chosen and reported."""
 
 from __future__ import annotations
 
@@ -54,17 +54,17 @@ TRAINABLE = {
 
 
 def parameter_group(name: str) -> str:
-    """The group that a parameter belongs to, by its name in the network."""
+    """Return the group of a parameter, by its name in the network."""
     return next((group for group, part in GROUPS if part in name), "video memory")
 
 
 def module_of(name: str) -> str:
-    """The module that a tensor belongs to, by its name in its network; `other` for a name that no network has."""
+    """Return the module of a tensor, by its name in its network; `other` for a name that no network has."""
     return next((module for module, part in MODULES if part in name), "other")
 
 
 def trained_by(choice: str) -> set[str]:
-    """The groups that train.
+    """Return the groups that train under a choice of `trainable=`.
 
     Raises:
         VesselError: unknown choice.
@@ -96,7 +96,7 @@ def _is_token_adapter(name: str) -> bool:
 
 
 def trainable_groups(network: nn.Module) -> dict[str, list[tuple[str, nn.Parameter]]]:
-    """Trainable parameters by group, in the network's order."""
+    """Return the trainable parameters by group, in the network's order."""
     groups: dict[str, list[tuple[str, nn.Parameter]]] = {}
     for name, parameter in network.named_parameters():
         if parameter.requires_grad:

@@ -81,14 +81,14 @@ def is_adapter(name: str) -> bool:
 
 
 def merged_name(name: str) -> str:
-    """The tensor of a network without adapters that a tensor, an adapter's included, is part of."""
+    """Return the name, in a network without adapters, of the tensor that this one is or changes."""
     name = re.sub(rf"\.(lora_[AB]|modules_to_save)\.{_ADAPTER}\.", ".", name)
     name = re.sub(rf"\.token_adapter\.trainable_tokens_delta\.{_ADAPTER}$", ".weight", name)
     return re.sub(r"\.(token_adapter\.)?(base_layer|original_module)\.", ".", name)
 
 
 def merged_state(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The network's tensors with adapters folded in, under the names of a network without adapters.
+    """Yield the network's tensors with adapters folded in, under the names of a network without adapters.
 
     Every adapted weight is W + (alpha / r) B A, computed in float32; the live network is not touched.
 
@@ -115,7 +115,7 @@ def merged_state(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def adapter_state(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Adapters and trained copies as peft names them in a folder of the language model alone, on the CPU."""
+    """Yield adapters and trained copies as peft names them in a folder of the language model alone, on the CPU."""
     for name, tensor in network.state_dict().items():
         if is_adapter(name):
             language = name.replace("mllm.model.language_model.", "model.").removeprefix("mllm.")

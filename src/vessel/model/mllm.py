@@ -25,7 +25,7 @@ Language = Literal["qwen2", "internlm2"]
 
 @dataclass(frozen=True)
 class LanguageConfig:
-    """Sa2VAConfig of Qwen2 or InternLM2.
+    """Configuration of Qwen2 or InternLM2.
 
     Attributes:
         width, layers, heads, kv_heads, mlp: as in a Qwen2 configuration; a head is width / heads wide.
@@ -60,7 +60,7 @@ class LanguageConfig:
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """Sa2VAConfig of InternViT; the defaults are InternViT-300M-448px.
+    """Configuration of InternViT; the defaults are InternViT-300M-448px.
 
     Attributes:
         tile_size: side of a tile, pixels.
@@ -89,7 +89,7 @@ class VisionConfig:
 
     @property
     def tokens_per_tile(self) -> int:
-        """Image tokens of one tile: patches after 2 x 2 pixel shuffle."""
+        """Return the image tokens of one tile: patches after 2 x 2 pixel shuffle."""
         return (self.tile_size // self.patch) ** 2 // 4
 
 
@@ -97,7 +97,7 @@ def build_mllm(language: LanguageConfig, vision: VisionConfig, tokens: TokenIds)
     """Build InternVL with random weights; embedding and head are not tied, as in every public Sa2VA.
 
     Weights are drawn with standard deviation 1 / sqrt(width), about the 0.02 that transformers takes for large widths;
-    0.02 would leave what a small network says about different phrases nearly the same for hundreds of steps.
+    with 0.02 the states of a small network for different phrases would be nearly the same for hundreds of steps.
     """
     config = InternVLConfig(
         vision_config=InternVLVisionConfig(

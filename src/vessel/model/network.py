@@ -25,7 +25,7 @@ def normalise(images: Tensor) -> Tensor:
 
 
 class Network(nn.Module):
-    """Draws a mask for each phrase of each image.
+    """A network that segments each phrase in each image.
 
     Args:
         frame_size: side S of the frames that it takes, pixels.
@@ -38,11 +38,11 @@ class Network(nn.Module):
         self.phrases = None if phrases is None else tuple(phrases)
 
     def forward(self, batch: Batch) -> Output:
-        """Masks of a batch, and what a language model says to it where there is one."""
+        """Predict the masks of a batch, and the language logits where there is a language model."""
         raise NotImplementedError
 
     def probabilities(self, output: Output, batch: Batch) -> tuple[Tensor, ...]:
-        """One float32 [K, H, W] an image at its native size, values in [0, 1]."""
+        """Return the probabilities of each image at its native size: float32 [K, H, W], values in [0, 1]."""
         per_image = output.mask_logits.split([len(p) for p in batch.phrases])
         return tuple(
             upsample(logits, self.frame_size, size).sigmoid()
@@ -54,28 +54,28 @@ class Network(nn.Module):
         raise NotImplementedError
 
     def trainable_groups(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
-        """Trainable parameters by group, in the network's order."""
+        """Return the trainable parameters by group, in the network's order."""
         return trainable_groups(self)
 
     def parts(self) -> Mapping[str, nn.Module]:
-        """Modules whose activations a memory plan tells apart, each run at most once at a time, by their names."""
+        """Return the modules whose activations a memory plan counts, by name; each runs at most once at a time."""
         raise NotImplementedError
 
-    def checkpoint_layers(self) -> None:
-        """In training keep only what enters each layer and compute the layer again in the backward pass.
+    def checkpoint_activations(self) -> None:
+        """Keep only the input of each layer in training, and compute the layer again in the backward pass.
 
         Raises:
             VesselError: this network cannot.
         """
         raise NotImplementedError
 
-    def costly(self) -> Sequence[nn.Module]:
-        """Modules that take most of the time; those of one kind share what is compiled of them."""
+    def modules_to_compile(self) -> Sequence[nn.Module]:
+        """Return the modules that take most of the time; those of one class share their compiled code."""
         raise NotImplementedError
 
     def compile_layers(self, backend: str = "inductor") -> None:
-        """Have torch compile the costly modules at their first use; names of tensors stay as they are."""
-        for module in self.costly():
+        """Have torch compile `modules_to_compile` at their first use; names of tensors stay as they are."""
+        for module in self.modules_to_compile():
             module.compile(backend=backend)
 
     def require_frames(self, batch: Batch) -> None:
@@ -92,20 +92,20 @@ class Network(nn.Module):
 
 
 class NetworkConfig(Protocol):
-    """Everything that fixes the shape of a network.
+    """Configuration that fixes the shape of a network.
 
     Attributes:
-        loads: modules that weights may give; the others always begin at random.
+        loadable: modules that weights may give; the others always begin at random.
     """
 
-    loads: ClassVar[tuple[str, ...]]
+    loadable: ClassVar[tuple[str, ...]]
 
     @property
     def geometry(self) -> InputGeometry:
         """Return the sizes to which images are cut and resized for this network."""
 
     def build(self, tokens: TokenIds, phrases: Sequence[str]) -> Network:
-        """The network with random weights, on the current device.
+        """Build the network with random weights, on the current device.
 
         Args:
             tokens: ids that the prompt uses.
@@ -113,4 +113,4 @@ class NetworkConfig(Protocol):
         """
 
     def with_frame_size(self, size: int) -> tuple[str, Self]:
-        """The same at another resolution, after the option that says so."""
+        """Return the option that sets another frame size, and the configuration with it."""

@@ -9,14 +9,14 @@ from accelerate import dispatch_model, infer_auto_device_map
 from vessel.errors import VesselError
 from vessel.model.network import Network
 
-# What works on one device as a whole: a layer of either encoder or of the language model, SAM2, and a U-Net.
+# Modules that stay whole on one device: a layer of either encoder or of the language model, SAM2, and a U-Net.
 _WHOLE = [
     *("Qwen2DecoderLayer", "LlamaDecoderLayer", "InternVLVisionLayer", "InternVLVisionEmbeddings"),
     *("Grounding", "Unet"),
 ]
 
 
-def place(network: Network, device_map: str | Mapping[str, str | int]) -> Network:
+def distribute(network: Network, device_map: str | Mapping[str, str | int]) -> Network:
     """Put parts of a network on different devices; tensors follow them.
 
     Args:

@@ -1,4 +1,4 @@
-"""Sa2VA: a language model that sees the image and a SAM2 that draws what its `[SEG]` token means.
+"""Sa2VA: a vision-language model whose `[SEG]` token prompts the mask decoder of SAM2.
 
 Letters: B images, N `[SEG]` tokens of the batch, T tiles, L tokens, d width of the language model, C width of SAM2.
 """
@@ -23,7 +23,7 @@ from vessel.model.network import Network, normalise
 
 @dataclass(frozen=True)
 class Sa2VAConfig:
-    """Everything that fixes the shape of a network.
+    """Configuration that fixes the shape of a Sa2VA.
 
     Attributes:
         language, vision, grounding: sizes of the three networks.
@@ -34,7 +34,7 @@ class Sa2VAConfig:
     vision: VisionConfig
     grounding: GroundingConfig
     max_tiles: int = 12
-    loads: ClassVar[tuple[str, ...]] = ("mllm", "grounding", "text_hidden_fcs")
+    loadable: ClassVar[tuple[str, ...]] = ("mllm", "grounding", "text_hidden_fcs")
 
     @property
     def geometry(self) -> InputGeometry:
@@ -44,20 +44,20 @@ class Sa2VAConfig:
         )
 
     def build(self, tokens: TokenIds, phrases: Sequence[str]) -> Sa2VA:
-        """The network with random weights; it reads any phrase, so that those of the run do not matter."""
+        """Build the network with random weights; it reads any phrase, so those of the run do not matter."""
         return build_sa2va(self, tokens)
 
     def with_frame_size(self, size: int) -> tuple[str, Sa2VAConfig]:
-        """The same at another resolution of SAM2, after the option that says so."""
+        """Return the option that sets another frame size, and the configuration with it."""
         return f"model.grounding.frame_size={size}", replace(self, grounding=replace(self.grounding, frame_size=size))
 
 
 class Sa2VA(Network):
-    """The network, made of three built parts, which may lie on different devices: tensors follow them.
+    """A Sa2VA of three built parts, which may lie on different devices: tensors follow them.
 
     Args:
         mllm: InternVL with its language head.
-        grounding: SAM2 that listens to a language embedding.
+        grounding: SAM2 with the language embedding as prompt.
         tokens: ids of `[SEG]` and of the image token.
     """
 
@@ -72,7 +72,9 @@ class Sa2VA(Network):
         self.tokens = tokens
 
     def forward(self, batch: Batch) -> Output:
-        """Teacher-forced pass: the answer, `[SEG]` tokens included, is part of `batch.input_ids`.
+        """Compute masks and language logits in a teacher-forced pass.
+
+        The answer, `[SEG]` tokens included, is part of `batch.input_ids`.
 
         Raises:
             VesselError: image tokens and vision features differ in number, frames have another size than the
@@ -92,38 +94,45 @@ class Sa2VA(Network):
     def encode_tiles(self, tiles: Tensor) -> Tensor:
         """Encode tiles uint8 [T, 3, t, t] into features [T, P, v], four patches a feature, not projected.
 
-        No graph is kept through a frozen one.
+        No graph is kept through a frozen encoder.
+
+        Args:
+            tiles: uint8 [T, 3, t, t], RGB.
+
+        Returns:
+            [T, P, v] in the dtype of the encoder.
         """
         own = self.mllm.model
         tower = own.vision_tower
         pixels = normalise(tiles.to(_device(tower))).to(tower.dtype)
         with torch.set_grad_enabled(torch.is_grad_enabled() and trains(tower)):
-            patches = tower(pixel_values=pixels, return_dict=True).last_hidden_state[:, 1:]  # the first is of no place
+            # the first is the class token
+            patches = tower(pixel_values=pixels, return_dict=True).last_hidden_state[:, 1:]
             side = math.isqrt(patches.shape[1])
             four = own.pixel_shuffle(patches.unflatten(1, (side, side)), scale_factor=own.config.downsample_ratio)
             return four.flatten(1, 2).to(tower.dtype)
 
     def embed(self, input_ids: Tensor, tile_features: Tensor, regions: Sequence[Tensor] | None = None) -> Tensor:
-        """Token embeddings [B, L, d] with the projected features of tiles in place of image tokens.
+        """Embed tokens, with the projected features of tiles at image tokens: [B, L, d].
 
         Args:
             input_ids: int64 [B, L].
             tile_features: [T, P, v], by `encode_tiles` of the tiles of all images, in their order.
-            regions: one bool [R, s, s] an image; the features of its last tile that a region holds come once more,
+            regions: one bool [R, s, s] an image; the features of its last tile that a region covers come once more,
                 region by region, after those of its tiles.
 
         Raises:
             VesselError: the number of image tokens is not the number of features.
         """
-        reading = self.mllm.get_input_embeddings()
+        table = self.mllm.get_input_embeddings()
         features = self.mllm.model.multi_modal_projector(tile_features)
-        embeddings = reading(input_ids.to(_device(reading)))
+        embeddings = table(input_ids.to(_device(table)))
         is_image = input_ids == self.tokens.image
         count = features.shape[0] * features.shape[1] + sum(int(held.sum()) for held in regions or ())
         if int(is_image.sum()) != count:
             raise VesselError(
                 f"the prompt holds {int(is_image.sum())} image tokens but the vision encoder made {count} features of "
-                f"{len(tile_features)} tiles; build prompts with vessel.data.prompt and the network's own views"
+                f"{len(tile_features)} tiles; build prompts with vessel.data.prompt and the network's own geometry"
             )
         if regions is not None:
             features = _with_regions(features, is_image.sum(1).tolist(), regions)
@@ -131,7 +140,7 @@ class Sa2VA(Network):
         return embeddings.masked_scatter(is_image[:, :, None], features.to(embeddings))
 
     def hidden_states(self, batch: Batch) -> Tensor:
-        """Last hidden states after the final norm, [B, L, d]."""
+        """Compute the last hidden states, after the final norm: [B, L, d]."""
         return self.mllm.model.language_model(
             inputs_embeds=self.embed(batch.input_ids, self.tile_features(batch), batch.regions),
             attention_mask=batch.attention_mask.to(_device(self.mllm.get_input_embeddings())),
@@ -144,7 +153,16 @@ class Sa2VA(Network):
         return self.grounding.encode_frame(normalise(frames.to(here.device)).to(here.dtype))
 
     def decode_masks(self, pyramid: FeaturePyramid, seg_states: Tensor, seg_to_image: Tensor) -> Tensor:
-        """Mask logits float32 [N, S/4, S/4] of B frames, by states [N, d] of images int64 [N]."""
+        """Decode the masks of N `[SEG]` tokens.
+
+        Args:
+            pyramid: of B frames.
+            seg_states: [N, d], hidden states at the tokens.
+            seg_to_image: int64 [N], the frame of each.
+
+        Returns:
+            logits float32 [N, S/4, S/4], of the candidate with the highest predicted IoU.
+        """
         here = self.grounding.no_mem_embed.device
         prompts = self.text_hidden_fcs(seg_states.to(_device(self.text_hidden_fcs))).to(here)
         features = self.grounding.features(pyramid)
@@ -184,7 +202,7 @@ class Sa2VA(Network):
         return output.lm_logits[at_seg].argmax(-1) == self.tokens.seg
 
     def parts(self) -> Mapping[str, nn.Module]:
-        """The encoders, the language model and what stands between and behind them."""
+        """Return encoders, projector, language model, head and mask decoder by name."""
         own = self.mllm.model
         return {
             "vision encoder": own.vision_tower,
@@ -195,8 +213,8 @@ class Sa2VA(Network):
             "mask decoder": self.grounding.sam_mask_decoder,
         }
 
-    def checkpoint_layers(self) -> None:
-        """In training keep only what enters each layer and compute the layer again in the backward pass.
+    def checkpoint_activations(self) -> None:
+        """Keep only the input of each layer in training, and compute the layer again in the backward pass.
 
         For the language model, and for the encoders where they train: in a frozen one nothing is kept anyway. Names of
         tensors, validation and results stay as they are.
@@ -210,10 +228,10 @@ class Sa2VA(Network):
         if trains(own.vision_tower):
             own.vision_tower.activation_checkpointing_enable({"use_reentrant": False})
         if trains(self.grounding.image_encoder):
-            self.grounding.checkpoint_blocks()
+            self.grounding.checkpoint_activations()
 
-    def costly(self) -> Sequence[nn.Module]:
-        """Layers of both encoders and of the language model; Hiera's differ too much to share, so they are one."""
+    def modules_to_compile(self) -> Sequence[nn.Module]:
+        """Return the layers of both encoders and of the language model; those of Hiera differ, so its trunk is one."""
         own = self.mllm.model
         return [*own.vision_tower.encoder.layer, self.grounding.image_encoder.trunk, *own.language_model.layers]
 
@@ -229,13 +247,13 @@ def _device(module: nn.Module) -> torch.device:
     return next(module.parameters()).device
 
 
-def _at(states: Tensor, places: Sequence[Tensor]) -> Tensor:
-    """States [B, L, d] at N places, given as row and column int64 [N]: [N, d]."""
-    return states[tuple(place.to(states.device) for place in places)]
+def _at(states: Tensor, positions: Sequence[Tensor]) -> Tensor:
+    """Take the states [B, L, d] at N positions, row and column int64 [N]: [N, d]."""
+    return states[tuple(index.to(states.device) for index in positions)]
 
 
 def _with_regions(features: Tensor, counts: Sequence[int], regions: Sequence[Tensor]) -> Tensor:
-    """Features [T, P, d] as the prompts of B images want them, [sum of counts, d]; counts of image tokens say whose."""
+    """Put the features [T, P, d] into the order of the image tokens of B prompts, `counts` each: [sum of counts, d]."""
     parts: list[Tensor] = []
     for count, held in zip(counts, regions, strict=True):
         tiles = (count - int(held.sum())) // features.shape[1]

@@ -31,7 +31,7 @@ class Tracker:
         self.memory: dict[str, dict[int, dict[str, Any]]] = {"cond_frame_outputs": {}, "non_cond_frame_outputs": {}}
 
     def step(self, features: FrameFeatures) -> Tensor:
-        """Masks in the next frame.
+        """Predict the masks in the next frame.
 
         Args:
             features: of that frame alone (B = 1).
@@ -53,7 +53,7 @@ class Tracker:
         return mask
 
     def _with_memory(self, top: Tensor) -> Tensor:
-        """Features [N, C, s, s] of this frame in the light of those remembered."""
+        """Condition the features of this frame on the memory: [N, C, s, s]."""
         position = self.grounding.image_encoder.neck.position_encoding(top).to(top.dtype)
         return self.grounding._prepare_memory_conditioned_features(
             frame_idx=self.frame_index,

@@ -19,7 +19,7 @@ from vessel.runs.manifest import EXPORT_MANIFEST, Manifest
 from vessel.runs.record import differing
 from vessel.weights.digests import fingerprint
 from vessel.weights.sources import open_source
-from vessel.weights.zero import is_zero
+from vessel.weights.zero import is_zero_folder
 
 
 def find_start(config: DictConfig, run: Path) -> Path | None:
@@ -88,7 +88,7 @@ def require_same_engine(resumed: Path | None, trainer: Trainer) -> None:
     Raises:
         VesselError: says what to do instead.
     """
-    if resumed is not None and is_zero(resumed) and not isinstance(trainer.strategy, DeepSpeedStrategy):
+    if resumed is not None and is_zero_folder(resumed) and not isinstance(trainer.strategy, DeepSpeedStrategy):
         raise VesselError(
             f"{resumed}: written under ZeRO, whose optimizer only ZeRO takes over: go on with trainer=zero3, on one "
             f"device with trainer.devices=1 too; or begin with its weights, weights=[...,{resumed}]"

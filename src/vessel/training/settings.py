@@ -80,7 +80,7 @@ def _settle_prompt(config: DictConfig, entries: Sequence[Weights]) -> None:
     prompt = config.prompt
     if not {AUTO, WEIGHTS} & {prompt.tokenizer, prompt.template}:
         return
-    folders = [s for s in map(open_source, entries) if s.config and not s.kind.on_top]
+    folders = [s for s in map(open_source, entries) if s.config and not s.kind.needs_base]
     if folders and (WEIGHTS in (prompt.tokenizer, prompt.template) or config.model._target_ == LANGUAGE):
         found: dict[str, str | None] = {"tokenizer": str(folders[0].path), "template": read_template(folders[0].config)}
     elif WEIGHTS in (prompt.tokenizer, prompt.template):

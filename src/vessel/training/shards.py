@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vessel.weights.partition import is_partitioned, whole_shape
-from vessel.weights.zero import MOMENTS, Parts, Saved
+from vessel.weights.partition import full_shape, is_partitioned
+from vessel.weights.zero import MOMENTS, PartitionedTensor, ZeroCheckpoint
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from vessel.model.network import Network
 from vessel.training.datamodule import VesselDataModule
 from vessel.training.optimizer import OptimizerSettings
 from vessel.training.resume import set_loop_counters
-from vessel.weights.partition import whole_shape
+from vessel.weights.partition import full_shape
 
 
 class VesselTask(LightningModule):
@@ -88,8 +88,8 @@ class VesselTask(LightningModule):
         settings = self.optimizer_settings
         trainable = [p for p in self.parameters() if p.requires_grad]
         groups = [
-            {"params": [p for p in trainable if len(whole_shape(p)) > 1], "weight_decay": settings.weight_decay},
-            {"params": [p for p in trainable if len(whole_shape(p)) <= 1], "weight_decay": 0.0},
+            {"params": [p for p in trainable if len(full_shape(p)) > 1], "weight_decay": settings.weight_decay},
+            {"params": [p for p in trainable if len(full_shape(p)) <= 1], "weight_decay": 0.0},
         ]
         optimizer: Optimizer = AdamW(
             [g for g in groups if g["params"]], lr=settings.lr, betas=settings.betas, fused=True
@@ -113,7 +113,7 @@ class VesselTask(LightningModule):
         """Refuse a checkpoint that lacks a tensor this run trains; set Lightning's counters to its position."""
         state = checkpoint["state_dict"]
         own = {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
-        wrong = [n for n, p in own.items() if n not in state or tuple(state[n].shape) != whole_shape(p)]
+        wrong = [n for n, p in own.items() if n not in state or tuple(state[n].shape) != full_shape(p)]
         if wrong:
             raise VesselError(
                 f"ckpt: {len(wrong)} of {len(own)} trained tensors are missing or misshapen (first: {wrong[0]}); "

@@ -138,7 +138,7 @@ class ZeroStrategy(DeepSpeedStrategy):
             VesselError: damaged, incomplete, or no such folder.
         """
         path = Path(checkpoint_path)
-        if not is_zero(path):
+        if not is_zero_folder(path):
             raise VesselError(
                 f"ckpt={path}: written without ZeRO, so its optimizer cannot be sharded; go on with the trainer "
                 f"of that run, or start from its weights: weights=[...,{path}]"

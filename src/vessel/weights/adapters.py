@@ -22,13 +22,13 @@ _VALUES: Mapping[str, Sequence[Any]] = {
 }  # fmt: skip
 
 
-def require_plain(config: Mapping[str, Any], new_tokens: range, place: Path) -> None:
+def require_plain_lora(config: Mapping[str, Any], new_tokens: range, path: Path) -> None:
     """Refuse an adapter of a kind that vessel does not compute, or with rows of other tokens.
 
     Args:
         config: content of `adapter_config.json`.
         new_tokens: ids of the tokens added to the base vocabulary.
-        place: of the adapter, for the message.
+        path: of the adapter, for the message.
 
     Raises:
         VesselError: names the setting.
@@ -37,27 +37,27 @@ def require_plain(config: Mapping[str, Any], new_tokens: range, place: Path) -> 
         if key in _FREE:
             continue
         if value not in _VALUES[key] if key in _VALUES else value:
-            raise VesselError(f"{place}: adapters with {key}={value}; vessel reads plain LoRA")
+            raise VesselError(f"{path}: adapters with {key}={value}; vessel reads plain LoRA")
     rows = config.get("trainable_token_indices") or {}
     for table in rows.values() if isinstance(rows, Mapping) else [rows]:
         if list(table) != list(new_tokens):
             raise VesselError(
-                f"{place}: its trained rows are those of tokens {list(table)}, and here the added tokens are "
+                f"{path}: its trained rows are those of tokens {list(table)}, and here the added tokens are "
                 f"{list(new_tokens)}; choose the prompt= whose tokenizer it was trained with"
             )
 
 
-def alpha_ratio(config: Mapping[str, Any], place: Path) -> float:
-    """Alpha over rank.
+def alpha_ratio(config: Mapping[str, Any], path: Path) -> float:
+    """Return alpha over rank.
 
     Args:
         config: content of `adapter_config.json`.
-        place: of the adapter, for the message.
+        path: of the adapter, for the message.
 
     Raises:
         VesselError: one of the two is not there, or is no positive number.
     """
     alpha, rank = config.get("lora_alpha"), config.get("r")
     if not (isinstance(alpha, int | float) and isinstance(rank, int) and rank > 0):
-        raise VesselError(f"{place}: adapter_config.json says lora_alpha={alpha} and r={rank}; copy it again")
+        raise VesselError(f"{path}: adapter_config.json says lora_alpha={alpha} and r={rank}; copy it again")
     return float(alpha / rank)

@@ -18,12 +18,12 @@ from vessel.model.lora import Lora, add_lora
 from vessel.model.network import Network, NetworkConfig
 from vessel.model.sa2va import Sa2VA, Sa2VAConfig
 from vessel.weights.architecture import public_names
-from vessel.weights.checks import check_adapters, check_order, check_sizes, know_seg, require_same_base
+from vessel.weights.checks import check_adapters, check_order, check_sizes, is_seg_trained, require_same_base
 from vessel.weights.entry import Weights
 from vessel.weights.kinds import RUN
 from vessel.weights.load import load
 from vessel.weights.names import PublicNames
-from vessel.weights.partition import Ranks, gathered, resting
+from vessel.weights.partition import ZeroRanks, gathered, suspend_zero_init
 from vessel.weights.report import LoadReport
 from vessel.weights.sources import EMBEDDING, HEAD, WeightSource, covers, open_source
 
@@ -85,7 +85,7 @@ class NetworkPlan:
         """
         opened = [open_source(entry) for entry in self.weights]
         check_order(opened)
-        sources = [self._asked(source) for source in opened]
+        sources = [self._limited(source) for source in opened]
         for source in sources:
             check_sizes(source, self.sizes)
         if isinstance(self.sizes, Sa2VAConfig):
@@ -95,35 +95,35 @@ class NetworkPlan:
                     f"model.language.vocabulary={rows} but the tokenizer has {self.new_tokens.stop} entries: set it to "
                     "at least that"
                 )
-            self.seg_is_trained = know_seg(sources, self.names, rows)
+            self.seg_is_trained = is_seg_trained(sources, self.names, rows)
         self.reports = []
-        with resting() as ranks:
+        with suspend_zero_init() as ranks:
             if self.compile and ranks is not None:
                 raise VesselError("compile=true: ZeRO-3 gathers layers one by one, so none can be compiled; leave it")
-            return self._made(sources, ranks)
+            return self._assemble(sources, ranks)
 
     @property
     def names(self) -> PublicNames:
         """Public names of the network."""
         return public_names(self.sizes.language) if isinstance(self.sizes, Sa2VAConfig) else PublicNames()
 
-    def _made(self, sources: Sequence[WeightSource], ranks: Ranks | None) -> Network:
-        network = self._base([source for source in sources if not source.kind.on_top], ranks)
+    def _assemble(self, sources: Sequence[WeightSource], ranks: ZeroRanks | None) -> Network:
+        network = self._base_network([source for source in sources if not source.kind.needs_base], ranks)
         if self.lora.r > 0:
             tables = [p for name, p in network.named_parameters() if name in (EMBEDDING, HEAD)]
             with gathered(tables):  # peft copies them
                 add_lora(network, self.lora, new_tokens=self.new_tokens, seg_is_trained=self.seg_is_trained)
         if ranks is not None:
-            ranks.share(network)
+            ranks.partition_network(network)
         for source in sources:
-            if source.kind.on_top:
+            if source.kind.needs_base:
                 check_adapters(source, self.lora, self.new_tokens)
                 if source.kind is RUN and not source.entry.partial:
                     require_same_base(source.files.beside["vessel"]["weights"], self.reports)
                 self._load(network, source, ranks)
         choose_trainable(network, self.trainable)
         if self.activation_checkpointing:
-            network.checkpoint_layers()
+            network.checkpoint_activations()
         if self.compile:
             network.compile_layers()
         for parameter in network.parameters() if ranks is None else ():
@@ -161,40 +161,40 @@ class NetworkPlan:
         tensors: dict[str, Tensor] = {}
         if not (self.weights and isinstance(self.sizes, Sa2VAConfig)):  # whose sources give all of it
             with init_empty_weights(include_buffers=False):
-                tensors |= self._new().state_dict()
-        for source in (self._asked(open_source(entry)) for entry in self.weights):
+                tensors |= self._random_network().state_dict()
+        for source in (self._limited(open_source(entry)) for entry in self.weights):
             outline = source.outline(self.names)
             tensors |= {name: tensor for name, tensor in outline.items() if source.takes(module_of(name))}
         return sum(tensor.numel() * self._dtype(name, tensor.dtype).itemsize for name, tensor in tensors.items())
 
-    def _new(self) -> Network:
+    def _random_network(self) -> Network:
         return self.sizes.build(self.tokens, self.phrases)
 
-    def _asked(self, source: WeightSource) -> WeightSource:
+    def _limited(self, source: WeightSource) -> WeightSource:
         """A source, asked for no more than networks of this kind load.
 
         Raises:
             VesselError: it holds nothing of that.
         """
-        held, loads = source.kind.modules, self.sizes.loads
-        if held and not any(covers(loads, module) for module in held):
+        held, loadable = source.kind.modules, self.sizes.loadable
+        if held and not any(covers(loadable, module) for module in held):
             raise VesselError(
-                f"weights: {source.entry.source} is a {source.kind.name} and holds nothing of {', '.join(loads)}, "
+                f"weights: {source.entry.source} is a {source.kind.name} and holds nothing of {', '.join(loadable)}, "
                 "which is what this network loads; name another, or take weights=[]"
             )
-        if source.entry.partial or all(covers(loads, module) for module in held):
+        if source.entry.partial or all(covers(loadable, module) for module in held):
             return source
-        return replace(source, entry=replace(source.entry, partial=loads))
+        return replace(source, entry=replace(source.entry, partial=loadable))
 
-    def _base(self, sources: Sequence[WeightSource], ranks: Ranks | None) -> Network:
+    def _base_network(self, sources: Sequence[WeightSource], ranks: ZeroRanks | None) -> Network:
         """The network without adapters; with sources it is never held twice, nor in more than the dtypes it needs."""
         # What is drawn at random is drawn as without ranks, and so whole; the others get their parts from the first.
         if not sources and (ranks is None or ranks.is_first):
-            return self._new()
+            return self._random_network()
         if sources and not isinstance(self.sizes, Sa2VAConfig):
-            return self._baseline(sources, ranks)
+            return self._loaded_baseline(sources, ranks)
         with init_empty_weights(include_buffers=False):
-            network = self._new()
+            network = self._random_network()
         if not sources:
             return network
         assert isinstance(network, Sa2VA)
@@ -210,21 +210,21 @@ class NetworkPlan:
             )
         return network
 
-    def _baseline(self, sources: Sequence[WeightSource], ranks: Ranks | None) -> Network:
+    def _loaded_baseline(self, sources: Sequence[WeightSource], ranks: ZeroRanks | None) -> Network:
         """One that is small enough to be drawn whole before sources give their part of it."""
-        network = self._new()
+        network = self._random_network()
         for source in sources:
             self._load(network, source, ranks)
         given = {name for report in self.reports for name in report.all("loaded")}
-        wanted = [name for name, _ in network.named_parameters() if covers(self.sizes.loads, module_of(name))]
+        wanted = [name for name, _ in network.named_parameters() if covers(self.sizes.loadable, module_of(name))]
         if absent := [name for name in wanted if name not in given]:
             raise VesselError(
                 f"weights={[source.entry.source for source in sources]}: nothing gives {len(absent)} of {len(wanted)} "
-                f"tensors of {', '.join(self.sizes.loads)} (first: {absent[0]}); name a source that has them all"
+                f"tensors of {', '.join(self.sizes.loadable)} (first: {absent[0]}); name a source that has them all"
             )
         return network
 
-    def _load(self, network: Network, source: WeightSource, ranks: Ranks | None) -> None:
+    def _load(self, network: Network, source: WeightSource, ranks: ZeroRanks | None) -> None:
         tokens = self.new_tokens.start
         self.reports.append(load(network, source, self.names, tokens=tokens, keep=self._dtype, ranks=ranks))
 

@@ -12,7 +12,7 @@ from vessel.errors import VesselError
 from vessel.model.lora import Lora
 from vessel.model.network import NetworkConfig
 from vessel.model.sa2va import Sa2VAConfig
-from vessel.weights.adapters import require_plain
+from vessel.weights.adapters import require_plain_lora
 from vessel.weights.architecture import read_sizes
 from vessel.weights.kinds import ADAPTER, INTERNVL, NATIVE, RUN, SA2VA
 from vessel.weights.names import PublicNames
@@ -33,7 +33,7 @@ def check_order(sources: Sequence[WeightSource]) -> None:
     Raises:
         VesselError: with the order, or the entry, to use instead.
     """
-    if sources and sources[0].kind.on_top:
+    if sources and sources[0].kind.needs_base:
         first = sources[0].entry.source
         if sources[0].kind is RUN and not sources[0].configured("weights"):
             raise VesselError(
@@ -45,8 +45,8 @@ def check_order(sources: Sequence[WeightSource]) -> None:
             f"weights=[BASE,{first}]"
         )
     for position, source in enumerate(sources):
-        for before in sources[:position] if not source.kind.on_top else ():
-            if before.kind.on_top or (before.entry.partial and not source.entry.partial):
+        for before in sources[:position] if not source.kind.needs_base else ():
+            if before.kind.needs_base or (before.entry.partial and not source.entry.partial):
                 raise VesselError(
                     f"weights: {source.entry.source} is a {source.kind.name} and would undo what comes before it from "
                     f"{before.entry.source}; put what is a base first"
@@ -97,7 +97,7 @@ def check_adapters(source: WeightSource, lora: Lora, new_tokens: range) -> None:
     if not source.takes("mllm.lora"):
         return
     if source.kind is ADAPTER:
-        require_plain(source.config, new_tokens, source.path)
+        require_plain_lora(source.config, new_tokens, source.path)
     ratio = source.alpha_ratio()
     if ratio is not None and ratio != lora.alpha_ratio:
         raise VesselError(
@@ -126,7 +126,7 @@ def require_same_base(then: Sequence[Mapping[str, Any]], now: Sequence[LoadRepor
         )
 
 
-def know_seg(sources: Sequence[WeightSource], names: PublicNames, vocabulary: int) -> bool:
+def is_seg_trained(sources: Sequence[WeightSource], names: PublicNames, vocabulary: int) -> bool:
     """Return True if the rows of `[SEG]`, in embedding and head, come from a source that trained them.
 
     Args:
@@ -142,7 +142,7 @@ def know_seg(sources: Sequence[WeightSource], names: PublicNames, vocabulary: in
             for table in (EMBEDDING, HEAD)
         ]
         if source.takes("mllm.tokens") and any(tables):
-            known = source.kind.knows_seg and (all(tables) or known)
+            known = source.kind.has_trained_seg and (all(tables) or known)
     return known
 
 

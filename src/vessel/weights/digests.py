@@ -21,9 +21,9 @@ def digests(state: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
 
 def fingerprint(state: Iterable[tuple[str, Tensor]]) -> str:
     """SHA-256 over names, dtypes, shapes and bytes, independent of order: 16 hexadecimal digits."""
-    return combined(digests(state))
+    return combine_digests(digests(state))
 
 
-def combined(digests: Mapping[str, str]) -> str:
+def combine_digests(digests: Mapping[str, str]) -> str:
     """The fingerprint of tensors whose digests are known."""
     return hashlib.sha256("".join(sorted(digests.values())).encode()).hexdigest()[:16]

@@ -14,7 +14,7 @@ from vessel.errors import VesselError
 from vessel.model.groups import module_of
 from vessel.model.lora import adapter_state, is_adapter, merged_name, merged_state
 from vessel.model.sa2va import Sa2VA
-from vessel.weights.digests import combined, digests
+from vessel.weights.digests import combine_digests, digests
 from vessel.weights.files import Named, open_pickle
 from vessel.weights.layouts import EXPORT_DTYPES
 from vessel.weights.names import PublicNames, mmengine_of_public
@@ -180,7 +180,7 @@ def read_back(source: WeightSource, names: PublicNames, in_memory: dict[str, str
 
     ours = digests(source.translate(watched(), names))
     require_equal(in_memory, on_disk, source.path.name)
-    return combined(ours)
+    return combine_digests(ours)
 
 
 def trained_changes(network: Sa2VA, base: dict[str, str], dtype: torch.dtype) -> dict[str, tuple[str, str]]:
@@ -202,6 +202,6 @@ def trained_changes(network: Sa2VA, base: dict[str, str], dtype: torch.dtype) ->
     now = digests((name, state[name].to(dtype)) for name in wanted if name in state)
     now |= digests((n, t.to(dtype)) for n, t in merged_state(network) if n in wanted and n not in now)
     return {
-        group: (combined({n: base[n] for n in names if n in base}), combined({n: now[n] for n in names}))
+        group: (combine_digests({n: base[n] for n in names if n in base}), combine_digests({n: now[n] for n in names}))
         for group, names in groups.items()
     }

@@ -12,17 +12,17 @@ class Kind:
     Attributes:
         name: for people.
         modules: those it holds completely; empty for a kind that holds what trained, whatever that was.
-        knows_seg: its `[SEG]` is trained, where it holds the rows of it at all.
+        has_trained_seg: its `[SEG]` is trained, where it holds the rows of it at all.
         resizes: its vocabulary lacks the added tokens.
     """
 
     name: str
     modules: tuple[str, ...] = ()
-    knows_seg: bool = True
+    has_trained_seg: bool = True
     resizes: bool = False
 
     @property
-    def on_top(self) -> bool:
+    def needs_base(self) -> bool:
         """It needs a base loaded before."""
         return not self.modules
 
@@ -30,9 +30,9 @@ class Kind:
 _ALL = ("mllm", "grounding", "text_hidden_fcs")
 SA2VA = Kind("Sa2VA folder", _ALL)
 NATIVE = Kind("vessel folder", _ALL)
-INTERNVL = Kind("InternVL folder", ("mllm",), knows_seg=False, resizes=True)
-SAM2 = Kind("SAM 2.0 file", ("grounding",), knows_seg=False)
-ENCODER = Kind("ResNet file", ("unet.encoder",), knows_seg=False)
+INTERNVL = Kind("InternVL folder", ("mllm",), has_trained_seg=False, resizes=True)
+SAM2 = Kind("SAM 2.0 file", ("grounding",), has_trained_seg=False)
+ENCODER = Kind("ResNet file", ("unet.encoder",), has_trained_seg=False)
 MMENGINE = Kind("full .pth of the public code", _ALL)
 TRAINING = Kind("training .pth of the public code")
 ADAPTER = Kind("adapter folder")

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from vessel.errors import VesselError
 from vessel.model.groups import HEADS, module_of
-from vessel.weights.digests import combined, digests
+from vessel.weights.digests import combine_digests, digests
 from vessel.weights.kinds import RUN
 from vessel.weights.names import PublicNames
-from vessel.weights.partition import Ranks, put, whole_shape
-from vessel.weights.refusals import require
+from vessel.weights.partition import ZeroRanks, assign, full_shape
+from vessel.weights.refusals import require_fit
 from vessel.weights.report import LoadReport, ModuleReport
 from vessel.weights.sources import EMBEDDING, HEAD, WeightSource, covers
 
@@ -27,7 +27,7 @@ def load(
     *,
     tokens: int,
     keep: Keep | None = None,
-    ranks: Ranks | None = None,
+    ranks: ZeroRanks | None = None,
 ) -> LoadReport:
     """Load a source into a network; headers are compared first, so that a source that does not fit changes nothing.
 
@@ -49,7 +49,7 @@ def load(
     own: dict[str, Tensor] = dict(network.state_dict(keep_vars=True))
     plan = _compare(own, source, names, tokens)
     report = _report(own, source, plan, fingerprint="")
-    require(report, source, names)
+    require_fit(report, source, names)
     seen: dict[str, str] = {}
     tables: set[str] = set()
     with torch.no_grad():
@@ -64,11 +64,11 @@ def load(
                 _require_one_table(source, tables)
             seen |= digests([(name, tensor)])
             dtype = keep(name, tensor.dtype) if keep else tensor.dtype
-            fresh = put(network, name, taken, dtype)
+            fresh = assign(network, name, taken, dtype)
             if ranks is not None and fresh is not None:
                 ranks.partition([fresh])
             del taken  # a view would keep its shard in memory
-    return _report(own, source, plan, fingerprint=combined(seen))
+    return _report(own, source, plan, fingerprint=combine_digests(seen))
 
 
 Keep = Callable[[str, torch.dtype], torch.dtype]
@@ -96,24 +96,24 @@ def _compare(own: Mapping[str, Tensor], source: WeightSource, names: PublicNames
             unexpected.append(name)
         elif own[name].is_floating_point() != tensor.is_floating_point():
             mismatched[name] = f"{name}: {tensor.dtype} for {own[name].dtype}"
-        elif whole_shape(own[name]) == tuple(tensor.shape):
+        elif full_shape(own[name]) == tuple(tensor.shape):
             rows[name] = None
         elif source.kind.resizes and name in (EMBEDDING, HEAD) and _grows(tensor, own[name], tokens):
             rows[name] = tokens
         else:
-            mismatched[name] = f"{name}: {tuple(tensor.shape)} for {whole_shape(own[name])}"
+            mismatched[name] = f"{name}: {tuple(tensor.shape)} for {full_shape(own[name])}"
     missing = [n for n in _expected(own, source, wanted) if n not in rows and n not in mismatched]
     return _Plan(rows, unexpected, mismatched, missing, outline, len(outline) - len(wanted))
 
 
 def _grows(tensor: Tensor, own: Tensor, tokens: int) -> bool:
     """A base vocabulary, padded or not, that lacks the added tokens."""
-    return tensor.shape[1:] == whole_shape(own)[1:] and tokens <= tensor.shape[0] and tokens < whole_shape(own)[0]
+    return tensor.shape[1:] == full_shape(own)[1:] and tokens <= tensor.shape[0] and tokens < full_shape(own)[0]
 
 
 def _expected(own: Mapping[str, Tensor], source: WeightSource, wanted: Mapping[str, Tensor]) -> Iterator[str]:
     """Tensors of the network that the source must give."""
-    if source.kind.on_top:
+    if source.kind.needs_base:
         # What trained: modules are whole, except for what lies under an adapter and heads that never train.
         if source.entry.partial:
             held = {module for name in own if source.takes(module := module_of(name))}
@@ -145,7 +145,7 @@ def _report(own: Mapping[str, Tensor], source: WeightSource, plan: _Plan, finger
         found = {what: tuple(by_module[module].get(what, ())) for what in lists}
         have = sum(plan.outline[n].numel() for n in found["loaded"])
         names = (*found["loaded"], *(n for n in (*plan.missing, *plan.mismatched) if module_of(n) == module))
-        must = sum(math.prod(whole_shape(own[n])) for n in names)
+        must = sum(math.prod(full_shape(own[n])) for n in names)
         dtypes = sorted({str(plan.outline[n].dtype).removeprefix("torch.") for n in found["loaded"]})
         modules.append(ModuleReport(module, elements=(have, must), dtypes=tuple(dtypes), **found))
     grown = next((int(plan.outline[n].shape[0]) for n, rows in plan.rows.items() if rows is not None), None)

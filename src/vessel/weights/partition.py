@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 
 @contextmanager
-def resting() -> Iterator[Ranks | None]:
+def suspend_zero_init() -> Iterator[ZeroRanks | None]:
     """Let an active `zero.Init` rest.
 
     Yields:
@@ -30,12 +30,12 @@ def resting() -> Iterator[Ranks | None]:
         return
     zero.shutdown_init_context()
     try:
-        yield Ranks(zero.top_level_context)
+        yield ZeroRanks(zero.top_level_context)
     finally:
         zero.restore_init_context()
 
 
-class Ranks:
+class ZeroRanks:
     """The ranks of a `zero.Init`.
 
     Args:
@@ -62,7 +62,7 @@ class Ranks:
                 parameter.data = parameter.data.to(self._context.dtype)
                 self._context._convert_to_zero_parameters([parameter])
 
-    def share(self, network: nn.Module) -> None:
+    def partition_network(self, network: nn.Module) -> None:
         """Partition all parameters, and give every rank the buffers of rank 0; those stay whole.
 
         On ranks other than 0 both may be without content (meta device).
@@ -84,7 +84,7 @@ class Ranks:
                 setattr(module, name, here)
 
 
-def put(network: nn.Module, name: str, tensor: Tensor, dtype: torch.dtype) -> nn.Parameter | None:
+def assign(network: nn.Module, name: str, tensor: Tensor, dtype: torch.dtype) -> nn.Parameter | None:
     """Copy a tensor into the one of that name, or into its first rows where the network has more.
 
     Under ZeRO-3 every rank calls this.
@@ -128,7 +128,7 @@ def gathered(tensors: Sequence[Tensor], *, change: bool = False) -> AbstractCont
     return GatheredParameters(list(tensors), modifier_rank=0 if change else None)
 
 
-def whole_shape(tensor: Tensor) -> tuple[int, ...]:
+def full_shape(tensor: Tensor) -> tuple[int, ...]:
     """Shape of the whole tensor, of which a rank holds a part under ZeRO-3."""
     return tuple(getattr(tensor, "ds_shape", tensor.shape))
 

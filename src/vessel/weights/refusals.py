@@ -12,7 +12,7 @@ from vessel.weights.sources import EMBEDDING, HEAD, WeightSource, covers
 _SAM2_1 = ("grounding.no_obj_embed_spatial", "grounding.obj_ptr_tpos_proj")
 
 
-def require(report: LoadReport, source: WeightSource, names: PublicNames) -> None:
+def require_fit(report: LoadReport, source: WeightSource, names: PublicNames) -> None:
     """Refuse what does not fit; by `partial` and `share` fewer tensors may be there, never more.
 
     Args:

@@ -26,7 +26,7 @@ from vessel.weights.names import (
     public_of_mmengine,
     public_of_peft,
 )
-from vessel.weights.zero import is_zero, open_zero
+from vessel.weights.zero import is_zero_folder, open_zero
 
 _QWEN2 = PublicNames()
 _LANGUAGE_PARTS = ("llm_config", "text_config")  # of config.json
@@ -164,7 +164,7 @@ def open_source(entry: Weights | str) -> WeightSource:
 def _of_folder(entry: Weights, folder: Path) -> WeightSource:
     if (folder / ADAPTER_CONFIG).is_file():
         return _of_adapter(entry, folder)
-    if is_zero(folder):
+    if is_zero_folder(folder):
         return _of_run(entry, folder, open_zero(folder))
     config = read_json(folder / "config.json") if (folder / "config.json").is_file() else None
     if not any(part in (config or {}) for part in _LANGUAGE_PARTS) and (file := _only_pickle(entry, folder)):

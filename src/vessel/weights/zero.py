@@ -39,7 +39,7 @@ _WEIGHTS = ("module", "buffer_names", "param_shapes", "frozen_param_shapes", "fr
 
 
 @dataclass(frozen=True)
-class Parts:
+class PartitionedTensor:
     """A flattened tensor in parts, one after the other; zeros may follow.
 
     Attributes:
@@ -64,7 +64,7 @@ class Parts:
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainedParameter:
     """A parameter that trains.
 
     Attributes:
@@ -72,12 +72,12 @@ class Trained:
         moments: of Adam by its names for them; empty before the first step.
     """
 
-    values: Parts
-    moments: Mapping[str, Parts]
+    values: PartitionedTensor
+    moments: Mapping[str, PartitionedTensor]
 
 
 @dataclass(frozen=True)
-class Saved:
+class ZeroCheckpoint:
     """The contents of a folder.
 
     Attributes:
@@ -87,24 +87,24 @@ class Saved:
         beside: whatever else was saved.
     """
 
-    trained: Mapping[str, Trained]
-    frozen: Mapping[str, Parts]
+    trained: Mapping[str, TrainedParameter]
+    frozen: Mapping[str, PartitionedTensor]
     buffers: Mapping[str, Tensor]
     groups: Sequence[Mapping[str, Any]]
     steps: int
     beside: Mapping[str, Any]
 
-    def tensors(self) -> dict[str, Parts]:
+    def tensors(self) -> dict[str, PartitionedTensor]:
         """Parameters by name."""
         return {name: of.values for name, of in self.trained.items()} | dict(self.frozen)
 
 
-def is_zero(folder: Path) -> bool:
+def is_zero_folder(folder: Path) -> bool:
     """Return True if DeepSpeed wrote this folder."""
     return any((folder / name).is_file() for name in (LATEST, _SCRIPT))
 
 
-def written(checkpoint: Path) -> float:
+def time_written(checkpoint: Path) -> float:
     """Return the time at which a checkpoint, a file or a folder of DeepSpeed, was written, in seconds of the clock.
 
     A folder that is written over in place keeps its own time.
@@ -119,7 +119,7 @@ def open_zero(folder: Path) -> TensorFiles:
     Raises:
         VesselError: a file is missing or damaged, or the ranks' files do not belong together.
     """
-    saved = open_saved(folder)
+    saved = open_zero_checkpoint(folder)
     outline = {name: torch.empty_like(buffer, device="meta") for name, buffer in saved.buffers.items()}
     outline |= {name: parts.outline() for name, parts in saved.tensors().items()}
 
@@ -131,7 +131,7 @@ def open_zero(folder: Path) -> TensorFiles:
     return TensorFiles(outline, read, saved.beside)
 
 
-def open_saved(folder: Path) -> Saved:
+def open_zero_checkpoint(folder: Path) -> ZeroCheckpoint:
     """The same with the state of the optimizer; tensors stay in the files until they are used.
 
     Raises:
@@ -141,7 +141,7 @@ def open_saved(folder: Path) -> Saved:
         models, optimizers = _states(folder)
         first = models[0]
         inner = [optimizer[_inner(optimizer)] for optimizer in optimizers]
-        return Saved(
+        return ZeroCheckpoint(
             trained=dict(_trained(folder, first["param_shapes"], optimizers, [state["state"] for state in inner])),
             frozen=dict(_frozen(models)),
             buffers={name: first["module"][name] for name in first["buffer_names"]},
@@ -204,7 +204,7 @@ def _trained(
     shapes: Sequence[Mapping[str, torch.Size]],
     optimizers: Sequence[Mapping[str, Any]],
     states: Sequence[Mapping[int, Mapping[str, Tensor]]],
-) -> Iterator[tuple[str, Trained]]:
+) -> Iterator[tuple[str, TrainedParameter]]:
     stage_2 = "single_partition_of_fp32_groups" in optimizers[0]
     key = "single_partition_of_fp32_groups" if stage_2 else "fp32_flat_groups"
     cut = _cut_end_to_end if stage_2 else _cut_each
@@ -219,23 +219,25 @@ def _trained(
         values = cut(flat, of_group)
         moments = {name: dict(cut([state[group][name] for state in states], of_group)) for name in known}
         for name, parts in values:
-            yield name, Trained(parts, {moment: by_name[name] for moment, by_name in moments.items()})
+            yield name, TrainedParameter(parts, {moment: by_name[name] for moment, by_name in moments.items()})
 
 
-def _cut_each(flat: Sequence[Tensor], shapes: Mapping[str, torch.Size]) -> Iterator[tuple[str, Parts]]:
+def _cut_each(flat: Sequence[Tensor], shapes: Mapping[str, torch.Size]) -> Iterator[tuple[str, PartitionedTensor]]:
     """As stage 3 does."""
     start = 0
     for name, shape in shapes.items():
         stop = start + math.ceil(shape.numel() / len(flat))
-        yield name, Parts(shape, [part[start:stop] for part in flat])
+        yield name, PartitionedTensor(shape, [part[start:stop] for part in flat])
         start = stop
 
 
-def _cut_end_to_end(flat: Sequence[Tensor], shapes: Mapping[str, torch.Size]) -> Iterator[tuple[str, Parts]]:
+def _cut_end_to_end(
+    flat: Sequence[Tensor], shapes: Mapping[str, torch.Size]
+) -> Iterator[tuple[str, PartitionedTensor]]:
     """As stage 2 does."""
     start = 0
     for name, shape in shapes.items():
-        yield name, Parts(shape, _between(flat, start, start + shape.numel()))
+        yield name, PartitionedTensor(shape, _between(flat, start, start + shape.numel()))
         start += shape.numel()
 
 
@@ -246,6 +248,6 @@ def _between(parts: Sequence[Tensor], start: int, stop: int) -> list[Tensor]:
     return [piece for piece in cut if piece.numel()] or [parts[0][:0]]
 
 
-def _frozen(models: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, Parts]]:
+def _frozen(models: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, PartitionedTensor]]:
     for name, shape in (models[0]["frozen_param_shapes"] or {}).items():
-        yield name, Parts(shape, [model["frozen_param_fragments"][name].flatten() for model in models])
+        yield name, PartitionedTensor(shape, [model["frozen_param_fragments"][name].flatten() for model in models])
