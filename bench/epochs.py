@@ -20,10 +20,10 @@ from vessel.cli.conf import CONF
 from vessel.cli.options import typed
 from vessel.data.preparation import PrepareOptions, prepare
 from vessel.data.prompt import Prompt
-from vessel.feature_cache.encoders import cache_namespace, encoded
-from vessel.feature_cache.fill import Filler, Ranks, looks_of
-from vessel.feature_cache.groups import Hold
-from vessel.feature_cache.store import Store
+from vessel.feature_cache.encoders import cache_namespace, encode_inputs
+from vessel.feature_cache.fill import Filler, Ranks, index_variants
+from vessel.feature_cache.leases import Lease
+from vessel.feature_cache.store import FeatureStore
 from vessel.training.datamodule import VesselDataModule
 
 
@@ -49,22 +49,22 @@ def compare(case: Case, prompt: Prompt, *, pairs: int, patients: int = 8) -> Epo
     with tempfile.TemporaryDirectory() as temporary:
         data, cached = (_data(case, prompt, Path(temporary) / "data", patients) for _ in range(2))
         steps = Steps(case, prompt)
-        store = Store(Path(temporary) / "features")
-        store.group = cache_namespace(steps.network, data.geometry)
+        store = FeatureStore(Path(temporary) / "features")
+        store.namespace = cache_namespace(steps.network, data.geometry)
         filler = Filler(
             store,
-            partial(encoded, steps.network),
-            ranks=Ranks(0, 1, any=bool, together=False),
+            partial(encode_inputs, steps.network),
+            ranks=Ranks(0, 1, reduce_any=bool, encode_together=False),
             batch_size=case.images,
             workers=0,
         )
-        looks = looks_of(data.dataset("train"), 0)
-        with Hold(store.root, store.group):
-            fill_seconds = seconds(lambda: filler.fill(looks, shown=False), torch.device("cpu"))
+        variants = index_variants(data.dataset("train"), 0)
+        with Lease(store.root, store.namespace):
+            fill_seconds = seconds(lambda: filler.fill(variants, show_progress=False), torch.device("cpu"))
             cached.features = store.get
             files = [file.stat().st_size for file in store.folder.iterdir()]
             found = in_turns(partial(_epoch, steps, cached), partial(_epoch, steps, data), pairs=pairs)
-    return Epochs(found, len(looks), fill_seconds, sum(files) // len(files))
+    return Epochs(found, len(variants), fill_seconds, sum(files) // len(files))
 
 
 def _data(case: Case, prompt: Prompt, root: Path, patients: int) -> VesselDataModule:

@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from tests.conftest import TINY_NETWORK
 
-from vessel.checkpoints.reading import checkpoints_in, fault, newest_good
+from vessel.checkpoints.reading import find_defect, find_newest_intact, list_checkpoints
 
 RANKS = ("trainer.accelerator=cpu", "trainer.devices=2")
 ENGINES = {
@@ -119,7 +119,7 @@ class Engine:
         self._after_kill = True
         after, step_after = self._good(name)
         self.tally.lost += good is not None and (after is None or step_after < step)
-        self.tally.half_written += sum(fault(path) is not None for path in self._checkpoints(name))
+        self.tally.half_written += sum(find_defect(path) is not None for path in self._checkpoints(name))
         return True
 
     def _finish(self, name: str) -> dict[int, float]:
@@ -179,12 +179,12 @@ class Engine:
         return [int(record["step"]) for record in self._losses(name)]
 
     def _checkpoints(self, name: str) -> list[Path]:
-        return [path for run in self.folder.glob(f"outputs/{name}/*/checkpoints") for path in checkpoints_in(run)]
+        return [path for run in self.folder.glob(f"outputs/{name}/*/checkpoints") for path in list_checkpoints(run)]
 
     def _good(self, name: str) -> tuple[Path | None, int]:
         """The checkpoint that a run would go on from, and its step."""
         runs = sorted(self.folder.glob(f"outputs/{name}/*"))
-        found = newest_good(runs[-1])[0] if runs else None
+        found = find_newest_intact(runs[-1])[0] if runs else None
         return found, -1 if found is None else int(found.stem.rpartition("-")[2])
 
 

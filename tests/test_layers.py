@@ -109,7 +109,7 @@ def test_imports_point_one_way(file):
         ("reporting", "from vessel.weights.files import open_files"),
         ("processes", "from vessel.training.run import train"),
         ("model", "from vessel.weights.names import from_sam2"),
-        ("prediction", "from vessel.feature_cache.store import Store"),
+        ("prediction", "from vessel.feature_cache.store import FeatureStore"),
     ],
 )
 def test_a_wrong_import_is_seen(part, source):

@@ -28,8 +28,8 @@ def write_folder(folder: Path, step: int, ranks: int = 2) -> Path:
     """A folder in the layout of DeepSpeed under ZeRO-3: one trained tensor of eight numbers, cut over ranks."""
     ranks_folder = folder / "checkpoint"
     ranks_folder.mkdir(parents=True)
-    whole = torch.arange(8.0) + step
-    for rank, part in enumerate(whole.split(8 // ranks)):
+    full = torch.arange(8.0) + step
+    for rank, part in enumerate(full.split(8 // ranks)):
         model = {
             "module": {}, "buffer_names": [], "param_shapes": [{"network.a": torch.Size([8])}], "shared_params": {},
             "frozen_param_shapes": None, "frozen_param_fragments": None, "dp_world_size": ranks,

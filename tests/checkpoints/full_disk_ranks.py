@@ -15,7 +15,7 @@ from deepspeed.ops import __compatible_ops__
 from torch import distributed as dist
 
 from vessel.checkpoints.space import checkpoint_bytes
-from vessel.checkpoints.writing import errors_last, whole
+from vessel.checkpoints.writing import atomic_write, defer_write_errors
 from vessel.errors import VesselError
 
 __compatible_ops__["deepspeed_shm_comm"] = False  # a kernel that would be compiled first
@@ -32,8 +32,8 @@ def save(engine: deepspeed.DeepSpeedEngine, path: Path, step: int) -> None:
     """As `vessel.training.zero` does."""
     beside = {"global_step": step, "vessel": {"name": "ranks"}}
     is_main = dist.get_rank() == 0
-    with whole(path, is_main=is_main, agree=agree) as folder:
-        with errors_last(engine):
+    with atomic_write(path, is_main=is_main, agree=agree) as folder:
+        with defer_write_errors(engine):
             engine.save_checkpoint(str(folder), "checkpoint", beside, save_latest=False, exclude_frozen_parameters=True)
         if is_main:
             (folder / "latest").write_text("checkpoint")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tests.launching import on_ranks
 
-from vessel.checkpoints.reading import fault
+from vessel.checkpoints.reading import find_defect
 from vessel.files import size_on_disk
 
 pytestmark = pytest.mark.slow
@@ -24,7 +24,7 @@ def test_guard_W9_a_rank_without_room_stops_all_ranks_at_once(tmp_path, stage, f
     assert all(report["seconds"] < 20 for report in reports)
     folder = tmp_path / "checkpoints"
     assert sorted(path.name for path in folder.iterdir()) == ["last-000001.ckpt", "last-000003.ckpt"]
-    assert [fault(path) for path in folder.iterdir()] == [None, None]
+    assert [find_defect(path) for path in folder.iterdir()] == [None, None]
     scripts = sum(size_on_disk(file) for file in folder.glob("last-000001.ckpt/*.py"))
     size = size_on_disk(folder / "last-000001.ckpt") - scripts
     assert size == pytest.approx(reports[0]["said"], rel=0.15)

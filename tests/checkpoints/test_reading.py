@@ -10,7 +10,7 @@ import pytest
 import torch
 from tests.checkpoints.conftest import content, write_folder
 
-from vessel.checkpoints.reading import fault, find_checkpoint, newest_good, read_checkpoint
+from vessel.checkpoints.reading import find_checkpoint, find_defect, find_newest_intact, read_checkpoint
 from vessel.errors import VesselError
 
 
@@ -35,17 +35,17 @@ def run(tmp_path):
 def test_the_highest_step_is_taken_whatever_it_is_called(run):
     folder = run / "checkpoints"
     last = save(folder / "last-000020.ckpt", 20, folder=True)
-    assert newest_good(run) == (last, [])
+    assert find_newest_intact(run) == (last, [])
     best = save(folder / "best-000030.ckpt", 30)
     os.utime(best, (1, 1))  # such as one that was copied back
-    assert newest_good(run) == (best, [])
+    assert find_newest_intact(run) == (best, [])
 
 
 def test_of_one_step_the_one_written_last_is_taken(run):
     folder = run / "checkpoints"
     for name, time in (("last-000010.ckpt", 12), ("last-000010-v1.ckpt", 11)):
         os.utime(save(folder / name, 10), (time, time))
-    assert newest_good(run) == (folder / "last-000010.ckpt", [])
+    assert find_newest_intact(run) == (folder / "last-000010.ckpt", [])
 
 
 def cut_short(path: Path) -> None:
@@ -87,12 +87,12 @@ FAULTS = (
 def test_guard_W10_a_damaged_file_is_passed_over_with_its_reason(run, spoil, told):
     path = save(run / "checkpoints/last-000020.ckpt", 20)
     spoil(path)
-    good, skipped = newest_good(run)
+    good, skipped = find_newest_intact(run)
     assert good == run / "checkpoints/best-000010.ckpt"
     assert len(skipped) == 1
     assert skipped[0].startswith("last-000020.ckpt: ")
     assert re.search(told, skipped[0])
-    assert skipped[0] == f"{path.name}: {fault(path)}"
+    assert skipped[0] == f"{path.name}: {find_defect(path)}"
     assert str(run) not in skipped[0]
 
 
@@ -117,10 +117,10 @@ OF_FOLDERS = (
 @pytest.mark.parametrize(("spoil", "told"), OF_FOLDERS)
 def test_guard_W10_a_damaged_folder_is_passed_over_with_its_reason(run, spoil, told):
     path = save(run / "checkpoints/last-000020.ckpt", 20, folder=True)
-    assert fault(path) is None
+    assert find_defect(path) is None
     spoil(path)
-    assert newest_good(run) == (run / "checkpoints/best-000010.ckpt", [f"{path.name}: {fault(path)}"])
-    assert re.search(told, str(fault(path)))
+    assert find_newest_intact(run) == (run / "checkpoints/best-000010.ckpt", [f"{path.name}: {find_defect(path)}"])
+    assert re.search(told, str(find_defect(path)))
 
 
 def test_guard_W10_a_changed_number_of_a_rank_is_seen(run):
@@ -131,8 +131,8 @@ def test_guard_W10_a_changed_number_of_a_rank_is_seen(run):
         raw.replace((torch.arange(4.0) + 24).numpy().tobytes(), (torch.arange(4.0) + 25).numpy().tobytes())
     )
     assert file.read_bytes() != raw
-    assert newest_good(run)[1] == [f"last-000020.ckpt: {fault(path)}"]
-    assert "rank_1" in str(fault(path))
+    assert find_newest_intact(run)[1] == [f"last-000020.ckpt: {find_defect(path)}"]
+    assert "rank_1" in str(find_defect(path))
 
 
 @pytest.mark.parametrize("bit", [1, 2, 4, 8, 16, 32, 64, 128])
@@ -145,7 +145,7 @@ def test_guard_W10_no_changed_byte_goes_unseen(tmp_path, bit):
         changed = bytearray(raw)
         changed[at] ^= bit
         path.write_bytes(changed)
-        if fault(path) is None:
+        if find_defect(path) is None:
             read, was = torch.load(path, weights_only=True), content(1)
             same = all(torch.equal(read["state_dict"].pop(name), t) for name, t in was.pop("state_dict").items())
             assert same, at
@@ -160,23 +160,23 @@ def test_a_part_marked_as_a_folder_is_seen(tmp_path):
     raw = bytearray(path.read_bytes())
     raw[raw.find(b"last/data/0", raw.find(b"PK\1\2")) - 8] ^= 0x10
     path.write_bytes(raw)
-    assert "data/0 is marked as a folder" in str(fault(path))
+    assert "data/0 is marked as a folder" in str(find_defect(path))
 
 
 def test_a_run_without_a_good_one(tmp_path):
-    assert newest_good(tmp_path) == (None, [])
+    assert find_newest_intact(tmp_path) == (None, [])
     save(tmp_path / "checkpoints/last-000001.ckpt", 1).write_bytes(b"")
-    assert newest_good(tmp_path) == (None, ["last-000001.ckpt: empty"])
+    assert find_newest_intact(tmp_path) == (None, ["last-000001.ckpt: empty"])
 
 
 def test_leftovers_of_a_killed_save_are_no_checkpoints(run):
     folder = run / "checkpoints"
     save(folder / ".last-000020.ckpt.part", 20)
     save(folder / ".last-000030.ckpt.part", 30, folder=True)
-    assert newest_good(run) == (folder / "best-000010.ckpt", [])
+    assert find_newest_intact(run) == (folder / "best-000010.ckpt", [])
     assert find_checkpoint(run, ("last", "best")) == folder / "best-000010.ckpt"
     for leftover in folder.glob(".*"):
-        assert "cut short" in str(fault(leftover))
+        assert "cut short" in str(find_defect(leftover))
         with pytest.raises(VesselError, match="left over from a save that was cut short"):
             read_checkpoint(leftover)
     with pytest.raises(VesselError, match="left over"):
@@ -187,7 +187,7 @@ def test_a_folder_that_was_moved_aside_gets_its_name_again(run):
     folder = run / "checkpoints"
     save(folder / ".last-000020.ckpt.aside", 20, folder=True)
     save(folder / ".best-000010.ckpt.aside", 9)  # another has come into its place
-    assert newest_good(run) == (folder / "last-000020.ckpt", [])
+    assert find_newest_intact(run) == (folder / "last-000020.ckpt", [])
     assert read_checkpoint(folder / "best-000010.ckpt")["global_step"] == 10
 
 
@@ -195,7 +195,7 @@ def test_checksums_are_compared_without_the_file_in_memory(tmp_path):
     path = tmp_path / "last-000001.ckpt"
     torch.save(content(1) | {"optimizer_states": torch.zeros(5_000_000)}, path)
     tracemalloc.start()
-    assert fault(path) is None
+    assert find_defect(path) is None
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 5e6 < path.stat().st_size

@@ -10,9 +10,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from tests.checkpoints.conftest import killed, write_folder
 from torch.utils.data import DataLoader
 
-from vessel.checkpoints.reading import fault, newest_good
+from vessel.checkpoints.reading import find_defect, find_newest_intact
 from vessel.checkpoints.retention import discard, discard_superseded
-from vessel.checkpoints.writing import WholeFiles
+from vessel.checkpoints.writing import AtomicCheckpointIO
 
 
 class Line(LightningModule):
@@ -33,11 +33,11 @@ class Line(LightningModule):
         checkpoint["vessel"] = {"name": "line"}
 
 
-class Watched(WholeFiles):
+class Watched(AtomicCheckpointIO):
     """Sees at each removal that a good checkpoint of a higher step is there."""
 
     def remove_checkpoint(self, path):
-        assert newest_good(Path(path).parents[1])[0] not in (None, Path(path))
+        assert find_newest_intact(Path(path).parents[1])[0] not in (None, Path(path))
         super().remove_checkpoint(path)
 
 
@@ -75,7 +75,7 @@ def finished(tmp_path) -> Path:
 
 def test_a_run_keeps_its_best_and_its_last(finished):
     assert names(finished) == ["best-000003.ckpt", "last-000004.ckpt"]
-    assert newest_good(finished) == (finished / "checkpoints/last-000004.ckpt", [])
+    assert find_newest_intact(finished) == (finished / "checkpoints/last-000004.ckpt", [])
 
 
 def test_guard_W9_retention_never_touches_inputs(finished, tmp_path):
@@ -99,25 +99,25 @@ def test_guard_W9_the_checkpoint_a_run_goes_on_from_in_its_folder_stays(finished
     were = content_of(given)
     fit(finished, 7, given)
     assert content_of(given) == were
-    assert newest_good(finished)[0] == finished / "checkpoints/last-000007.ckpt"
+    assert find_newest_intact(finished)[0] == finished / "checkpoints/last-000007.ckpt"
 
 
 def test_a_run_that_is_resumed_often_does_not_fill_the_disk(finished):
     """A saver keeps what was resumed from for ever; best and last, and the one resumed from, are all that stay."""
     for steps in (6, 8, 10):
-        good, _ = newest_good(finished)
+        good, _ = find_newest_intact(finished)
         discard_superseded(finished, good, savers(finished))
         fit(finished, steps, good)
         assert len(names(finished)) <= 3
     assert names(finished) == ["best-000003.ckpt", "last-000008.ckpt", "last-000010.ckpt"]
-    assert [fault(finished / "checkpoints" / name) for name in names(finished)] == [None] * 3
+    assert [find_defect(finished / "checkpoints" / name) for name in names(finished)] == [None] * 3
 
 
 def test_checkpoints_that_are_all_to_be_kept_stay(tmp_path):
     """A saver without a metric does not note which ones it keeps."""
     fit(tmp_path, 4, save_top_k=-1)
     were = names(tmp_path)
-    good, _ = newest_good(tmp_path)
+    good, _ = find_newest_intact(tmp_path)
     discard_superseded(tmp_path, good, savers(tmp_path, save_top_k=-1))
     assert names(tmp_path) == were
     assert len(were) == 5
@@ -127,7 +127,7 @@ def test_what_is_newer_than_the_resumed_one_stays(finished):
     """Such as one that could not be read, of which a user may want to know why."""
     damaged = finished / "checkpoints/last-000009.ckpt"
     damaged.write_bytes(b"")
-    good, _ = newest_good(finished)
+    good, _ = find_newest_intact(finished)
     discard_superseded(finished, good, savers(finished))
     assert names(finished) == ["best-000003.ckpt", "last-000004.ckpt", "last-000009.ckpt"]
 
@@ -140,8 +140,8 @@ def test_guard_W9_a_folder_half_removed_is_no_checkpoint(tmp_path):
         new = write_folder(run / "checkpoints/last-000002.ckpt", 2, ranks=1)
         old = write_folder(run / "checkpoints/last-000001.ckpt", 1, ranks=1)
         dies = killed(lambda old=old: discard(old), calls)
-        assert newest_good(run) == (new, [])
-        assert not old.exists() or fault(old) is None
+        assert find_newest_intact(run) == (new, [])
+        assert not old.exists() or find_defect(old) is None
     assert calls > 5
 
 

@@ -7,8 +7,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from tests.conftest import _configuration
 from torch import nn
 
-from vessel.checkpoints.space import checkpoint_bytes, planned, require_checkpoint_space
-from vessel.checkpoints.writing import WholeFiles
+from vessel.checkpoints.space import checkpoint_bytes, count_checkpoints, require_checkpoint_space
+from vessel.checkpoints.writing import AtomicCheckpointIO
 from vessel.errors import VesselError
 from vessel.files import readable, size_on_disk
 
@@ -23,7 +23,9 @@ def test_a_checkpoint_is_as_large_as_said(tmp_path, keep_frozen, dtype):
     network(torch.ones(1, 300, dtype=dtype)).sum().backward()
     optimizer.step()
     state = {n: p for n, p in network.named_parameters() if keep_frozen or p.requires_grad}
-    WholeFiles().save_checkpoint({"state_dict": state, "optimizer_states": [optimizer.state_dict()]}, tmp_path / "a")
+    AtomicCheckpointIO().save_checkpoint(
+        {"state_dict": state, "optimizer_states": [optimizer.state_dict()]}, tmp_path / "a"
+    )
     said = checkpoint_bytes(network.parameters(), keep_frozen=keep_frozen)
     assert size_on_disk(tmp_path / "a") == pytest.approx(said, rel=0.08)
     assert checkpoint_bytes(network.to("meta").parameters(), keep_frozen=keep_frozen) == said
@@ -44,10 +46,10 @@ def test_bytes_of_a_parameter_in_bf16(stage, trained, frozen):
 def test_a_run_plans_for_best_last_and_the_one_being_written():
     callbacks = _configuration("train", ["data.root=none"]).callbacks
     savers = [instantiate(callbacks[name], dirpath=None) for name in ("checkpoint", "last_checkpoint")]
-    assert planned(savers) == 3
-    assert planned([]) == 0
-    assert planned([ModelCheckpoint(save_top_k=0)]) == 0
-    assert planned([ModelCheckpoint(save_top_k=2, monitor="loss", save_last=True)]) == 4
+    assert count_checkpoints(savers) == 3
+    assert count_checkpoints([]) == 0
+    assert count_checkpoints([ModelCheckpoint(save_top_k=0)]) == 0
+    assert count_checkpoints([ModelCheckpoint(save_top_k=2, monitor="loss", save_last=True)]) == 4
 
 
 def test_guard_W9_a_run_without_room_is_refused(tmp_path):

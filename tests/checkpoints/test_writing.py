@@ -11,15 +11,15 @@ import pytest
 import torch
 from tests.checkpoints.conftest import content, killed, write_folder
 
-from vessel.checkpoints.reading import fault, newest_good, read_checkpoint
-from vessel.checkpoints.writing import WholeFiles, whole
+from vessel.checkpoints.reading import find_defect, find_newest_intact, read_checkpoint
+from vessel.checkpoints.writing import AtomicCheckpointIO, atomic_write
 from vessel.errors import VesselError
 
 MEGABYTE = 2**20
 
 
 def put(path: Path, text: str, *, folder: bool) -> None:
-    with whole(path) as part:
+    with atomic_write(path) as part:
         if folder:
             (part / "in").mkdir(parents=True)
         (part / "in/file" if folder else part).write_text(text)
@@ -50,7 +50,7 @@ def test_an_error_leaves_what_was_there_and_is_told_as_it_is(tmp_path, error):
     put(path, "before", folder=False)
 
     def fail():
-        with whole(path) as part:
+        with atomic_write(path) as part:
             part.write_text("half")
             raise error
 
@@ -78,11 +78,11 @@ def test_everything_is_flushed_before_the_rename_and_the_name_after_it(tmp_path,
 
 
 def save_file(path: Path, step: int) -> None:
-    WholeFiles().save_checkpoint(content(step), path)
+    AtomicCheckpointIO().save_checkpoint(content(step), path)
 
 
 def save_folder(path: Path, step: int) -> None:
-    with whole(path) as part:
+    with atomic_write(path) as part:
         write_folder(part, step)
 
 
@@ -97,13 +97,13 @@ def test_guard_W9_a_kill_at_any_moment_leaves_a_good_checkpoint(tmp_path, save, 
         folder = run / "checkpoints"
         save(folder / "last-000001.ckpt", 1)
         dies = killed(lambda folder=folder: save(folder / name, 2), call)
-        good, _ = newest_good(run)
+        good, _ = find_newest_intact(run)
         assert good is not None
-        assert fault(good) is None
+        assert find_defect(good) is None
         steps.append(read_checkpoint(good)["global_step"])
         assert {p.name for p in folder.glob("*.ckpt")} <= {"last-000001.ckpt", name}
         save(folder / "last-000003.ckpt", 3)
-        assert newest_good(run) == (folder / "last-000003.ckpt", [])
+        assert find_newest_intact(run) == (folder / "last-000003.ckpt", [])
         assert not list(folder.glob(".*")), "the next save clears what the killed one left"
     assert len(steps) > 5
     assert steps == sorted(steps)
@@ -127,13 +127,13 @@ def big(step: int, nbytes: int) -> dict:
 def test_guard_W9_a_full_disk_keeps_the_checkpoint_before(small_disk):
     """A real file system, filled up by the save."""
     folder = small_disk / "run/checkpoints"
-    WholeFiles().save_checkpoint(content(1), folder / "last-000001.ckpt")
+    AtomicCheckpointIO().save_checkpoint(content(1), folder / "last-000001.ckpt")
     with pytest.raises(VesselError, match=r"last-000002\.ckpt: not written, the disk or the quota is full") as raised:
-        WholeFiles().save_checkpoint(big(2, 8 * MEGABYTE), folder / "last-000002.ckpt")
+        AtomicCheckpointIO().save_checkpoint(big(2, 8 * MEGABYTE), folder / "last-000002.ckpt")
     for told in ("4.2 MB or more", "are free there", "intact: last-000001.ckpt", "resume=auto"):
         assert told in str(raised.value)
     assert [path.name for path in folder.iterdir()] == ["last-000001.ckpt"]
-    assert newest_good(folder.parent) == (folder / "last-000001.ckpt", [])
+    assert find_newest_intact(folder.parent) == (folder / "last-000001.ckpt", [])
     assert shutil.disk_usage(small_disk).used < MEGABYTE
 
 
@@ -142,14 +142,14 @@ def test_guard_W9_a_disk_that_fills_while_a_folder_is_written(small_disk):
     save_folder(small_disk / "last-000001.ckpt", 1)
 
     def save():
-        with whole(small_disk / "last-000002.ckpt") as part:
+        with atomic_write(small_disk / "last-000002.ckpt") as part:
             write_folder(part, 2)
             torch.save(big(2, 8 * MEGABYTE), part / "checkpoint/more.pt")
 
     with pytest.raises(VesselError, match=r"the disk or the quota is full.*intact: last-000001"):
         save()
     assert [path.name for path in small_disk.iterdir()] == ["last-000001.ckpt"]
-    assert fault(small_disk / "last-000001.ckpt") is None
+    assert find_defect(small_disk / "last-000001.ckpt") is None
     assert shutil.disk_usage(small_disk).used < MEGABYTE
 
 
@@ -158,7 +158,7 @@ def test_guard_W9_a_disk_that_is_full_already(small_disk):
     save_folder(small_disk / "last-000001.ckpt", 1)
 
     def save():
-        with whole(small_disk / "last-000002.ckpt") as part:
+        with atomic_write(small_disk / "last-000002.ckpt") as part:
             part.mkdir()
             (part / "latest").write_text("checkpoint")
             with suppress(OSError), (small_disk / "of the user").open("wb", buffering=0) as rest:
@@ -181,16 +181,16 @@ def small_files():
 
 
 def test_guard_W9_a_limit_on_files_keeps_the_checkpoint_before(tmp_path, small_files):
-    WholeFiles().save_checkpoint(content(1), tmp_path / "last-000001.ckpt")
+    AtomicCheckpointIO().save_checkpoint(content(1), tmp_path / "last-000001.ckpt")
     with pytest.raises(VesselError, match=r"full.*intact: last-000001\.ckpt"):
-        WholeFiles().save_checkpoint(big(2, MEGABYTE), tmp_path / "last-000002.ckpt")
+        AtomicCheckpointIO().save_checkpoint(big(2, MEGABYTE), tmp_path / "last-000002.ckpt")
     assert [path.name for path in tmp_path.iterdir()] == ["last-000001.ckpt"]
 
 
 def test_a_folder_that_cannot_be_made_is_told(tmp_path):
     (tmp_path / "checkpoints").write_text("a file")
     with pytest.raises(VesselError, match=r"last\.ckpt: not written, .*exists.* no checkpoint was there before"):
-        WholeFiles().save_checkpoint(content(1), tmp_path / "checkpoints/last.ckpt")
+        AtomicCheckpointIO().save_checkpoint(content(1), tmp_path / "checkpoints/last.ckpt")
 
 
 # Several ranks -------------------------------------------------------------------------------------------------------
@@ -218,7 +218,7 @@ class Group:
                 return everyone
 
             try:
-                with whole(path, is_main=rank == 0, agree=agree) as part:
+                with atomic_write(path, is_main=rank == 0, agree=agree) as part:
                     write(rank, part)
             except Exception as error:
                 raised[rank] = error

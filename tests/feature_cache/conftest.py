@@ -7,11 +7,11 @@ import torch
 from tests.checkpoints.conftest import small_disk  # noqa: F401  # a fixture
 
 from vessel.batch import FeaturePyramid, Features
-from vessel.feature_cache.groups import Hold
-from vessel.feature_cache.store import Store
+from vessel.feature_cache.leases import Lease
+from vessel.feature_cache.store import FeatureStore
 from vessel.model.lora import Lora
 
-GROUP, OTHER = "a" * 32, "b" * 32
+NAMESPACE, OTHER = "a" * 32, "b" * 32
 KEY = "0" * 64
 
 
@@ -32,11 +32,11 @@ def equal(one: Features, two: Features) -> bool:
 
 
 @pytest.fixture
-def store(tmp_path) -> Iterator[Store]:
+def store(tmp_path) -> Iterator[FeatureStore]:
     """An empty one, in use."""
-    made = Store(tmp_path / "cache")
-    with Hold(made.root, GROUP):
-        made.group = GROUP
+    made = FeatureStore(tmp_path / "cache")
+    with Lease(made.root, NAMESPACE):
+        made.namespace = NAMESPACE
         yield made
 
 

@@ -125,8 +125,8 @@ def test_a_panel_shows_an_image_whose_frame_is_not_in_the_batch(oct_set, prompt)
     samples[1] = replace(samples[1], features=known, tiles=samples[1].tiles[:0], frame=torch.empty(3, 0, 0).byte())
     batch = collate(samples, prompt.token_ids.pad)
     for index, frame in enumerate(data.dataset("val").frames[:3]):
-        shown = _image(SimpleNamespace(datamodule=data), batch, index)
-        assert torch.equal(shown, torch.from_numpy(read_rgb(data.catalog.root / frame.image)))
+        show_progress = _image(SimpleNamespace(datamodule=data), batch, index)
+        assert torch.equal(show_progress, torch.from_numpy(read_rgb(data.catalog.root / frame.image)))
 
 
 # Ranks that hold parts of the encoders -------------------------------------------------------------------------------

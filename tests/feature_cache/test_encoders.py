@@ -10,26 +10,36 @@ from tests.feature_cache.conftest import equal
 
 from vessel.batch import FeaturePyramid, Features
 from vessel.errors import VesselError
-from vessel.feature_cache.encoders import Picture, blank, cache_namespace, complete, encoded, require_frozen, sizes_of
+from vessel.feature_cache.encoders import (
+    EncoderInput,
+    black_input,
+    cache_namespace,
+    complete_batch,
+    encode_inputs,
+    feature_nbytes,
+    require_frozen,
+)
 from vessel.model.network import Network
 
-VIEWS = SIZES.geometry
+GEOMETRY = SIZES.geometry
 
 
-def picture(seed: int, tiles: int) -> Picture:
+def encoder_input(seed: int, tiles: int) -> EncoderInput:
     generator = torch.Generator().manual_seed(seed)
 
     def drawn(*shape: int) -> torch.Tensor:
         return torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
 
-    return Picture(
-        f"{seed}", drawn(tiles, 3, VIEWS.tile_size, VIEWS.tile_size), drawn(3, VIEWS.frame_size, VIEWS.frame_size)
+    return EncoderInput(
+        f"{seed}",
+        drawn(tiles, 3, GEOMETRY.tile_size, GEOMETRY.tile_size),
+        drawn(3, GEOMETRY.frame_size, GEOMETRY.frame_size),
     )
 
 
 def test_pictures_are_encoded_together_as_alone(network):
-    pictures = [picture(0, 1), picture(1, 3), picture(2, 2)]
-    for one, features in zip(pictures, encoded(network, pictures), strict=True):
+    inputs = [encoder_input(0, 1), encoder_input(1, 3), encoder_input(2, 2)]
+    for one, features in zip(inputs, encode_inputs(network, inputs), strict=True):
         tile_features, pyramid = network.encode_tiles(one.tiles), network.encode_frame(one.frame[None])
         for found, expected in zip((features.tile_features, *features.pyramid), (tile_features, *pyramid), strict=True):
             torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
@@ -37,9 +47,9 @@ def test_pictures_are_encoded_together_as_alone(network):
 
 
 def test_sizes_are_told_by_tile_and_by_image(network):
-    [one] = encoded(network, [blank(VIEWS)])
-    per_tile, per_image = sizes_of(one)
-    [three] = encoded(network, [picture(0, 3)])
+    [one] = encode_inputs(network, [black_input(GEOMETRY)])
+    per_tile, per_image = feature_nbytes(one)
+    [three] = encode_inputs(network, [encoder_input(0, 3)])
     nbytes = sum(tensor.nbytes for tensor in (three.tile_features, *three.pyramid))
     assert nbytes <= 3 * per_tile + per_image <= nbytes + 2000
 
@@ -72,30 +82,30 @@ def change_dtype(network):
 @pytest.mark.parametrize("change", [change_vision, change_sam2, change_window, change_heads, change_dtype])
 def test_whatever_changes_features_changes_the_group(network, change):
     other = copy.deepcopy(network)
-    assert cache_namespace(other, VIEWS) == cache_namespace(network, VIEWS)
+    assert cache_namespace(other, GEOMETRY) == cache_namespace(network, GEOMETRY)
     change(other)
-    assert cache_namespace(other, VIEWS) != cache_namespace(network, VIEWS)
+    assert cache_namespace(other, GEOMETRY) != cache_namespace(network, GEOMETRY)
 
 
 def test_views_and_whatever_else_is_named_change_the_group(network):
-    groups = {
+    namespaces = {
         cache_namespace(network, geometry)
-        for geometry in (VIEWS, replace(VIEWS, max_tiles=6), replace(VIEWS, frame_size=128))
+        for geometry in (GEOMETRY, replace(GEOMETRY, max_tiles=6), replace(GEOMETRY, frame_size=128))
     }
-    groups |= {cache_namespace(network, VIEWS, device=device) for device in ("cpu", "cuda")}
-    assert len(groups) == 5
-    assert all(len(group) == 32 for group in groups)
+    namespaces |= {cache_namespace(network, GEOMETRY, device=device) for device in ("cpu", "cuda")}
+    assert len(namespaces) == 5
+    assert all(len(namespace) == 32 for namespace in namespaces)
 
 
 def test_what_trains_and_how_it_trains_does_not(network):
-    before = cache_namespace(network, VIEWS)
+    before = cache_namespace(network, GEOMETRY)
     with torch.no_grad():
         for parameter in network.parameters():
             if parameter.requires_grad:
                 parameter.add_(1)
     network.eval()
     network.checkpoint_activations()
-    assert cache_namespace(network, VIEWS) == before
+    assert cache_namespace(network, GEOMETRY) == before
 
 
 # Refusals ------------------------------------------------------------------------------------------------------------
@@ -118,13 +128,13 @@ def test_a_network_without_a_language_model_is_refused():
 @pytest.mark.parametrize("known", [(), (1,), (0, 2)])
 def test_a_batch_is_completed_as_the_network_would(network, make_batch, known):
     batch = make_batch([["lumen"], ["lumen", "cap"], ["cap"]])
-    every = encoded(network, [Picture("", batch.tiles[i : i + 1], batch.frames[i]) for i in range(3)])
+    every = encode_inputs(network, [EncoderInput("", batch.tiles[i : i + 1], batch.frames[i]) for i in range(3)])
     expected = network(batch)
     asked: list[int] = []
 
-    def encode(pictures):
-        asked.append(len(pictures))
-        return encoded(network, pictures)
+    def encode(inputs):
+        asked.append(len(inputs))
+        return encode_inputs(network, inputs)
 
     if known:
         left = [i for i in range(3) if i not in known]
@@ -132,7 +142,7 @@ def test_a_batch_is_completed_as_the_network_would(network, make_batch, known):
         batch = replace(batch, features=features, tiles=batch.tiles[left], frames=batch.frames[left])
         torch.testing.assert_close(network(batch).mask_logits, expected.mask_logits, atol=1e-5, rtol=1e-5)
     before = dict(vars(batch))
-    completed = complete(batch, network, encode)
+    completed = complete_batch(batch, network, encode)
     assert all(vars(batch)[name] is value for name, value in before.items()), "the batch itself was changed"
     assert asked == [3 - len(known)]
     assert len(completed.tiles) == len(completed.frames) == 0
@@ -147,6 +157,6 @@ def test_a_complete_batch_runs_the_encoders_all_the_same(network, make_batch):
     whole, known = make_batch([["lumen"]]), Features(torch.ones(1), FeaturePyramid(*torch.ones(3)))
     batch = replace(whole, features=(known,), tiles=whole.tiles[:0], frames=whole.frames[:0])
     asked: list[int] = []
-    completed = complete(batch, network, lambda pictures: [asked.append(len(pictures))])
+    completed = complete_batch(batch, network, lambda inputs: [asked.append(len(inputs))])
     assert asked == [0]
     assert equal(completed.features[0], known)

@@ -11,16 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 from tests.checkpoints.conftest import killed
-from tests.feature_cache.conftest import GROUP, KEY, OTHER, equal, features
+from tests.feature_cache.conftest import KEY, NAMESPACE, OTHER, equal, features
 
 from vessel.errors import VesselError
-from vessel.feature_cache.groups import Hold
-from vessel.feature_cache.store import Store
+from vessel.feature_cache.leases import Lease
+from vessel.feature_cache.store import FeatureStore
 
 MEGABYTE = 2**20
 
 
-def file_of(store: Store, key: str = KEY) -> Path:
+def file_of(store: FeatureStore, key: str = KEY) -> Path:
     return store.folder / f"{key}.safetensors"
 
 
@@ -28,17 +28,17 @@ def file_of(store: Store, key: str = KEY) -> Path:
 @pytest.mark.parametrize("tiles", [1, 5])
 def test_what_was_put_is_got_bit_by_bit(store, dtype, tiles):
     kept = features(tiles=tiles, dtype=dtype)
-    assert not store.holds(KEY)
+    assert not store.contains(KEY)
     assert store.get(KEY) is None
     store.put(KEY, kept)
     assert equal(store.get(KEY), kept)
     assert store.keys() == {KEY}
-    assert store.holds(KEY)
+    assert store.contains(KEY)
 
 
 def test_parts_of_a_batch_and_other_strides_are_written_whole(store):
-    whole = features(tiles=4)
-    turned = whole._replace(tile_features=whole.tile_features.transpose(1, 2)[1:3])
+    every = features(tiles=4)
+    turned = every._replace(tile_features=every.tile_features.transpose(1, 2)[1:3])
     store.put(KEY, turned)
     assert equal(store.get(KEY), turned)
     assert file_of(store).stat().st_size < 1500
@@ -49,7 +49,7 @@ def test_only_the_owner_can_read_it_and_names_are_digests(store):
     assert stat.S_IMODE(store.root.stat().st_mode) == stat.S_IMODE(store.folder.stat().st_mode) == 0o700
     assert stat.S_IMODE(file_of(store).stat().st_mode) == 0o600
     names = sorted(path.relative_to(store.root).as_posix() for path in store.root.rglob("*"))
-    assert names == [GROUP, f"{GROUP}.lock", f"{GROUP}/{KEY}.safetensors"]
+    assert names == [NAMESPACE, f"{NAMESPACE}.lock", f"{NAMESPACE}/{KEY}.safetensors"]
 
 
 # Damage --------------------------------------------------------------------------------------------------------------
@@ -96,9 +96,9 @@ def test_the_features_of_another_image_or_of_other_weights_are_noticed(store):
     shutil.copy(file_of(store), file_of(store, other))
     shutil.copytree(store.folder, store.root / OTHER)
     assert store.get(other) is None
-    store.group = OTHER
+    store.namespace = OTHER
     assert store.get(KEY) is None
-    store.group = GROUP
+    store.namespace = NAMESPACE
     assert equal(store.get(KEY), features())
 
 
@@ -114,7 +114,7 @@ def test_damage_is_told_once_and_mended_by_the_next_write(store, caplog):
 
 
 def test_without_a_group_nothing_is_found(tmp_path):
-    assert Store(tmp_path / "nowhere").get(KEY) is None
+    assert FeatureStore(tmp_path / "nowhere").get(KEY) is None
 
 
 # Kills and full disks ------------------------------------------------------------------------------------------------
@@ -144,11 +144,11 @@ def test_a_file_has_its_name_only_once_it_is_flushed(store, monkeypatch):
 
 
 def test_what_a_killed_writer_left_is_cleared_by_who_comes_when_nobody_is_there(tmp_path):
-    store = Store(tmp_path)
-    store.group = GROUP
+    store = FeatureStore(tmp_path)
+    store.namespace = NAMESPACE
     child = os.fork()
     if child == 0:
-        Hold(tmp_path, GROUP)
+        Lease(tmp_path, NAMESPACE)
         os.fsync = lambda handle: (os.ftruncate(handle, 100), os.kill(os.getpid(), signal.SIGKILL))
         store.put(KEY, features())
     assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
@@ -156,14 +156,14 @@ def test_what_a_killed_writer_left_is_cleared_by_who_comes_when_nobody_is_there(
     assert left.stat().st_size == 100
     assert store.get(KEY) is None
     assert store.keys() == set()
-    with Hold(tmp_path, GROUP):
+    with Lease(tmp_path, NAMESPACE):
         assert list(store.folder.iterdir()) == []
 
 
 def test_a_full_disk_is_told_and_nothing_half_written_stays(small_disk):
-    store = Store(small_disk / "cache")
-    with Hold(store.root, GROUP):
-        store.group = GROUP
+    store = FeatureStore(small_disk / "cache")
+    with Lease(store.root, NAMESPACE):
+        store.namespace = NAMESPACE
         store.put(KEY, features())
         with pytest.raises(
             VesselError, match=r"MB not written, the disk or the quota is full; .*cache\.root="

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: found in its folder, judged, and read without running code."""
+"""Checkpoints of a run: find them in its folder, verify them, and read them without running code."""
 
 from __future__ import annotations
 
@@ -16,44 +16,44 @@ from vessel.errors import VesselError
 from vessel.runs.manifest import MANIFEST
 from vessel.weights.zero import LATEST, is_zero_folder, open_zero, time_written
 
-_PART, _ASIDE = ".part", ".aside"
-_FOLDER = 0x10  # a zip file's mark of a part that is a folder
-_TENSORS = "/data/"  # in the name of each part of a file that is the numbers of a tensor
-# What zipfile raises on a file whose bytes changed, by where they did.
+_UNFINISHED, _BACKUP = ".part", ".aside"
+_FOLDER = 0x10  # attribute of a zip entry that is a folder
+_TENSORS = "/data/"  # in the name of each zip entry that holds the numbers of a tensor
+# Errors of zipfile on a file with changed bytes.
 _DAMAGE = (BadZipFile, EOFError, NotImplementedError, RuntimeError, ValueError, zlib.error)
 
 
-def part_of(path: Path) -> Path:
+def unfinished_path(path: Path) -> Path:
     """Return the path of a checkpoint while it is being written."""
-    return path.with_name(f".{path.name}{_PART}")
+    return path.with_name(f".{path.name}{_UNFINISHED}")
 
 
-def aside_of(path: Path) -> Path:
-    """Return the path that a folder has for a moment while a new one replaces it."""
-    return path.with_name(f".{path.name}{_ASIDE}")
+def backup_path(path: Path) -> Path:
+    """Return the path to which a folder is moved while a new one replaces it."""
+    return path.with_name(f".{path.name}{_BACKUP}")
 
 
 def is_leftover(path: Path) -> bool:
-    """Tell whether a file or folder was left by an interrupted save, and is no checkpoint."""
-    return path.name.startswith(".") and path.suffix in (_PART, _ASIDE)
+    """Return True if a file or folder was left by an interrupted save, and so is no checkpoint."""
+    return path.name.startswith(".") and path.suffix in (_UNFINISHED, _BACKUP)
 
 
-def put_back(folder: Path) -> None:
-    """Give folders that a killed save had moved aside their names again, where nothing has come into their place."""
-    for aside in folder.glob(aside_of(Path("*")).name):
-        path = aside.with_name(aside.name[1 : -len(_ASIDE)])
+def restore_backups(folder: Path) -> None:
+    """Rename backups that a killed save left to their old names, where no new folder has taken the name."""
+    for backup in folder.glob(backup_path(Path("*")).name):
+        path = backup.with_name(backup.name[1 : -len(_BACKUP)])
         if not path.exists():
             with suppress(FileNotFoundError):  # another rank was faster
-                aside.rename(path)
+                backup.rename(path)
 
 
-def checkpoints_in(folder: Path) -> list[Path]:
-    """Checkpoints directly in a folder, good or not; no unfinished ones."""
+def list_checkpoints(folder: Path) -> list[Path]:
+    """List the checkpoints directly in a folder, intact or not; no unfinished ones."""
     return [path for path in folder.glob("*.ckpt") if path.exists() and not path.name.startswith(".")]
 
 
 def find_checkpoint(run: Path, kinds: tuple[str, ...] = ("best", "last")) -> Path:
-    """The newest checkpoint of a run folder, of the first kind that is there.
+    """Find the newest checkpoint of a run folder, of the first kind that exists.
 
     Args:
         run: folder of the run, or a checkpoint that is a folder, as ZeRO-3 writes it.
@@ -69,49 +69,53 @@ def find_checkpoint(run: Path, kinds: tuple[str, ...] = ("best", "last")) -> Pat
         for folder in (run, run / "checkpoints"):
             if found := sorted(folder.glob(f"{kind}*.ckpt"), key=time_written):
                 return found[-1]
-    what = "a run without checkpoint" if (run / MANIFEST).is_file() else "neither a run nor an export of vessel"
-    raise VesselError(f"{run}: {what}; give a run folder (outputs/<name>/<time>), one of its checkpoints, or an export")
+    found_instead = (
+        "a run without checkpoint" if (run / MANIFEST).is_file() else "neither a run nor an export of vessel"
+    )
+    raise VesselError(
+        f"{run}: {found_instead}; give a run folder (outputs/<name>/<time>), one of its checkpoints, or an export"
+    )
 
 
-def newest_good(run: Path) -> tuple[Path | None, list[str]]:
-    """The checkpoint of a run to go on from: of the highest step, at the same step the one written last.
+def find_newest_intact(run: Path) -> tuple[Path | None, list[str]]:
+    """Find the intact checkpoint of a run with the highest step; of one step, the one written last.
 
-    What a killed save had moved aside gets its name again. Checksums are looked at from the newest on, until one is
-    good.
+    Backups that a killed save left are renamed first. Checksums are verified from the newest on, until one checkpoint
+    is intact.
 
     Args:
         run: folder of the run.
 
     Returns:
-        the checkpoint, None where none is good; what was passed over, each with its reason.
+        the checkpoint, None without an intact one; the skipped ones, each with the reason.
     """
-    put_back(run / "checkpoints")
+    restore_backups(run / "checkpoints")
     steps: dict[Path, int] = {}
     skipped = []
-    for path in sorted(checkpoints_in(run / "checkpoints"), key=time_written, reverse=True):
+    for path in sorted(list_checkpoints(run / "checkpoints"), key=time_written, reverse=True):
         step = _step(path)
         if isinstance(step, str):
             skipped.append(f"{path.name}: {step}")
         else:
             steps[path] = step
     for path in sorted(steps, key=lambda path: steps[path], reverse=True):  # stable: by time within a step
-        if (reason := _damage(path)) is None:
+        if (reason := _find_damage(path)) is None:
             return path, skipped
         skipped.append(f"{path.name}: {reason}")
     return None, skipped
 
 
-def fault(path: Path) -> str | None:
-    """Find the fault of a checkpoint, a file or a folder of all ranks' files; None for a good one.
+def find_defect(path: Path) -> str | None:
+    """Find the defect of a checkpoint, a file or a folder of all ranks' files; None for an intact one.
 
     Every byte is read once and compared with the checksum that was written beside it, a megabyte at a time.
     """
     step = _step(path)
-    return step if isinstance(step, str) else _damage(path)
+    return step if isinstance(step, str) else _find_damage(path)
 
 
 def read_checkpoint(path: Path) -> Mapping[str, Any]:
-    """Read a Lightning checkpoint of vessel, a file or what ZeRO-3 writes; code in it is never run.
+    """Read a Lightning checkpoint of vessel, a file or a folder of ZeRO-3; code in it is never run.
 
     Raises:
         VesselError: damaged, or another kind of file, with the remedy.
@@ -143,11 +147,11 @@ def _refuse_unfinished(path: Path) -> None:
 
 
 def _step(path: Path) -> int | str:
-    """The optimizer step of a checkpoint, from a look that leaves its tensors alone; or why it cannot be one."""
+    """Read the optimizer step of a checkpoint without its tensors; a string is the reason why it cannot be read."""
     if path.is_dir() and not (path / LATEST).is_file():
         return f"without `{LATEST}`, which is written when the files of all ranks are"
-    # With a wrong byte in what is no tensor, reading can fail in every way.
-    if (reason := _damage(path, tensors=False)) is not None:
+    # With a wrong byte outside the tensors, reading can fail in every way.
+    if (reason := _find_damage(path, tensors=False)) is not None:
         return reason
     try:
         step = read_checkpoint(path).get("global_step")
@@ -156,27 +160,27 @@ def _step(path: Path) -> int | str:
     return step if isinstance(step, int) else "weights, without the step that they are of"
 
 
-def _damage(path: Path, *, tensors: bool = True) -> str | None:
-    """Find damage by the checksums in the files of a checkpoint; None when it is what was written."""
+def _find_damage(path: Path, *, tensors: bool = True) -> str | None:
+    """Find damage by the checksums in the files of a checkpoint; None for an intact one."""
     for file in sorted(path.rglob("*.pt")) if path.is_dir() else (path,):
-        named = "" if file == path else f"{file.name}: "
+        prefix = "" if file == path else f"{file.name}: "
         try:
             if file.stat().st_size == 0:
-                return f"{named}empty"
+                return f"{prefix}empty"
             with ZipFile(file) as opened:
-                for part in opened.infolist():
-                    if tensors or _TENSORS not in part.filename:
-                        _read_through(opened, part)
+                for entry in opened.infolist():
+                    if tensors or _TENSORS not in entry.filename:
+                        _verify_checksum(opened, entry)
         except _DAMAGE as error:
-            return f"{named}cut short, damaged, or no checkpoint ({error})"
+            return f"{prefix}cut short, damaged, or no checkpoint ({error})"
         except OSError as error:
-            return f"{named}cannot be read ({error.strerror})"
+            return f"{prefix}cannot be read ({error.strerror})"
     return None
 
 
-def _read_through(opened: ZipFile, part: ZipInfo) -> None:
-    if part.external_attr & _FOLDER:  # torch would read nothing of it, and leave the tensor as memory was
-        raise BadZipFile(f"{part.filename} is marked as a folder")
-    with opened.open(part) as stream:
+def _verify_checksum(opened: ZipFile, entry: ZipInfo) -> None:
+    if entry.external_attr & _FOLDER:  # torch would read nothing of it, and leave the tensor uninitialised
+        raise BadZipFile(f"{entry.filename} is marked as a folder")
+    with opened.open(entry) as stream:
         while stream.read(2**20):  # the last one compares the checksum
             pass

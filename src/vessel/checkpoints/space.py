@@ -1,4 +1,4 @@
-"""Room on the disk for the checkpoints that a run plans, asked for before it begins."""
+"""Disk space for the checkpoints that a run will write, checked before it begins."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from torch import nn
 from vessel.files import require_space
 
 _PER_TENSOR = 512  # names, shapes and the alignment of each stored tensor, about
-_PER_FILE = 100_000  # manifest, counters and whatever callbacks keep
+_PER_FILE = 100_000  # manifest, counters and states of callbacks
 
 
 def checkpoint_bytes(parameters: Iterable[nn.Parameter], *, keep_frozen: bool, stage: int = 0) -> int:
-    """About how large a checkpoint of a network under AdamW is, in bytes.
+    """Estimate the size of a checkpoint of a network under AdamW, in bytes.
 
     Args:
-        parameters: of the network, in the dtype they train in; the meta device and parts of ZeRO-3 do.
-        keep_frozen: whether frozen parameters are saved too, as where they are not the weights of a source.
-        stage: of ZeRO; 0 without DeepSpeed. DeepSpeed keeps the masters of what trains and both moments in float32,
+        parameters: of the network, in the dtype they train in; on the meta device or partitioned by ZeRO-3 as well.
+        keep_frozen: save frozen parameters too, as where they come from no source of weights.
+        stage: of ZeRO; 0 without DeepSpeed. DeepSpeed keeps the master weights and both moments in float32,
             and below stage 3 the parameters themselves as well.
     """
     total = _PER_FILE
@@ -35,7 +35,7 @@ def checkpoint_bytes(parameters: Iterable[nn.Parameter], *, keep_frozen: bool, s
     return int(total)
 
 
-def planned(callbacks: Iterable[Callback]) -> int:
+def count_checkpoints(callbacks: Iterable[Callback]) -> int:
     """Count the checkpoints that lie on the disk at once at most: those that are kept, and the one being written."""
     savers = [callback for callback in callbacks if isinstance(callback, ModelCheckpoint)]
     kept = sum(abs(saver.save_top_k) + bool(saver.save_last) for saver in savers)  # -1 keeps all: their number is open
@@ -47,7 +47,7 @@ def require_checkpoint_space(run: Path, nbytes: int, number: int) -> None:
 
     Args:
         run: its folder, which need not exist yet.
-        nbytes: that all of them take, beside what is there already.
+        nbytes: of all of them, beside those already on the disk.
         number: of checkpoints.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The frozen encoders of a network: what they make of an image, and the digest of all that decides it."""
+"""Features of an image by the frozen encoders of a network, and the digest of all that determines them."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ _HEADER = 1024  # of a file, about
 _LIBRARIES = ("torch", "transformers", "sam2", "pillow")  # what cuts, resizes and computes
 
 
-class Picture(NamedTuple):
-    """An image as the encoders see it.
+class EncoderInput(NamedTuple):
+    """The tiles and the frame of an image, as the encoders take them.
 
     Attributes:
         key: of its features.
@@ -40,14 +40,14 @@ class Picture(NamedTuple):
     frame: Tensor
 
 
-def blank(geometry: InputGeometry) -> Picture:
-    """A black image of one tile."""
+def black_input(geometry: InputGeometry) -> EncoderInput:
+    """Make a black image of one tile."""
     tile, frame = (torch.zeros(3, side, side, dtype=torch.uint8) for side in (geometry.tile_size, geometry.frame_size))
-    return Picture("", tile[None], frame)
+    return EncoderInput("", tile[None], frame)
 
 
 def require_frozen(network: Network) -> Sa2VA:
-    """The network, if what it makes of an image stays the same in training.
+    """Return the network if its encoders are frozen, so that features of an image stay the same in training.
 
     Raises:
         VesselError: its encoders train, or it is a baseline.
@@ -57,51 +57,55 @@ def require_frozen(network: Network) -> Sa2VA:
     names = {"vision encoder": network.mllm.model.vision_tower, "SAM2 image encoder": network.grounding.image_encoder}
     if training := [name for name, encoder in names.items() if trains(encoder)]:
         raise VesselError(
-            f"cache=features: the {' and the '.join(training)} train, so that what they make of an image changes with "
+            f"cache=features: the {' and the '.join(training)} train, so that the features of an image change with "
             "every step; choose trainable=lora or trainable=decoder_only, or leave the cache out with cache=none"
         )
     return network
 
 
-def encoded(network: Sa2VA, pictures: Sequence[Picture]) -> list[Features]:
-    """Features of each picture, on the network's device."""
+def encode_inputs(network: Sa2VA, inputs: Sequence[EncoderInput]) -> list[Features]:
+    """Compute the features of each image, on the network's device."""
     with torch.no_grad():
-        tile_features = network.encode_tiles(torch.cat([picture.tiles for picture in pictures]))
-        pyramid = network.encode_frame(torch.stack([picture.frame for picture in pictures]))
-    parts = tile_features.split([len(picture.tiles) for picture in pictures])
+        tile_features = network.encode_tiles(torch.cat([one.tiles for one in inputs]))
+        pyramid = network.encode_frame(torch.stack([one.frame for one in inputs]))
+    parts = tile_features.split([len(one.tiles) for one in inputs])
     levels = zip(*(level.split(1) for level in pyramid), strict=True)
     return [Features(one, FeaturePyramid(*own)) for one, own in zip(parts, levels, strict=True)]
 
 
-def sizes_of(features: Features) -> tuple[int, int]:
-    """Bytes that a tile takes in a file, and whatever else an image takes."""
+def feature_nbytes(features: Features) -> tuple[int, int]:
+    """Return the bytes of one tile in a file, and those of the rest of an image."""
     return features.tile_features[:1].nbytes, sum(level.nbytes for level in features.pyramid) + _HEADER
 
 
-def complete(batch: Batch, network: Sa2VA, encode: Callable[[Sequence[Picture]], Sequence[Features]]) -> Batch:
-    """Return a batch with features in place of tiles and frames; where it has all, run the encoders for nothing.
+def complete_batch(
+    batch: Batch, network: Sa2VA, encode: Callable[[Sequence[EncoderInput]], Sequence[Features]]
+) -> Batch:
+    """Return a batch with features in place of tiles and frames; the encoders run even where no features are missing.
 
     Args:
-        batch: stays as it is.
-        network: that it is for.
-        encode: what encodes pictures, also none.
+        batch: is not changed.
+        network: takes the batch.
+        encode: computes features of images; called with an empty list where none are missing.
     """
     known = batch.features or (None,) * len(batch)
     of_each = (batch.input_ids == network.tokens.image).sum(1) // network.mllm.config.image_seq_length
     counts = [int(count) for count, features in zip(of_each, known, strict=True) if features is None]
     tiles = batch.tiles.split(counts) if counts else ()
-    fresh = iter(encode([Picture("", *own) for own in zip(tiles, batch.frames, strict=True)]))
+    fresh = iter(encode([EncoderInput("", *own) for own in zip(tiles, batch.frames, strict=True)]))
     features = tuple(next(fresh) if one is None else one for one in known)
     return replace(batch, features=features, tiles=batch.tiles[:0], frames=batch.frames[:0])
 
 
 def cache_namespace(network: Sa2VA, geometry: InputGeometry, **facts: str) -> str:
-    """32 hexadecimal digits of what decides the features of an image; under ZeRO-3 every rank calls this.
+    """Compute a digest of all that determines the features of an image, 32 hexadecimal digits.
+
+    Under ZeRO-3 every rank calls this.
 
     Args:
-        network: weights and settings of its encoders count.
-        geometry: how images are cut.
-        facts: what else changes numbers, such as the device.
+        network: its encoders' weights and settings count.
+        geometry: sizes to which images are cut and resized.
+        facts: other causes of different numbers, such as the device.
     """
     encoders = network.mllm.model.vision_tower, network.grounding.image_encoder
     plain: Mapping[str, Any] = {
@@ -118,7 +122,7 @@ def cache_namespace(network: Sa2VA, geometry: InputGeometry, **facts: str) -> st
     return digest.hexdigest()[:32]
 
 
-def is_cut(network: Sa2VA) -> bool:
+def is_sharded(network: Sa2VA) -> bool:
     """Return True if the ranks hold parts of the encoders, so that all have to run them together (ZeRO-3)."""
     encoders = network.mllm.model.vision_tower, network.grounding.image_encoder
     return any(is_partitioned(tensor) for _, tensor in _tensors(encoders))

@@ -1,4 +1,4 @@
-"""Files of features, one an image: whole or absent, checked at every read, named by digests alone."""
+"""Files of features, one an image: complete or absent, verified at every read, named by digests alone."""
 
 from __future__ import annotations
 
@@ -23,48 +23,48 @@ NAMES = ("tile_features", *FeaturePyramid._fields)
 log = logging.getLogger(__name__)
 
 
-class Store:
-    """Features in `<root>/<group>/<key>.safetensors`, where any number of processes read and write at once.
+class FeatureStore:
+    """Features in `<root>/<namespace>/<key>.safetensors`, where any number of processes read and write at once.
 
-    A file is written beside its place and renamed onto it. All who write a key write the same, so that nobody has to
-    wait for anybody.
+    A file is written under another name and renamed. All processes that write a key write the same content, so that
+    none has to wait for another.
 
     Args:
-        root: folder of all groups.
+        root: folder of all namespaces.
 
     Attributes:
-        group: of the encoders in use, see `vessel.feature_cache.encoders`; while it is None nothing is found.
+        namespace: of the encoders in use, see `vessel.feature_cache.encoders`; while it is None nothing is found.
     """
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.group: str | None = None
+        self.namespace: str | None = None
 
     @property
     def folder(self) -> Path:
-        """Of the group in use."""
-        assert self.group is not None
-        return self.root / self.group
+        """Return the folder of the namespace in use."""
+        assert self.namespace is not None
+        return self.root / self.namespace
 
     def keys(self) -> set[str]:
-        """Of all files that are there; none of them is read."""
+        """Return the keys of all files in the namespace; no file is read."""
         with suppress(FileNotFoundError):
             return {name.removesuffix(SUFFIX) for name in os.listdir(self.folder) if name.endswith(SUFFIX)}
         return set()
 
-    def holds(self, key: str) -> bool:
-        """Return True if there is a file, good or not."""
+    def contains(self, key: str) -> bool:
+        """Return True if there is a file of this key, intact or not."""
         return self._file(key).exists()
 
     def get(self, key: str) -> Features | None:
-        """Map what is kept of an image into memory; None where nothing is, or nothing good.
+        """Map the features of an image into memory; None without an intact file.
 
-        A damaged file is removed, so that it is written anew.
+        A damaged file is removed, so that it is written again.
 
         Args:
-            key: `vessel.data.images.pixel_hash` of what tiles and frame are cut from.
+            key: `vessel.data.images.pixel_hash` of the image that tiles and frame are cut from.
         """
-        if self.group is None:
+        if self.namespace is None:
             return None
         file = self._file(key)
         try:
@@ -81,15 +81,19 @@ class Store:
             return None
         wrong = [name for name, tensor in tensors.items() if stated.get(name) != self._checksum(key, name, tensor)]
         if wrong:
-            self._discard(file, f"not what was written: {', '.join(wrong)}")
+            self._discard(file, f"wrong checksum: {', '.join(wrong)}")
             return None
         return Features(tensors["tile_features"], FeaturePyramid(*(tensors[level] for level in FeaturePyramid._fields)))
 
     def put(self, key: str, features: Features) -> None:
-        """Keep the features of an image.
+        """Write the features of an image.
+
+        Args:
+            key: as in `get`.
+            features: on any device.
 
         Raises:
-            VesselError: the disk is full, or refuses to take it; nothing of it stays there.
+            VesselError: the disk is full, or the write fails; no part of the file stays.
         """
         file = self._file(key)
         tensors = dict(zip(NAMES, (features.tile_features, *features.pyramid), strict=True))
@@ -100,8 +104,8 @@ class Store:
         except OSError as error:
             reason = "the disk or the quota is full" if error.errno in DISK_FULL else error.strerror
             raise VesselError(
-                f"{self.folder}: features of {readable(len(content))} not written, {reason}; nothing half-written "
-                "stays. Make room and go on with resume=auto, name another disk with cache.root=FOLDER, or leave the "
+                f"{self.folder}: features of {readable(len(content))} not written, {reason}; no partial file "
+                "stays. Free space and go on with resume=auto, name another disk with cache.root=FOLDER, or leave the "
                 "cache out with cache=none"
             ) from error
 
@@ -109,8 +113,8 @@ class Store:
         return self.folder / f"{key}{SUFFIX}"
 
     def _checksum(self, key: str, name: str, tensor: Tensor) -> str:
-        """CRC-32 of bytes, dtype and shape, and of whose they are."""
-        begin = zlib.crc32(f"{self.group} {key} {name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        """Compute CRC-32 over namespace, key, name, dtype, shape and bytes of a tensor: 8 hexadecimal digits."""
+        begin = zlib.crc32(f"{self.namespace} {key} {name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         return f"{zlib.crc32(tensor.flatten().view(torch.uint8).numpy().data, begin):08x}"
 
     def _discard(self, file: Path, reason: str) -> None:

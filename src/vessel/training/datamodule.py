@@ -85,7 +85,7 @@ class VesselDataModule(LightningDataModule):
         self.batch_size, self.workers, self.repeats = batch_size, workers, repeats
         self.augmentation, self.seed = augmentation, seed
         self.features: Callable[[str], Features | None] | None = None
-        self.complete: Callable[[Batch], Batch] | None = None
+        self.complete_batch: Callable[[Batch], Batch] | None = None
         self._training: EpochSampler | None = None
 
     def dataset(self, part: str) -> VesselDataset:
@@ -141,7 +141,7 @@ class VesselDataModule(LightningDataModule):
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Complete a batch that has arrived on the device; every rank calls this for each of its batches."""
-        return batch if self.complete is None else self.complete(batch)
+        return batch if self.complete_batch is None else self.complete_batch(batch)
 
     def training_sampler(self) -> EpochSampler:
         """Return the one order of training samples, divided over the trainer's ranks and steps."""

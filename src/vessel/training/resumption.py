@@ -12,7 +12,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig
 
-from vessel.checkpoints.reading import find_checkpoint, newest_good
+from vessel.checkpoints.reading import find_checkpoint, find_newest_intact
 from vessel.errors import VesselError
 from vessel.paths import expanded
 from vessel.runs.manifest import EXPORT_MANIFEST, Manifest
@@ -36,7 +36,7 @@ def find_start(config: DictConfig, run: Path) -> Path | None:
         VesselError: the run that is named has no good checkpoint, or `ckpt=` is an export.
     """
     if config.resume is not None:
-        found, skipped = newest_good(run)
+        found, skipped = find_newest_intact(run)
         if found is None and config.resume != "auto":
             reasons = "".join(f"\n  {reason}" for reason in skipped) or " it has none"
             raise VesselError(f"resume={config.resume}: no good checkpoint to go on from;{reasons}")

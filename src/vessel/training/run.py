@@ -25,8 +25,8 @@ from rich.console import Console
 
 from vessel.checkpoints.reading import read_checkpoint
 from vessel.checkpoints.retention import discard_superseded
-from vessel.checkpoints.space import checkpoint_bytes, planned, require_checkpoint_space
-from vessel.checkpoints.writing import WholeFiles
+from vessel.checkpoints.space import checkpoint_bytes, count_checkpoints, require_checkpoint_space
+from vessel.checkpoints.writing import AtomicCheckpointIO
 from vessel.data.prompt import Prompt
 from vessel.errors import VesselError
 from vessel.files import size_on_disk
@@ -203,7 +203,7 @@ def _require_room(network: Network, trainer: Trainer, run: Path, *, keep_frozen:
     if isinstance(trainer.strategy, DeepSpeedStrategy):
         assert isinstance(trainer.strategy.config, dict)
         stage = trainer.strategy.config["zero_optimization"]["stage"]
-    number = planned(trainer.callbacks)  # type: ignore[attr-defined]
+    number = count_checkpoints(trainer.callbacks)  # type: ignore[attr-defined]
     each = checkpoint_bytes(network.parameters(), keep_frozen=keep_frozen, stage=stage)
     there = size_on_disk(run / "checkpoints")  # of a run that goes on, and replaces them
     require_checkpoint_space(run, max(number * each - there, each if number else 0), number)
@@ -223,5 +223,5 @@ def _trainer(config: DictConfig, run: Path) -> Trainer:
         if isinstance(error.__cause__, MisconfigurationException | ValueError | ModuleNotFoundError):
             raise VesselError(f"trainer: {error.__cause__}; trainer=auto takes what is there") from error
         raise
-    trainer.strategy.checkpoint_io = WholeFiles()
+    trainer.strategy.checkpoint_io = AtomicCheckpointIO()
     return trainer

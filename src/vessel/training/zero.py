@@ -13,7 +13,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor
 from typing_extensions import override
 
-from vessel.checkpoints.writing import errors_last, whole
+from vessel.checkpoints.writing import atomic_write, defer_write_errors
 from vessel.errors import VesselError
 from vessel.training.shards import load_shards
 from vessel.weights.zero import LATEST, is_zero, open_saved
@@ -119,8 +119,8 @@ class ZeroStrategy(DeepSpeedStrategy):
         task: Any = self.lightning_module
         beside = {key: value for key, value in checkpoint.items() if key not in ("state_dict", "optimizer_states")}
         path = Path(self.broadcast(filepath))
-        with whole(path, is_main=self.is_global_zero, agree=self.reduce_boolean_decision) as folder:
-            with errors_last(self.deepspeed_engine):
+        with atomic_write(path, is_main=self.is_global_zero, agree=self.reduce_boolean_decision) as folder:
+            with defer_write_errors(self.deepspeed_engine):
                 self.deepspeed_engine.save_checkpoint(
                     str(folder), _TAG, beside, save_latest=False, exclude_frozen_parameters=not task.keep_frozen
                 )

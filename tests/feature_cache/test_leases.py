@@ -4,100 +4,100 @@ import os
 from pathlib import Path
 
 import pytest
-from tests.feature_cache.conftest import GROUP, OTHER
+from tests.feature_cache.conftest import NAMESPACE, OTHER
 
 from vessel.errors import VesselError
-from vessel.feature_cache.groups import Hold
+from vessel.feature_cache.leases import Lease
 from vessel.files import size_on_disk
 
 THIRD = "c" * 32
 GB = 10**9
 
 
-def group(root: Path, name: str, nbytes: int, *, used: float) -> Path:
+def unused_namespace(root: Path, name: str, nbytes: int, *, used: float) -> Path:
     """Of a run that is over, `used` seconds after the epoch."""
-    with Hold(root, name):
+    with Lease(root, name):
         (root / name / "1.safetensors").write_bytes(bytes(nbytes))
     os.utime(root / f"{name}.lock", (used, used))
     return root / name
 
 
 def test_groups_used_longest_ago_make_room(tmp_path):
-    old, recent = group(tmp_path, OTHER, 400, used=1), group(tmp_path, THIRD, 400, used=2)
-    with Hold(tmp_path, GROUP) as hold:
-        hold.reserve(200, limit=1000)
+    old, recent = unused_namespace(tmp_path, OTHER, 400, used=1), unused_namespace(tmp_path, THIRD, 400, used=2)
+    with Lease(tmp_path, NAMESPACE) as lease:
+        lease.reserve(200, limit=1000)
         assert old.exists()
-        hold.reserve(300, limit=1000)
+        lease.reserve(300, limit=1000)
         assert not old.exists()
         assert recent.exists()
-        hold.reserve(700, limit=1000)
+        lease.reserve(700, limit=1000)
         assert not recent.exists()
 
 
 def test_a_group_that_is_used_again_counts_as_recent(tmp_path):
-    first, second = group(tmp_path, OTHER, 400, used=1), group(tmp_path, THIRD, 400, used=2)
-    with Hold(tmp_path, OTHER):
+    first, second = unused_namespace(tmp_path, OTHER, 400, used=1), unused_namespace(tmp_path, THIRD, 400, used=2)
+    with Lease(tmp_path, OTHER):
         pass
-    with Hold(tmp_path, GROUP) as hold:
-        hold.reserve(300, limit=1000)
+    with Lease(tmp_path, NAMESPACE) as lease:
+        lease.reserve(300, limit=1000)
     assert first.exists()
     assert not second.exists()
 
 
 def test_a_group_in_use_is_never_removed_and_what_it_was_promised_counts(tmp_path):
-    with Hold(tmp_path, OTHER) as other, Hold(tmp_path, GROUP) as hold:
+    with Lease(tmp_path, OTHER) as other, Lease(tmp_path, NAMESPACE) as lease:
         other.reserve(600, limit=1000)  # nothing of it is written yet
-        hold.reserve(400, limit=1000)
+        lease.reserve(400, limit=1000)
         with pytest.raises(VesselError, match=r"would take 0\.001 MB"):
-            hold.reserve(401, limit=1000)
+            lease.reserve(401, limit=1000)
         (tmp_path / OTHER / "1.safetensors").write_bytes(bytes(700))  # more than it said
         with pytest.raises(VesselError):
-            hold.reserve(400, limit=1000)
+            lease.reserve(400, limit=1000)
         assert size_on_disk(tmp_path / OTHER) == 700
         other.close()
-        hold.reserve(400, limit=1000)
+        lease.reserve(400, limit=1000)
         assert not (tmp_path / OTHER).exists()
 
 
 def test_two_users_of_one_group(tmp_path):
-    with Hold(tmp_path, GROUP) as one, Hold(tmp_path, GROUP) as two:
+    with Lease(tmp_path, NAMESPACE) as one, Lease(tmp_path, NAMESPACE) as two:
         one.close()
-        with Hold(tmp_path, OTHER) as other:
+        with Lease(tmp_path, OTHER) as other:
             other.reserve(100, limit=100)
-            assert (tmp_path / GROUP).exists(), "the second still uses it"
+            assert (tmp_path / NAMESPACE).exists(), "the second still uses it"
             two.close()
             other.reserve(100, limit=100)
 
 
 def test_nothing_is_removed_where_it_would_not_do(tmp_path):
-    old = group(tmp_path, OTHER, 400, used=1)
-    with Hold(tmp_path, GROUP) as hold:
+    old = unused_namespace(tmp_path, OTHER, 400, used=1)
+    with Lease(tmp_path, NAMESPACE) as lease:
         with pytest.raises(VesselError, match=r"would take 1\.50 GB \(1\.50 GB of it new\).*cache\.max_gb=2") as raised:
-            hold.reserve(3 * GB // 2, limit=GB)
+            lease.reserve(3 * GB // 2, limit=GB)
         assert old.exists()
     for told in (str(tmp_path), "may take 1.00 GB", "cache=none"):
         assert told in str(raised.value)
 
 
 def test_a_disk_without_room_is_told_before_anything_is_written(small_disk):
-    with Hold(small_disk / "cache", GROUP) as hold:
-        hold.reserve(2 * 2**20, limit=GB)
+    with Lease(small_disk / "cache", NAMESPACE) as lease:
+        lease.reserve(2 * 2**20, limit=GB)
         with pytest.raises(VesselError, match=r"take 8\.39 MB and 4\.\d+ MB are free there; .*cache\.root="):
-            hold.reserve(8 * 2**20, limit=GB)
+            lease.reserve(8 * 2**20, limit=GB)
 
 
 def test_old_groups_make_room_on_a_full_disk(small_disk):
-    old = group(small_disk, OTHER, 3 * 2**20, used=1)
-    with Hold(small_disk, GROUP) as hold:
-        hold.reserve(2 * 2**20, limit=GB)
+    old = unused_namespace(small_disk, OTHER, 3 * 2**20, used=1)
+    with Lease(small_disk, NAMESPACE) as lease:
+        lease.reserve(2 * 2**20, limit=GB)
     assert not old.exists()
 
 
 def test_what_others_will_write_is_not_free(small_disk):
-    with Hold(small_disk, OTHER) as other, Hold(small_disk, GROUP) as hold:
+    with Lease(small_disk, OTHER) as other, Lease(small_disk, NAMESPACE) as lease:
         other.reserve(3 * 2**20, limit=GB)
         with pytest.raises(VesselError, match="are free"):
-            hold.reserve(2 * 2**20, limit=GB)
+            lease.reserve(2 * 2**20, limit=GB)
 
 
 def test_folders_of_the_user_are_left_alone(tmp_path):
@@ -105,12 +105,12 @@ def test_folders_of_the_user_are_left_alone(tmp_path):
     for folder in mine:
         folder.mkdir()
         (folder / "file").write_bytes(bytes(900))
-    with Hold(tmp_path, GROUP) as hold:
-        hold.reserve(500, limit=600)
+    with Lease(tmp_path, NAMESPACE) as lease:
+        lease.reserve(500, limit=600)
     assert all((folder / "file").exists() for folder in mine)
 
 
 def test_a_place_that_cannot_be_used_is_told(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(VesselError, match=r"cache\.root=.*name a folder of yours"):
-        Hold(tmp_path / "file", GROUP)
+        Lease(tmp_path / "file", NAMESPACE)
