@@ -1,4 +1,4 @@
-"""Small checkpoints, a disk that is nearly full, and a process that dies wherever it is told to."""
+"""Small checkpoints, a disk that is nearly full, and a process that is killed at a chosen call."""
 
 import os
 import shutil
@@ -16,7 +16,7 @@ CALLS = (
 
 
 def content(step: int) -> dict:
-    """What matters of a checkpoint, with a few tensors."""
+    """Return the keys of a checkpoint that vessel reads, with a few tensors."""
     generator = torch.Generator().manual_seed(step)
     return {
         "global_step": step, "vessel": {"name": "tiny"},
@@ -25,7 +25,7 @@ def content(step: int) -> dict:
 
 
 def write_folder(folder: Path, step: int, ranks: int = 2) -> Path:
-    """A folder in the layout of DeepSpeed under ZeRO-3: one trained tensor of eight numbers, cut over ranks."""
+    """Write a folder as DeepSpeed under ZeRO-3: one trained tensor of eight numbers, partitioned over ranks."""
     ranks_folder = folder / "checkpoint"
     ranks_folder.mkdir(parents=True)
     full = torch.arange(8.0) + step
@@ -47,7 +47,7 @@ def write_folder(folder: Path, step: int, ranks: int = 2) -> Path:
 
 
 def killed(action, call: int) -> bool:
-    """Whether a process that runs `action` died, by SIGKILL, before its call number `call` of the file system."""
+    """Run `action` in a process that kills itself before file-system call number `call`; True if it came that far."""
     child = os.fork()
     if child == 0:
         calls = iter(range(1, call + 1))
@@ -75,12 +75,12 @@ def killed(action, call: int) -> bool:
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of four megabytes; skips where none can be mounted."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(place)]
+    """Mount a file system of four megabytes; skip where none can be mounted."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)]
     if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("no file system can be mounted here")
-    yield place
-    # Lazily: an error that a test looked at may hold a file open.
-    subprocess.run(["umount", "-l", str(place)], check=True)
+    yield disk
+    # Lazily: an error that a test keeps may hold a file open.
+    subprocess.run(["umount", "-l", str(disk)], check=True)

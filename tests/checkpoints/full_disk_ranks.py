@@ -1,4 +1,4 @@
-"""What each rank does in a test: `torchrun full_disk_ranks.py FOLDER STAGE FAILING` saves once, and again when rank
+"""The work of each rank in a test: `torchrun full_disk_ranks.py FOLDER STAGE FAILING` saves once, and again when rank
 FAILING may write no more than a few bytes a file. DeepSpeed is the real one."""
 
 import os
@@ -22,14 +22,14 @@ __compatible_ops__["deepspeed_shm_comm"] = False  # a kernel that would be compi
 
 
 def agree(vote: bool) -> bool:
-    """Whether all ranks say so."""
+    """Return True if all ranks pass True."""
     votes = torch.tensor(int(vote))
     dist.all_reduce(votes)
     return int(votes) == dist.get_world_size()
 
 
 def save(engine: deepspeed.DeepSpeedEngine, path: Path, step: int) -> None:
-    """As `vessel.training.zero` does."""
+    """Save as `vessel.training.zero` does."""
     beside = {"global_step": step, "vessel": {"name": "ranks"}}
     is_main = dist.get_rank() == 0
     with atomic_write(path, is_main=is_main, agree=agree) as folder:
@@ -52,18 +52,18 @@ def main(folder: Path, stage: int, failing: int) -> None:
     engine, *_ = deepspeed.initialize(model=network, optimizer=torch.optim.AdamW(trained), config=config)
     engine.backward(engine(torch.ones(1, 200)).square().mean())
     engine.step()
-    said = checkpoint_bytes(network.parameters(), keep_frozen=False, stage=stage)
+    estimate = checkpoint_bytes(network.parameters(), keep_frozen=False, stage=stage)
     save(engine, folder / "checkpoints/last-000001.ckpt", 1)
     if dist.get_rank() == failing:
         resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
-    begun, told = time.monotonic(), "saved"
+    begun, message = time.monotonic(), ""
     try:
         save(engine, folder / "checkpoints/last-000002.ckpt", 2)
     except VesselError as error:
-        told = str(error)
+        message = str(error)
     if dist.get_rank() == failing:
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-    report = {"told": told, "seconds": time.monotonic() - begun, "said": said}
+    report = {"message": message, "seconds": time.monotonic() - begun, "estimate": estimate}
     assert agree(True), "the ranks are still in step"
     save(engine, folder / "checkpoints/last-000003.ckpt", 3)
     torch.save(report, folder / f"rank{dist.get_rank()}.pt")

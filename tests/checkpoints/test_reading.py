@@ -1,4 +1,4 @@
-"""The newest good checkpoint of a run is found, and what is passed over is told with its reason."""
+"""The newest intact checkpoint of a run is found, and each one passed over is named with the reason."""
 
 import os
 import re
@@ -15,7 +15,7 @@ from vessel.errors import VesselError
 
 
 def save(path: Path, step: int, *, folder: bool = False) -> Path:
-    """A good checkpoint, `step` seconds after the first."""
+    """Save an intact checkpoint, `step` seconds after the first."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if folder:
         write_folder(path, step)
@@ -27,7 +27,7 @@ def save(path: Path, step: int, *, folder: bool = False) -> Path:
 
 @pytest.fixture
 def run(tmp_path):
-    """A run with a good checkpoint of step 10."""
+    """Make a run with an intact checkpoint of step 10."""
     save(tmp_path / "checkpoints/best-000010.ckpt", 10)
     return tmp_path
 
@@ -53,7 +53,7 @@ def cut_short(path: Path) -> None:
 
 
 def flip(path: Path) -> None:
-    """Another number in a tensor, which nothing but the checksum tells."""
+    """Change a number in a tensor, which only the checksum shows."""
     raw = bytearray(path.read_bytes())
     raw[raw.find(content(20)["state_dict"]["a"].numpy().tobytes())] ^= 1
     path.write_bytes(raw)
@@ -71,27 +71,27 @@ def no_weights(path: Path) -> None:
     path.write_text("a note of the user")
 
 
-FAULTS = (
-    (cut_short, "cut short, damaged"),
+DEFECTS = (
+    (cut_short, "cut short"),
     (flip, r"damaged.*Bad CRC-32 for file .*/data/0"),
     (lambda path: path.write_bytes(b""), "empty"),
-    (of_something_else, "weights, but no checkpoint of vessel.train"),
-    (without_step, "without the step"),
-    (no_weights, "or no checkpoint"),
+    (of_something_else, r"weights=\[\.\.\.\]"),
+    (without_step, "step"),
+    (no_weights, "not a zip file"),
     (lambda path: (path.unlink(), path.mkdir()), "without `latest`"),
     (lambda path: (path.unlink(), path.symlink_to(path.parent)), "without `latest`"),
 )
 
 
-@pytest.mark.parametrize(("spoil", "told"), FAULTS)
-def test_guard_W10_a_damaged_file_is_passed_over_with_its_reason(run, spoil, told):
+@pytest.mark.parametrize(("spoil", "reason"), DEFECTS)
+def test_guard_W10_a_damaged_file_is_passed_over_with_its_reason(run, spoil, reason):
     path = save(run / "checkpoints/last-000020.ckpt", 20)
     spoil(path)
     good, skipped = find_newest_intact(run)
     assert good == run / "checkpoints/best-000010.ckpt"
     assert len(skipped) == 1
     assert skipped[0].startswith("last-000020.ckpt: ")
-    assert re.search(told, skipped[0])
+    assert re.search(reason, skipped[0])
     assert skipped[0] == f"{path.name}: {find_defect(path)}"
     assert str(run) not in skipped[0]
 
@@ -105,25 +105,25 @@ def of_another_step(path: Path) -> None:
 
 OF_FOLDERS = (
     (lambda path: (path / "latest").unlink(), "without `latest`"),
-    (lambda path: (path / "latest").write_bytes(b"\xff"), "not a checkpoint that can be read"),
-    (lambda path: (path / "latest").write_text("elsewhere"), "elsewhere: .*is not there"),
-    (lambda path: (path / "checkpoint/zero_pp_rank_1_mp_rank_00_optim_states.pt").unlink(), "rank_1.* is not there"),
-    (lambda path: (path / "checkpoint/zero_pp_rank_0_mp_rank_00_model_states.pt").unlink(), "rank_0.* is not there"),
-    (of_another_step, "of different steps"),
+    (lambda path: (path / "latest").write_bytes(b"\xff"), "UnicodeDecodeError"),
+    (lambda path: (path / "latest").write_text("elsewhere"), "elsewhere: .*zero_pp_rank_0"),
+    (lambda path: (path / "checkpoint/zero_pp_rank_1_mp_rank_00_optim_states.pt").unlink(), "rank_1_mp_rank_00_optim"),
+    (lambda path: (path / "checkpoint/zero_pp_rank_0_mp_rank_00_model_states.pt").unlink(), "rank_0_mp_rank_00_model"),
+    (of_another_step, "different steps"),
     (lambda path: cut_short(path / "checkpoint/zero_pp_rank_1_mp_rank_00_model_states.pt"), "rank_1.*cut short"),
 )
 
 
-@pytest.mark.parametrize(("spoil", "told"), OF_FOLDERS)
-def test_guard_W10_a_damaged_folder_is_passed_over_with_its_reason(run, spoil, told):
+@pytest.mark.parametrize(("spoil", "reason"), OF_FOLDERS)
+def test_guard_W10_a_damaged_folder_is_passed_over_with_its_reason(run, spoil, reason):
     path = save(run / "checkpoints/last-000020.ckpt", 20, folder=True)
     assert find_defect(path) is None
     spoil(path)
     assert find_newest_intact(run) == (run / "checkpoints/best-000010.ckpt", [f"{path.name}: {find_defect(path)}"])
-    assert re.search(told, str(find_defect(path)))
+    assert re.search(reason, str(find_defect(path)))
 
 
-def test_guard_W10_a_changed_number_of_a_rank_is_seen(run):
+def test_guard_W10_a_changed_number_of_a_rank_is_found(run):
     path = save(run / "checkpoints/last-000020.ckpt", 20, folder=True)
     file = path / "checkpoint/zero_pp_rank_1_mp_rank_00_optim_states.pt"
     raw = file.read_bytes()
@@ -136,8 +136,8 @@ def test_guard_W10_a_changed_number_of_a_rank_is_seen(run):
 
 
 @pytest.mark.parametrize("bit", [1, 2, 4, 8, 16, 32, 64, 128])
-def test_guard_W10_no_changed_byte_goes_unseen(tmp_path, bit):
-    """Each 37th byte of a file in turn: it is told, or the file still reads as it was written."""
+def test_guard_W10_every_changed_byte_is_found(tmp_path, bit):
+    """Change each 37th byte of a file in turn: it is found, or the file still reads as it was written."""
     path = tmp_path / "last.ckpt"
     torch.save(content(1), path)
     raw = path.read_bytes()
@@ -153,14 +153,14 @@ def test_guard_W10_no_changed_byte_goes_unseen(tmp_path, bit):
             assert read == was
 
 
-def test_a_part_marked_as_a_folder_is_seen(tmp_path):
-    """One bit makes torch skip a tensor and hand out whatever memory held, while every checksum is right."""
+def test_an_entry_marked_as_a_folder_is_found(tmp_path):
+    """Flip one bit, by which torch skips a tensor and returns uninitialised memory, while every checksum is right."""
     path = tmp_path / "last.ckpt"
     torch.save(content(1), path)
     raw = bytearray(path.read_bytes())
     raw[raw.find(b"last/data/0", raw.find(b"PK\1\2")) - 8] ^= 0x10
     path.write_bytes(raw)
-    assert "data/0 is marked as a folder" in str(find_defect(path))
+    assert "data/0 is marked" in str(find_defect(path))
 
 
 def test_a_run_without_a_good_one(tmp_path):
@@ -177,16 +177,16 @@ def test_leftovers_of_a_killed_save_are_no_checkpoints(run):
     assert find_checkpoint(run, ("last", "best")) == folder / "best-000010.ckpt"
     for leftover in folder.glob(".*"):
         assert "cut short" in str(find_defect(leftover))
-        with pytest.raises(VesselError, match="left over from a save that was cut short"):
+        with pytest.raises(VesselError, match=re.escape(leftover.name)):
             read_checkpoint(leftover)
-    with pytest.raises(VesselError, match="left over"):
+    with pytest.raises(VesselError, match=r"last-000030\.ckpt\.part"):
         find_checkpoint(folder / ".last-000030.ckpt.part")
 
 
-def test_a_folder_that_was_moved_aside_gets_its_name_again(run):
+def test_a_backup_folder_gets_its_name_again(run):
     folder = run / "checkpoints"
     save(folder / ".last-000020.ckpt.aside", 20, folder=True)
-    save(folder / ".best-000010.ckpt.aside", 9)  # another has come into its place
+    save(folder / ".best-000010.ckpt.aside", 9)  # another has its name
     assert find_newest_intact(run) == (folder / "last-000020.ckpt", [])
     assert read_checkpoint(folder / "best-000010.ckpt")["global_step"] == 10
 

@@ -1,4 +1,4 @@
-"""Old checkpoints go once newer ones are whole; what a run was given, and what a user put there, stays."""
+"""Old checkpoints are removed once newer ones are complete; those of other runs and of the user stay."""
 
 import shutil
 from pathlib import Path
@@ -16,7 +16,7 @@ from vessel.checkpoints.writing import AtomicCheckpointIO
 
 
 class Line(LightningModule):
-    """A line that is fitted, whose score gets better for two steps and then worse."""
+    """A line to fit, whose score gets better for two steps and then worse."""
 
     def __init__(self):
         super().__init__()
@@ -33,8 +33,8 @@ class Line(LightningModule):
         checkpoint["vessel"] = {"name": "line"}
 
 
-class Watched(AtomicCheckpointIO):
-    """Sees at each removal that a good checkpoint of a higher step is there."""
+class CheckingIO(AtomicCheckpointIO):
+    """Checks at each removal that another intact checkpoint exists."""
 
     def remove_checkpoint(self, path):
         assert find_newest_intact(Path(path).parents[1])[0] not in (None, Path(path))
@@ -43,14 +43,14 @@ class Watched(AtomicCheckpointIO):
 
 def fit(run: Path, steps: int, ckpt: Path | None = None, **kept: int) -> None:
     trainer = Trainer(
-        max_steps=steps, accelerator="cpu", logger=False, callbacks=savers(run, **kept), plugins=[Watched()],
+        max_steps=steps, accelerator="cpu", logger=False, callbacks=savers(run, **kept), plugins=[CheckingIO()],
         enable_progress_bar=False, enable_model_summary=False, default_root_dir=run,
     )  # fmt: skip
     trainer.fit(Line(), DataLoader(torch.ones(20, 1)), ckpt_path=ckpt, weights_only=True)
 
 
 def savers(run: Path, **kept: int) -> list[ModelCheckpoint]:
-    """The two that `conf/callbacks` has, after each step."""
+    """Make the two callbacks of `conf/callbacks`, saving after each step."""
     often = {"dirpath": run / "checkpoints", "every_n_train_steps": 1, "auto_insert_metric_name": False}
     return [
         ModelCheckpoint(filename="best-{step:06d}", monitor="score", mode="max", **often),
@@ -68,7 +68,7 @@ def content_of(*files: Path) -> list[bytes]:
 
 @pytest.fixture
 def finished(tmp_path) -> Path:
-    """A run of four steps."""
+    """Train a run of four steps."""
     fit(tmp_path / "first", 4)
     return tmp_path / "first"
 
@@ -79,7 +79,7 @@ def test_a_run_keeps_its_best_and_its_last(finished):
 
 
 def test_guard_W9_retention_never_touches_inputs(finished, tmp_path):
-    """The given checkpoint of another run, base weights and the user's own files beside stay byte by byte."""
+    """Keep the given checkpoint of another run, base weights and the user's own files, byte by byte."""
     given = finished / "checkpoints/last-000004.ckpt"
     run = tmp_path / "second"
     (run / "checkpoints").mkdir(parents=True)
@@ -94,7 +94,7 @@ def test_guard_W9_retention_never_touches_inputs(finished, tmp_path):
     assert {"last-000007.ckpt"} | {file.name for file in beside} <= set(names(run))
 
 
-def test_guard_W9_the_checkpoint_a_run_goes_on_from_in_its_folder_stays(finished):
+def test_guard_W9_the_checkpoint_that_a_run_is_resumed_from_stays(finished):
     given = finished / "checkpoints/last-000004.ckpt"
     were = content_of(given)
     fit(finished, 7, given)
@@ -103,7 +103,7 @@ def test_guard_W9_the_checkpoint_a_run_goes_on_from_in_its_folder_stays(finished
 
 
 def test_a_run_that_is_resumed_often_does_not_fill_the_disk(finished):
-    """A saver keeps what was resumed from for ever; best and last, and the one resumed from, are all that stay."""
+    """Resume several times: best, last and the one resumed from stay, though ModelCheckpoint removes no resumed one."""
     for steps in (6, 8, 10):
         good, _ = find_newest_intact(finished)
         discard_superseded(finished, good, savers(finished))
@@ -114,7 +114,7 @@ def test_a_run_that_is_resumed_often_does_not_fill_the_disk(finished):
 
 
 def test_checkpoints_that_are_all_to_be_kept_stay(tmp_path):
-    """A saver without a metric does not note which ones it keeps."""
+    """Keep all where `save_top_k=-1`; without a metric ModelCheckpoint does not list those that it keeps."""
     fit(tmp_path, 4, save_top_k=-1)
     were = names(tmp_path)
     good, _ = find_newest_intact(tmp_path)
@@ -124,7 +124,7 @@ def test_checkpoints_that_are_all_to_be_kept_stay(tmp_path):
 
 
 def test_what_is_newer_than_the_resumed_one_stays(finished):
-    """Such as one that could not be read, of which a user may want to know why."""
+    """Keep a newer one that could not be read, for the user to find out why."""
     damaged = finished / "checkpoints/last-000009.ckpt"
     damaged.write_bytes(b"")
     good, _ = find_newest_intact(finished)
@@ -145,7 +145,7 @@ def test_guard_W9_a_folder_half_removed_is_no_checkpoint(tmp_path):
     assert calls > 5
 
 
-def test_what_cannot_be_removed_is_told_and_no_reason_to_stop(tmp_path, monkeypatch, caplog):
+def test_a_failed_removal_is_logged_and_not_raised(tmp_path, monkeypatch, caplog):
     def refuse(*_args, **_kwargs):
         raise PermissionError(13, "Permission denied")
 

@@ -16,31 +16,31 @@ KEY = "0" * 64
 
 
 def features(seed: int = 0, *, tiles: int = 2, dtype: torch.dtype = torch.float32, side: int = 1) -> Features:
-    """Random ones; `side` of the coarsest level."""
+    """Make random features; `side` of the coarsest level."""
     generator = torch.Generator().manual_seed(seed)
 
-    def drawn(*shape: int) -> torch.Tensor:
+    def random(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator).to(dtype)
 
-    return Features(drawn(tiles, 2, 3), FeaturePyramid(*(drawn(1, 2, side * n, side * n) for n in (4, 2, 1))))
+    return Features(random(tiles, 2, 3), FeaturePyramid(*(random(1, 2, side * n, side * n) for n in (4, 2, 1))))
 
 
 def equal(one: Features, two: Features) -> bool:
-    """Bit by bit, dtype and shape included."""
+    """Compare bit by bit, dtype and shape included."""
     pairs = zip((one.tile_features, *one.pyramid), (two.tile_features, *two.pyramid), strict=True)
     return all(a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs)
 
 
 @pytest.fixture
 def store(tmp_path) -> Iterator[FeatureStore]:
-    """An empty one, in use."""
-    made = FeatureStore(tmp_path / "cache")
-    with Lease(made.root, NAMESPACE):
-        made.namespace = NAMESPACE
-        yield made
+    """Make an empty store with a lease."""
+    store = FeatureStore(tmp_path / "cache")
+    with Lease(store.root, NAMESPACE):
+        store.namespace = NAMESPACE
+        yield store
 
 
 @pytest.fixture
 def network(plan):
-    """A network whose adapters and decoder train."""
+    """Build a network whose adapters and decoder train."""
     return plan(lora=Lora(r=2), trainable="lora").build()

@@ -1,4 +1,4 @@
-"""A callback that spoils a cache in the middle of a run."""
+"""A callback that damages a cache in the middle of a run."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ from typing_extensions import override
 
 
 class Damage(Callback):
-    """When the first epoch begins: flips a bit in every other file of the cache that was just filled.
+    """Flips a bit in every other file of a cache that was just filled, at the start of the first epoch.
 
     Args:
         root: of the cache.
@@ -22,6 +22,6 @@ class Damage(Callback):
             for file in sorted(self.root.rglob("*.safetensors"))[::2]:
                 content = bytearray(file.read_bytes())
                 content[-7] ^= 1
-                # As a disk would do it, under the same name; but a reader that has it open keeps what it had.
+                # Damage on a disk keeps the name; but here a reader that has the file open keeps the old content.
                 file.unlink()
                 file.write_bytes(content)

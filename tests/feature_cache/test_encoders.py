@@ -1,4 +1,4 @@
-"""The name of a namespace holds all that decides features, and the network's own code encodes them."""
+"""The namespace depends on all that determines features, and the network's own code encodes them."""
 
 import copy
 from dataclasses import replace
@@ -27,17 +27,17 @@ GEOMETRY = SIZES.geometry
 def encoder_input(seed: int, tiles: int) -> EncoderInput:
     generator = torch.Generator().manual_seed(seed)
 
-    def drawn(*shape: int) -> torch.Tensor:
+    def random(*shape: int) -> torch.Tensor:
         return torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
 
     return EncoderInput(
         f"{seed}",
-        drawn(tiles, 3, GEOMETRY.tile_size, GEOMETRY.tile_size),
-        drawn(3, GEOMETRY.frame_size, GEOMETRY.frame_size),
+        random(tiles, 3, GEOMETRY.tile_size, GEOMETRY.tile_size),
+        random(3, GEOMETRY.frame_size, GEOMETRY.frame_size),
     )
 
 
-def test_pictures_are_encoded_together_as_alone(network):
+def test_images_are_encoded_together_as_alone(network):
     inputs = [encoder_input(0, 1), encoder_input(1, 3), encoder_input(2, 2)]
     for one, features in zip(inputs, encode_inputs(network, inputs), strict=True):
         tile_features, pyramid = network.encode_tiles(one.tiles), network.encode_frame(one.frame[None])
@@ -46,7 +46,7 @@ def test_pictures_are_encoded_together_as_alone(network):
             assert not found.requires_grad
 
 
-def test_sizes_are_told_by_tile_and_by_image(network):
+def test_bytes_of_a_tile_and_of_the_rest_of_an_image(network):
     [one] = encode_inputs(network, [black_input(GEOMETRY)])
     per_tile, per_image = feature_nbytes(one)
     [three] = encode_inputs(network, [encoder_input(0, 3)])
@@ -54,7 +54,7 @@ def test_sizes_are_told_by_tile_and_by_image(network):
     assert nbytes <= 3 * per_tile + per_image <= nbytes + 2000
 
 
-# Groups --------------------------------------------------------------------------------------------------------------
+# Namespaces ----------------------------------------------------------------------------------------------------------
 
 
 def change_vision(network):
@@ -80,14 +80,14 @@ def change_dtype(network):
 
 
 @pytest.mark.parametrize("change", [change_vision, change_sam2, change_window, change_heads, change_dtype])
-def test_whatever_changes_features_changes_the_group(network, change):
+def test_whatever_changes_features_changes_the_namespace(network, change):
     other = copy.deepcopy(network)
     assert cache_namespace(other, GEOMETRY) == cache_namespace(network, GEOMETRY)
     change(other)
     assert cache_namespace(other, GEOMETRY) != cache_namespace(network, GEOMETRY)
 
 
-def test_views_and_whatever_else_is_named_change_the_group(network):
+def test_geometry_and_other_facts_change_the_namespace(network):
     namespaces = {
         cache_namespace(network, geometry)
         for geometry in (GEOMETRY, replace(GEOMETRY, max_tiles=6), replace(GEOMETRY, frame_size=128))
@@ -113,12 +113,12 @@ def test_what_trains_and_how_it_trains_does_not(network):
 
 def test_encoders_that_train_are_refused(plan, network):
     assert require_frozen(network) is network
-    with pytest.raises(VesselError, match=r"vision encoder and the SAM2 image encoder train, .*trainable=lora"):
+    with pytest.raises(VesselError, match=r"cache=features: .*vision encoder.*SAM2 image encoder.*trainable=lora"):
         require_frozen(plan().build())
 
 
 def test_a_network_without_a_language_model_is_refused():
-    with pytest.raises(VesselError, match=r"language model.*cache=none"):
+    with pytest.raises(VesselError, match=r"cache=features: .*language model.*cache=none"):
         require_frozen(Network(64, ["lumen"]))
 
 
@@ -130,10 +130,10 @@ def test_a_batch_is_completed_as_the_network_would(network, make_batch, known):
     batch = make_batch([["lumen"], ["lumen", "cap"], ["cap"]])
     every = encode_inputs(network, [EncoderInput("", batch.tiles[i : i + 1], batch.frames[i]) for i in range(3)])
     expected = network(batch)
-    asked: list[int] = []
+    calls: list[int] = []
 
     def encode(inputs):
-        asked.append(len(inputs))
+        calls.append(len(inputs))
         return encode_inputs(network, inputs)
 
     if known:
@@ -144,7 +144,7 @@ def test_a_batch_is_completed_as_the_network_would(network, make_batch, known):
     before = dict(vars(batch))
     completed = complete_batch(batch, network, encode)
     assert all(vars(batch)[name] is value for name, value in before.items()), "the batch itself was changed"
-    assert asked == [3 - len(known)]
+    assert calls == [3 - len(known)]
     assert len(completed.tiles) == len(completed.frames) == 0
     assert completed.features is not None
     for found, one in zip(completed.features, every, strict=True):
@@ -153,10 +153,10 @@ def test_a_batch_is_completed_as_the_network_would(network, make_batch, known):
 
 
 def test_a_complete_batch_runs_the_encoders_all_the_same(network, make_batch):
-    """As another rank may need them."""
+    """Run them with no image, as another rank may need it."""
     whole, known = make_batch([["lumen"]]), Features(torch.ones(1), FeaturePyramid(*torch.ones(3)))
     batch = replace(whole, features=(known,), tiles=whole.tiles[:0], frames=whole.frames[:0])
-    asked: list[int] = []
-    completed = complete_batch(batch, network, lambda inputs: [asked.append(len(inputs))])
-    assert asked == [0]
+    calls: list[int] = []
+    completed = complete_batch(batch, network, lambda inputs: [calls.append(len(inputs))])
+    assert calls == [0]
     assert equal(completed.features[0], known)

@@ -25,7 +25,7 @@ ALONE = Ranks(0, 1, reduce_any=lambda decision: decision, encode_together=False)
 
 @pytest.fixture
 def dataset(oct_set, prompt):
-    """Twelve images; as augmented."""
+    """Return a function that makes a data set of twelve images, given its augmentation."""
 
     def make(augmentation=None):
         module = VesselDataModule(str(oct_set), prompt=prompt, geometry=SIZES.geometry, augmentation=augmentation)
@@ -35,7 +35,7 @@ def dataset(oct_set, prompt):
 
 
 def expected(network, variants):
-    """Features of each image, encoded alone from the sample that a loader makes."""
+    """Encode each image alone, from the sample that a loader makes."""
     samples = {key: variant.dataset[variant.position] for key, variant in variants.items()}
     inputs = {key: EncoderInput(key, sample.tiles, sample.frame) for key, sample in samples.items()}
     return {key: encode_inputs(network, [one])[0] for key, one in inputs.items()}
@@ -43,34 +43,34 @@ def expected(network, variants):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_every_image_is_encoded_once_and_is_what_a_step_would_make(network, store, dataset, workers):
-    variants, asked = index_variants(dataset(), workers), []
+    variants, encoded_keys = index_variants(dataset(), workers), []
 
     def encode(inputs):
-        asked.extend(one.key for one in inputs)
+        encoded_keys.extend(one.key for one in inputs)
         return encode_inputs(network, inputs)
 
     Filler(store, encode, ranks=ALONE, batch_size=1, workers=workers).fill(variants, show_progress=False)
-    assert sorted(asked) == sorted(variants) == sorted(store.keys())
+    assert sorted(encoded_keys) == sorted(variants) == sorted(store.keys())
     assert all(equal(store.get(key), one) for key, one in expected(network, variants).items())
     Filler(store, encode, ranks=ALONE, batch_size=1, workers=workers).fill(variants, show_progress=False)
-    assert len(asked) == len(variants)
+    assert len(encoded_keys) == len(variants)
 
 
-def test_each_begins_elsewhere_and_ranks_with_their_own_share(network, tmp_path, dataset):
+def test_each_process_has_its_own_order_and_ranks_begin_with_their_own_batches(network, tmp_path, dataset):
     variants, orders = index_variants(dataset(), 0), []
     for index, count in ((0, 1), (0, 1), (1, 3)):
-        store, asked = FeatureStore(tmp_path / str(len(orders))), []
+        store, encoded_keys = FeatureStore(tmp_path / str(len(orders))), []
         store.namespace = NAMESPACE
 
-        def encode(inputs, asked=asked):
-            asked.extend(variants[one.key].position for one in inputs)
+        def encode(inputs, encoded_keys=encoded_keys):
+            encoded_keys.extend(variants[one.key].position for one in inputs)
             return encode_inputs(network, inputs)
 
         with Lease(store.root, NAMESPACE):
             Filler(store, encode, ranks=replace(ALONE, index=index, count=count), batch_size=1, workers=0).fill(
                 variants, show_progress=False
             )
-        orders.append(asked)
+        orders.append(encoded_keys)
     assert all(sorted(order) == list(range(12)) for order in orders)
     assert orders[0] != orders[1]
     assert set(orders[2][:4]) == {1, 4, 7, 10}
@@ -89,7 +89,7 @@ def test_batches_hold_at_most_so_many(network, store, dataset):
 
 
 def test_all_outcomes_of_quarter_turns_are_found_again_by_the_loader(network, store, dataset):
-    """Each by its own pixels, whatever the seed."""
+    """Find each variant by its own pixels, whatever the seed."""
     turned = dataset(QuarterTurns())
     variants = index_variants(turned, 0)
     assert len(variants) == 8 * len(turned)
@@ -110,8 +110,8 @@ def test_all_outcomes_of_quarter_turns_are_found_again_by_the_loader(network, st
         assert found.masks.equal(sample.masks)
 
 
-def test_two_processes_share_the_work(network, store, dataset):
-    """Each keeps whole files, and passes over what it finds."""
+def test_two_processes_divide_the_work(network, store, dataset):
+    """Fill one store from two processes: each writes complete files, and skips those that exist."""
     variants = index_variants(dataset(), 0)
     context = multiprocessing.get_context("fork")
     counts, begin = context.Queue(), context.Barrier(2)
@@ -146,7 +146,7 @@ def test_two_processes_share_the_work(network, store, dataset):
 
 @pytest.mark.parametrize("encode_together", [False, True])
 def test_ranks_with_unequal_work_stay_in_step(network, store, dataset, encode_together):
-    """Threads as ranks; one finds half of the images there, as on a node with a disk of its own."""
+    """Run threads as ranks; one of them finds half of the images stored, as on a node with a disk of its own."""
     variants = index_variants(dataset(), 0)
     barrier, votes, calls = threading.Barrier(2, timeout=20), [False, False], Counter()
 
@@ -183,7 +183,7 @@ def test_a_full_disk_ends_the_filling(network, dataset, small_disk):
         store.namespace = NAMESPACE
         (small_disk / "of the user").write_bytes(bytes(4 * 2**20 - 100_000))
         filler = Filler(store, lambda p: encode_inputs(network, p), ranks=ALONE, batch_size=1, workers=0)
-        with pytest.raises(VesselError, match="the disk or the quota is full"):
+        with pytest.raises(VesselError, match=r"quota.*cache\.root="):
             filler.fill(index_variants(dataset(), 0), show_progress=False)
         kept = store.keys()
         assert None not in map(store.get, kept)

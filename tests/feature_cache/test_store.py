@@ -1,4 +1,4 @@
-"""Right features or none: after every fault that a disk, a copy or a kill can bring."""
+"""Right features or none: after every defect that a disk, a copy or a kill can cause."""
 
 import logging
 import os
@@ -26,7 +26,7 @@ def file_of(store: FeatureStore, key: str = KEY) -> Path:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tiles", [1, 5])
-def test_what_was_put_is_got_bit_by_bit(store, dtype, tiles):
+def test_features_are_read_back_bit_by_bit(store, dtype, tiles):
     kept = features(tiles=tiles, dtype=dtype)
     assert not store.contains(KEY)
     assert store.get(KEY) is None
@@ -56,18 +56,18 @@ def test_only_the_owner_can_read_it_and_names_are_digests(store):
 
 
 def test_a_flipped_bit_in_any_byte_is_noticed(store):
-    """Header, metadata, every tensor, padding."""
+    """Flip bits of header, metadata, every tensor and padding."""
     store.put(KEY, features(tiles=1))
     file = file_of(store)
     good = file.read_bytes()
     header = 8 + int.from_bytes(good[:8], "little")
-    for place in range(len(good)):
+    for offset in range(len(good)):
         damaged = bytearray(good)
-        damaged[place] ^= 1 << place % 8
+        damaged[offset] ^= 1 << offset % 8
         file.write_bytes(damaged)
         found = store.get(KEY)
-        # Some bits of a header are no more than its layout, or make a name that nobody asks for.
-        assert found is None or (place < header and equal(found, features(tiles=1))), place
+        # Some bits of a header are only layout, or make a name that is never read.
+        assert found is None or (offset < header and equal(found, features(tiles=1))), offset
         assert file.exists() == (found is not None)
 
 
@@ -102,18 +102,18 @@ def test_the_features_of_another_image_or_of_other_weights_are_noticed(store):
     assert equal(store.get(KEY), features())
 
 
-def test_damage_is_told_once_and_mended_by_the_next_write(store, caplog):
+def test_damage_is_logged_once_and_repaired_by_the_next_write(store, caplog):
     store.put(KEY, features())
     file_of(store).write_bytes(file_of(store).read_bytes()[:-1])
     with caplog.at_level(logging.WARNING):
         assert [store.get(KEY) for _ in range(3)] == [None] * 3
-    [told] = caplog.messages
-    assert f"{file_of(store)} was damaged and is removed" in told
+    [message] = caplog.messages
+    assert f"{file_of(store)} was damaged and is removed" in message
     store.put(KEY, features())
     assert equal(store.get(KEY), features())
 
 
-def test_without_a_group_nothing_is_found(tmp_path):
+def test_without_a_namespace_nothing_is_found(tmp_path):
     assert FeatureStore(tmp_path / "nowhere").get(KEY) is None
 
 
@@ -160,14 +160,12 @@ def test_what_a_killed_writer_left_is_cleared_by_who_comes_when_nobody_is_there(
         assert list(store.folder.iterdir()) == []
 
 
-def test_a_full_disk_is_told_and_nothing_half_written_stays(small_disk):
+def test_a_full_disk_is_refused_and_no_partial_file_stays(small_disk):
     store = FeatureStore(small_disk / "cache")
     with Lease(store.root, NAMESPACE):
         store.namespace = NAMESPACE
         store.put(KEY, features())
-        with pytest.raises(
-            VesselError, match=r"MB not written, the disk or the quota is full; .*cache\.root="
-        ) as raised:
+        with pytest.raises(VesselError, match=r"MB .*quota.*cache\.root=") as raised:
             store.put("1" * 64, features(side=512))
         assert str(store.folder) in str(raised.value)
         assert [path.name for path in store.folder.iterdir()] == [f"{KEY}.safetensors"]
@@ -175,11 +173,11 @@ def test_a_full_disk_is_told_and_nothing_half_written_stays(small_disk):
         assert equal(store.get(KEY), features())
 
 
-def test_a_limit_on_files_is_told_as_a_full_disk(store):
+def test_a_limit_on_files_is_refused_as_a_full_disk(store):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
     try:
-        with pytest.raises(VesselError, match="the disk or the quota is full"):
+        with pytest.raises(VesselError, match="quota"):
             store.put(KEY, features(side=64))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
