@@ -30,11 +30,13 @@ def agree(vote: bool) -> bool:
 
 def save(engine: deepspeed.DeepSpeedEngine, path: Path, step: int) -> None:
     """Save as `vessel.training.zero` does."""
-    beside = {"global_step": step, "vessel": {"name": "ranks"}}
+    metadata = {"global_step": step, "vessel": {"name": "ranks"}}
     is_main = dist.get_rank() == 0
     with atomic_write(path, is_main=is_main, agree=agree) as folder:
         with defer_write_errors(engine):
-            engine.save_checkpoint(str(folder), "checkpoint", beside, save_latest=False, exclude_frozen_parameters=True)
+            engine.save_checkpoint(
+                str(folder), "checkpoint", metadata, save_latest=False, exclude_frozen_parameters=True
+            )
         if is_main:
             (folder / "latest").write_text("checkpoint")
 

@@ -122,7 +122,7 @@ def test_of_a_sa2va_the_grounding_is_taken_and_the_rest_told(baseline, plan, tmp
     network = chosen.build()
     assert torch.equal(network.grounding.no_mem_embed, teacher.grounding.no_mem_embed)
     (report,) = chosen.reports
-    assert all(module.module.startswith("grounding.") and module.share == 1 for module in report.modules)
+    assert all(module.module.startswith("grounding.") and module.fraction == 1 for module in report.modules)
     assert report.left_out == len(teacher.state_dict()) - len(teacher.grounding.state_dict())
 
 
@@ -147,7 +147,7 @@ def test_the_encoder_of_a_unet_comes_from_a_local_file(baseline, tmp_path, suffi
     own = chosen.build().unet.encoder.state_dict()
     assert all(torch.equal(own[name], state[name]) for name in own)
     (report,) = chosen.reports
-    assert [(module.module, module.share) for module in report.modules] == [("unet.encoder", 1)]
+    assert [(module.module, module.fraction) for module in report.modules] == [("unet.encoder", 1)]
 
 
 def test_a_file_without_the_counts_of_batches_is_read(baseline, tmp_path):

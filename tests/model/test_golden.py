@@ -18,8 +18,8 @@ def golden(request, golden_network):
 def test_loads_with_a_full_report(golden):
     (report,) = golden.model.reports
     assert report.kind == "Sa2VA folder"
-    assert {module.share for module in report.modules} == {1.0}
-    assert not report.all("missing") + report.all("unexpected") + report.all("mismatched")
+    assert {module.fraction for module in report.modules} == {1.0}
+    assert not report.names("missing") + report.names("unexpected") + report.names("mismatched")
     assert (
         golden.model.prompt.name
         == {"qwen2": "qwen_chat", "llama": "internlm2_chat"}[golden.model.network.mllm.config.text_config.model_type]

@@ -323,7 +323,7 @@ def test_guard_T13_what_is_not_finite_on_one_rank_stops_every_rank_under_zero3(r
     [path] = (out / "run/checkpoints").glob("last-*.ckpt")
     assert path.name == "last-000001.ckpt"
     assert f"last good checkpoint: {path.parent}/best-000001.ckpt" in message
-    assert all(torch.isfinite(trained.values.whole()).all() for trained in open_zero_checkpoint(path).trained.values())
+    assert all(torch.isfinite(trained.values.full()).all() for trained in open_zero_checkpoint(path).trained.values())
     ids = message.partition("images of the step: ")[2].partition(";")[0].split(", ")
     assert len(ids) == (1 if job == "nan_loss" else BATCH)
 

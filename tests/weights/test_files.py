@@ -103,7 +103,7 @@ def test_pickled_tensors_are_found_at_the_root_or_below(tmp_path, wrap, zipped):
     files = open_pickle(tmp_path / "w.pth")
     assert all(torch.equal(tensor, STATE[name]) for name, tensor in files.read())
     assert files.outline.keys() == STATE.keys()
-    assert set(files.beside) <= {"epoch"}
+    assert set(files.metadata) <= {"epoch"}
 
 
 class Evil:
@@ -152,7 +152,7 @@ def test_what_mmengine_keeps_beside_the_tensors_is_passed_over(tmp_path, history
     hub = {"log_scalars": OrderedDict({"train/loss": history()}), "runtime_info": OrderedDict(iter=np.float64(3))}
     torch.save({"meta": {"iter": 3672, "cfg": "text"}, "state_dict": STATE, "message_hub": hub}, tmp_path / "i.pth")
     files = open_pickle(tmp_path / "i.pth")
-    assert files.beside["meta"]["iter"] == 3672
+    assert files.metadata["meta"]["iter"] == 3672
     assert all(torch.equal(tensor, STATE[name]) for name, tensor in files.read())
 
 

@@ -30,14 +30,14 @@ from vessel.weights.sources import open_source
 def test_a_sa2va_folder_gives_every_tensor(network, load, tmp_path, shards):
     loaded, (report,) = load(write_sa2va(tmp_path, network, shards=shards))
     assert same(loaded, network)
-    assert {m.module: m.share for m in report.modules} == dict.fromkeys(
+    assert {m.module: m.fraction for m in report.modules} == dict.fromkeys(
         [
             "mllm.vision", "mllm.projector", "mllm.language", "mllm.tokens", "grounding.image_encoder",
             "grounding.memory", "grounding.prompt_encoder", "grounding.mask_decoder", "text_hidden_fcs",
         ],
         1.0,
     )  # fmt: skip
-    assert len(report.all("loaded")) == len(network.state_dict())
+    assert len(report.names("loaded")) == len(network.state_dict())
     assert report.fingerprint == fingerprint(network.state_dict().items())
     assert report.kind == "Sa2VA folder"
 
@@ -133,8 +133,8 @@ def test_training_pth_on_its_base(network, plan, load, tmp_path, buffer):
     folder = write_sa2va(tmp_path / "base", plan().build())
     loaded, (_, report) = load(folder, tmp_path / "iter_1.pth", lora=Lora(r=4, dropout=0.0), trainable="lora")
     assert report.kind == "training .pth of the public code"
-    assert not report.all("missing")
-    assert {m.share for m in report.modules if m.module != "grounding.prompt_encoder"} == {1.0}
+    assert not report.names("missing")
+    assert {m.fraction for m in report.modules if m.module != "grounding.prompt_encoder"} == {1.0}
     # The merged network answers as peft's own module does.
     language = tree.mllm.model.language_model.eval()
     ids = torch.arange(20)[None]

@@ -73,8 +73,8 @@ def test_guard_W1_a_share_over_random_layers_keeps_what_was_loaded(network, load
     folder = write_folder(tmp_path / "less", weights)
     entry = {"source": str(folder), "partial": ["text_hidden_fcs"], "share": 0.9}
     loaded, (*_, report) = load(internvl, sam2, entry)
-    assert report.all("missing") == ["text_hidden_fcs.0.bias"]
-    for name in report.all("loaded"):
+    assert report.names("missing") == ["text_hidden_fcs.0.bias"]
+    for name in report.names("loaded"):
         assert torch.equal(loaded.state_dict()[name], network.state_dict()[name])
     bias = loaded.text_hidden_fcs[0].bias.detach()
     assert 0 < float(bias.abs().max()) <= 32**-0.5  # as torch draws it

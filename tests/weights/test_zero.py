@@ -99,7 +99,7 @@ def test_parts_of_all_ranks_make_the_whole(tmp_path, ranks):
     assert {name: tensor.shape for name, tensor in files.outline.items()} == {n: t.shape for n, t in read.items()}
     assert all(tensor.is_meta for tensor in files.outline.values())
     assert torch.equal(read["network.buffer"], torch.ones(2))
-    assert files.beside["vessel"] == {"name": "by hand"}
+    assert files.metadata["vessel"] == {"name": "by hand"}
     source = open_source(str(tmp_path / "last.ckpt"))
     assert source.kind.name == "checkpoint of a run"
     assert source.outline().keys() == {"a", "b", "c", "buffer"}
@@ -114,8 +114,8 @@ def test_parts_of_stage_2_make_the_whole_with_its_moments(tmp_path, ranks):
     assert (saved.steps, saved.groups[0]["lr"]) == (4, 0.1)
     for name in ("network.a", "network.c"):
         for moment, factor in MOMENTS.items():
-            assert torch.equal(saved.trained[name].moments[moment].whole(), WHOLE[name] * factor)
-    assert torch.equal(saved.trained["network.a"].values.piece(1, 3), WHOLE["network.a"][1:])
+            assert torch.equal(saved.trained[name].moments[moment].full(), WHOLE[name] * factor)
+    assert torch.equal(saved.trained["network.a"].values.elements(1, 3), WHOLE["network.a"][1:])
     change(folder / "checkpoint/zero_pp_rank_0_mp_rank_00_optim_states.pt", lengthen)
     with pytest.raises(VesselError, match="numbers of a group for 4; copy it again"):
         open_zero(folder)

@@ -123,7 +123,7 @@ def read_checkpoint(path: Path) -> Mapping[str, Any]:
     _refuse_unfinished(path)
     try:
         if is_zero_folder(path):
-            checkpoint = open_zero(path).beside
+            checkpoint = open_zero(path).metadata
         else:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except VesselError:

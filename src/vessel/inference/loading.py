@@ -148,7 +148,7 @@ def _from_checkpoint(path: Path, settings: LoadSettings) -> LoadedModel:
     report = load(network, source, plan.names, tokens=prompt.new_tokens.start)
     # Frozen parameters come again from where the run began; what it drew at random is nowhere else.
     own = {name for name, parameter in network.named_parameters() if parameter.requires_grad or not plan.weights}
-    if absent := sorted(own.difference(report.all("loaded"))):
+    if absent := sorted(own.difference(report.names("loaded"))):
         raise VesselError(f"{path}: {len(absent)} tensors that only this run has are not there (first: {absent[0]})")
     sweep = checkpoint.get("callbacks", {}).get("ThresholdSweep", {})
     manifest = replace(manifest, threshold=sweep.get("threshold"), fingerprint=report.fingerprint)

@@ -143,13 +143,13 @@ def _load_trained(
 
 def _load_frozen(parts: Parts, parameter: nn.Parameter) -> None:
     if not is_partitioned(parameter):
-        parameter.copy_(parts.whole())
+        parameter.copy_(parts.full())
         return
     from deepspeed import comm
 
     own: Tensor = parameter.ds_tensor  # type: ignore[attr-defined]  # DeepSpeed sets it
     start = own.numel() * comm.get_rank()
-    piece = parts.piece(start, start + own.numel())
+    piece = parts.elements(start, start + own.numel())
     own[: len(piece)].copy_(piece)
 
 

@@ -117,12 +117,12 @@ class ZeroStrategy(DeepSpeedStrategy):
         if storage_options is not None:
             raise TypeError("checkpoints are local folders, which have no storage_options")
         task: Any = self.lightning_module
-        beside = {key: value for key, value in checkpoint.items() if key not in ("state_dict", "optimizer_states")}
+        metadata = {key: value for key, value in checkpoint.items() if key not in ("state_dict", "optimizer_states")}
         path = Path(self.broadcast(filepath))
         with atomic_write(path, is_main=self.is_global_zero, agree=self.reduce_boolean_decision) as folder:
             with defer_write_errors(self.deepspeed_engine):
                 self.deepspeed_engine.save_checkpoint(
-                    str(folder), _TAG, beside, save_latest=False, exclude_frozen_parameters=not task.keep_frozen
+                    str(folder), _TAG, metadata, save_latest=False, exclude_frozen_parameters=not task.keep_frozen
                 )
             if self.is_global_zero:
                 (folder / LATEST).write_text(_TAG, encoding="utf-8")
@@ -146,4 +146,4 @@ class ZeroStrategy(DeepSpeedStrategy):
         saved = open_saved(path)
         load_shards(saved, self.deepspeed_engine)
         shapes = {name: parts.outline() for name, parts in saved.tensors().items()}
-        return dict(saved.beside) | {"state_dict": shapes}
+        return dict(saved.metadata) | {"state_dict": shapes}

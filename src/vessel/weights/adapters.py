@@ -8,15 +8,15 @@ from typing import Any
 
 from vessel.errors import VesselError
 
-# What may be said: it changes no number of a trained adapter, or the tensors say the same. Whatever else is set, also
-# by a peft that is newer than this list, is refused.
+# Accepted settings: they change no number of a trained adapter, or the tensors show them. Any other setting, also of a
+# peft newer than this list, is refused.
 _FREE = {
     "base_model_name_or_path", "revision", "task_type", "auto_mapping", "inference_mode", "peft_version",
     "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "modules_to_save", "layers_to_transform",
     "trainable_token_indices",
     "megatron_core", "qalora_group_size",  # only read by kinds that are refused
 }  # fmt: skip
-# Ways to begin that leave the weights below as they were; others (pissa, olora, ...) take their part out of them.
+# Initialisations that leave the base weights as they were; others (pissa, olora, ...) change them.
 _VALUES: Mapping[str, Sequence[Any]] = {
     "peft_type": ("LORA",), "bias": ("none",), "init_lora_weights": (True, False, "gaussian"),
 }  # fmt: skip
@@ -55,7 +55,7 @@ def alpha_ratio(config: Mapping[str, Any], path: Path) -> float:
         path: of the adapter, for the message.
 
     Raises:
-        VesselError: one of the two is not there, or is no positive number.
+        VesselError: one of the two is missing, or is no positive number.
     """
     alpha, rank = config.get("lora_alpha"), config.get("r")
     if not (isinstance(alpha, int | float) and isinstance(rank, int) and rank > 0):

@@ -1,4 +1,4 @@
-"""The contents of a public folder: sizes, names and template, from its `config.json` and the shapes of its tensors."""
+"""Configuration, names and template of a public folder, from its `config.json` and the shapes of its tensors."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ PUBLIC_SAM2 = {
     ),
     "large": GroundingConfig(),
 }  # fmt: skip
-# What vessel computes, where a folder says it. transformers leaves out what is its default, which these are.
+# Settings that vessel computes with. transformers leaves out its defaults, which these are.
 _REQUIRED = {"ps_version": "v2", "select_layer": -1, "downsample_ratio": 0.5}
 _REQUIRED_BY_TRANSFORMERS = {
     "vision_feature_layer": -1, "vision_feature_select_strategy": "default", "downsample_ratio": 0.5,
@@ -43,7 +43,7 @@ _FAMILIES_OF_TRANSFORMERS: dict[str, Language] = {"qwen2": "qwen2", "llama": "in
 _TEMPLATES: dict[Language, str] = {"qwen2": "qwen_chat", "internlm2": "internlm2_chat"}
 _EMBEDDING = "mllm.model.language_model.embed_tokens.weight"
 _VIT_LAYER = "mllm.model.vision_tower.encoder.layer.0."
-_NAME_IT = (
+_GIVE_SIZES = (
     "give its sizes by network.grounding={embed_dim: ..., stages: [...], ...}, of "
     f"{', '.join(entry.name for entry in fields(GroundingConfig))}, where they are not those of SAM 2.0 large"
 )
@@ -51,7 +51,7 @@ _TRUNK = "grounding.image_encoder.trunk."
 
 
 def public_names(sizes: LanguageConfig) -> PublicNames:
-    """Names that a public folder of a network of these sizes has."""
+    """Return the tensor names of a public folder of a network of these sizes."""
     return PublicNames(sizes.family, sizes.kv_heads, sizes.heads // sizes.kv_heads)
 
 
@@ -61,7 +61,7 @@ def language_family(keys: Iterable[str]) -> Language:
 
 
 def read_sizes(config: Config, shapes: Shapes, *, grounding: GroundingConfig | None = None) -> Sa2VAConfig:
-    """Sa2VAConfig of the network that a Sa2VA or InternVL folder holds.
+    """Read the configuration of the network in a Sa2VA or InternVL folder.
 
     Args:
         config: content of its `config.json`.
@@ -69,7 +69,7 @@ def read_sizes(config: Config, shapes: Shapes, *, grounding: GroundingConfig | N
         grounding: sizes of SAM2, where the folder has none or one of its own; `config.json` never states them.
 
     Raises:
-        VesselError: a network that vessel does not build, or something that must be there is not.
+        VesselError: a network that vessel does not build, or a setting or tensor is missing.
     """
     try:
         language, vision = _language(config, shapes), _vision(config, shapes)
@@ -80,7 +80,7 @@ def read_sizes(config: Config, shapes: Shapes, *, grounding: GroundingConfig | N
     else:
         _require(config, _REQUIRED)
     sam2 = _sam2(shapes) if grounding is None else grounding
-    # The public code cuts into 12 tiles at most, whatever config.json says; a folder of vessel's own is not for it.
+    # The public code cuts into 12 tiles at most, whatever config.json states; it does not read vessel's own folders.
     own = config.get("model_type") == NATIVE_TYPE
     return Sa2VAConfig(
         language, vision, sam2, config.get("max_dynamic_patch", Sa2VAConfig.max_tiles) if own else Sa2VAConfig.max_tiles
@@ -88,10 +88,10 @@ def read_sizes(config: Config, shapes: Shapes, *, grounding: GroundingConfig | N
 
 
 def read_template(config: Config) -> str:
-    """Name of the chat format: what a Sa2VA states, for an InternVL what a Sa2VA of its language model has.
+    """Read the name of the chat format; for an InternVL, that of a Sa2VA with its language model.
 
     Raises:
-        VesselError: it states none, or its language model is none that vessel builds.
+        VesselError: a Sa2VA states none, or vessel does not build its language model.
     """
     if _is_native(config) or config.get("model_type") == "internvl_chat":
         return _TEMPLATES[_family(config)]
@@ -155,7 +155,7 @@ def _language(config: Config, shapes: Shapes) -> LanguageConfig:
 
 
 def _vision(config: Config, shapes: Shapes) -> VisionConfig:
-    """Norms and biases are read off the tensors, which say the same in every layout."""
+    """Read the vision configuration; norms and biases from the tensors, which show them in every layout."""
     part = _part(config, "vision_config")
     _require(part, {"layer_norm_eps": VISION_EPS})
     norm: Norm = "layer_norm" if f"{_VIT_LAYER}layernorm_before.bias" in shapes else "rms_norm"
@@ -177,14 +177,14 @@ def _side(value: int | Sequence[int]) -> int:
 
 
 def _sam2(shapes: Shapes) -> GroundingConfig:
-    """The public SAM2 whose trunk has this width and these stages; each but the first begins with a projection."""
+    """Find the public SAM2 whose trunk has this width and these stages; each but the first begins with a projection."""
     numbers = {
         int(name.removeprefix(f"{_TRUNK}blocks.").split(".")[0])
         for name in shapes
         if name.startswith(f"{_TRUNK}blocks.")
     }
     if not numbers:
-        raise VesselError(f"no SAM2 among the tensors; say which one: {_NAME_IT}")
+        raise VesselError(f"no SAM2 among the tensors: {_GIVE_SIZES}")
     starts = [0, *sorted(i for i in numbers if f"{_TRUNK}blocks.{i}.proj.weight" in shapes), len(numbers)]
     stages = tuple(end - start for start, end in pairwise(starts))
     width = shapes[f"{_TRUNK}patch_embed.proj.weight"][0]
@@ -193,5 +193,5 @@ def _sam2(shapes: Shapes) -> GroundingConfig:
             return sizes
     raise VesselError(
         f"its SAM2 (width {width}, stages {list(stages)}) is none of {', '.join(PUBLIC_SAM2)}, and no file states the "
-        f"rest of its sizes; {_NAME_IT}"
+        f"rest of its sizes; {_GIVE_SIZES}"
     )

@@ -1,4 +1,4 @@
-"""From a configuration to a network ready for a task: built, loaded, adapted, frozen where it does not train."""
+"""Build a network from a configuration: load weights, add adapters, freeze all that does not train."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from vessel.weights.sources import EMBEDDING, HEAD, WeightSource, covers, open_s
 
 @dataclass
 class NetworkPlan:
-    """A network to be made; `reports` fills when it is made.
+    """A plan of a network; `build` fills `reports` and `seg_is_trained`.
 
     Attributes:
         sizes: shape of the network.
@@ -41,10 +41,10 @@ class NetworkPlan:
         trainable: `lora`, `decoder_only` or `all`.
         weights: sources in the order of loading, a later one on top of those before; empty for random weights.
         frozen_dtype: dtype of parameters that do not train; under ZeRO-3 all have the one that DeepSpeed is set to.
-        activation_checkpointing: keep only what enters each layer that gradients pass, and compute the layer again for
-            them.
-        compile: have torch compile what takes most of the time.
-        seg_is_trained: whether a source gave rows of `[SEG]` that it trained; known when the network is made.
+        activation_checkpointing: keep only the input of each layer that gradients pass, and compute the layer again in
+            the backward pass.
+        compile: have torch compile the layers that take most of the time.
+        seg_is_trained: whether a source gave trained rows of `[SEG]`; set by `build`.
     """
 
     sizes: NetworkConfig
@@ -70,14 +70,14 @@ class NetworkPlan:
             config: `model`, `lora` and `trainable` of it are read; as Hydra composed it, or as a manifest holds it.
             tokens: ids that the prompt uses.
             new_tokens: ids of the tokens added to the base vocabulary.
-            fields: the other fields, and what shall stand in place of the configuration's.
+            fields: the other fields, and values that replace the configuration's.
         """
         stated = {"lora": instantiate(config["lora"]), "trainable": config["trainable"]}
         sizes = instantiate(config["model"])
         return cls(sizes=sizes, tokens=tokens, new_tokens=new_tokens, **{**stated, **fields})
 
     def build(self) -> Network:
-        """Make the network; under ZeRO-3 partitioned over the ranks, all of which call this.
+        """Build the network; under ZeRO-3 partitioned over the ranks, all of which call this.
 
         Raises:
             VesselError: the vocabulary is too small for the tokens, weights are not found, do not fit or leave a part
@@ -104,7 +104,7 @@ class NetworkPlan:
 
     @property
     def names(self) -> PublicNames:
-        """Public names of the network."""
+        """Return the public names of the network."""
         return public_names(self.sizes.language) if isinstance(self.sizes, Sa2VAConfig) else PublicNames()
 
     def _assemble(self, sources: Sequence[WeightSource], ranks: ZeroRanks | None) -> Network:
@@ -119,7 +119,7 @@ class NetworkPlan:
             if source.kind.needs_base:
                 check_adapters(source, self.lora, self.new_tokens)
                 if source.kind is RUN and not source.entry.partial:
-                    require_same_base(source.files.beside["vessel"]["weights"], self.reports)
+                    require_same_base(source.files.metadata["vessel"]["weights"], self.reports)
                 self._load(network, source, ranks)
         choose_trainable(network, self.trainable)
         if self.activation_checkpointing:
@@ -133,31 +133,34 @@ class NetworkPlan:
         return network
 
     def require_learning(self, network: Network) -> None:
-        """Refuse what would train nothing, or leave random for ever what it does not train.
+        """Refuse a choice that would train nothing, or leave random parameters untrained.
 
         Raises:
             VesselError: with the choices there are.
         """
-        groups, speaks = network.trainable_groups(), network.phrases is None
+        groups, has_language_model = network.trainable_groups(), network.phrases is None
         if self.trainable == "lora" and "lora" not in groups:
-            told = ", but lora.r=0: choose adapters, such as lora.r=128, or another trainable="
-            raise VesselError("trainable=lora" + (told if speaks else ": no language model here; choose trainable=all"))
+            if has_language_model:
+                raise VesselError(
+                    "trainable=lora, but lora.r=0: choose adapters, such as lora.r=128, or another trainable="
+                )
+            raise VesselError("trainable=lora: this network has no language model; choose trainable=all")
         if not groups:
-            others = "lora, decoder_only or all" if speaks else "all"
+            others = "lora, decoder_only or all" if has_language_model else "all"
             raise VesselError(f"trainable={self.trainable}: nothing would train; choose {others}")
-        if speaks and not self.seg_is_trained and "tokens" not in groups:
+        if has_language_model and not self.seg_is_trained and "tokens" not in groups:
             raise VesselError(
                 f"trainable={self.trainable} from weights that do not know [SEG]: it would stay random for ever. Start "
                 "from the weights of a Sa2VA, weights=[...], or choose trainable=all"
             )
-        if not speaks and not self.weights and self.trainable != "all":
+        if not has_language_model and not self.weights and self.trainable != "all":
             raise VesselError(
                 f"trainable={self.trainable} from random weights: what does not train would stay random for ever. "
                 "Start from the weights of a SAM2, weights=[...], or choose trainable=all"
             )
 
     def nbytes(self) -> int:
-        """Bytes of the parameters when built, adapters not counted, in the dtypes that the sources' headers tell."""
+        """Count the bytes of the parameters when built, without adapters, in the dtypes of the sources' headers."""
         tensors: dict[str, Tensor] = {}
         if not (self.weights and isinstance(self.sizes, Sa2VAConfig)):  # whose sources give all of it
             with init_empty_weights(include_buffers=False):
@@ -171,10 +174,10 @@ class NetworkPlan:
         return self.sizes.build(self.tokens, self.phrases)
 
     def _limited(self, source: WeightSource) -> WeightSource:
-        """A source, asked for no more than networks of this kind load.
+        """Limit a source to the modules that networks of this kind load.
 
         Raises:
-            VesselError: it holds nothing of that.
+            VesselError: it holds none of them.
         """
         held, loadable = source.kind.modules, self.sizes.loadable
         if held and not any(covers(loadable, module) for module in held):
@@ -187,8 +190,8 @@ class NetworkPlan:
         return replace(source, entry=replace(source.entry, partial=loadable))
 
     def _base_network(self, sources: Sequence[WeightSource], ranks: ZeroRanks | None) -> Network:
-        """The network without adapters; with sources it is never held twice, nor in more than the dtypes it needs."""
-        # What is drawn at random is drawn as without ranks, and so whole; the others get their parts from the first.
+        """Build the network without adapters; with sources it is never in memory twice, nor in a needless dtype."""
+        # Random weights are drawn whole, as without ranks; the other ranks get their parts from the first.
         if not sources and (ranks is None or ranks.is_first):
             return self._random_network()
         if sources and not isinstance(self.sizes, Sa2VAConfig):
@@ -211,11 +214,11 @@ class NetworkPlan:
         return network
 
     def _loaded_baseline(self, sources: Sequence[WeightSource], ranks: ZeroRanks | None) -> Network:
-        """One that is small enough to be drawn whole before sources give their part of it."""
+        """Build a baseline with random weights, small enough for that, then load the sources into it."""
         network = self._random_network()
         for source in sources:
             self._load(network, source, ranks)
-        given = {name for report in self.reports for name in report.all("loaded")}
+        given = {name for report in self.reports for name in report.names("loaded")}
         wanted = [name for name, _ in network.named_parameters() if covers(self.sizes.loadable, module_of(name))]
         if absent := [name for name in wanted if name not in given]:
             raise VesselError(
@@ -226,7 +229,7 @@ class NetworkPlan:
 
     def _load(self, network: Network, source: WeightSource, ranks: ZeroRanks | None) -> None:
         tokens = self.new_tokens.start
-        self.reports.append(load(network, source, self.names, tokens=tokens, keep=self._dtype, ranks=ranks))
+        self.reports.append(load(network, source, self.names, tokens=tokens, choose_dtype=self._dtype, ranks=ranks))
 
     def _dtype(self, name: str, stored: torch.dtype) -> torch.dtype:
         """Choose the dtype: weights that train keep all their digits until they are adapted."""
@@ -234,7 +237,7 @@ class NetworkPlan:
 
 
 def _begin_at_random(module: nn.Module) -> None:
-    """Initialise, as torch does, what no source gave; of a layer it may have given a part."""
+    """Initialise, as torch does, the parameters that no source gave; it may have given a part of a layer."""
     for layer in module.modules():
         if any(parameter.is_meta for parameter in layer.parameters(recurse=False)):
             assert isinstance(layer, nn.Linear)

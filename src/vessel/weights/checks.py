@@ -28,14 +28,14 @@ _PARTS = {
 
 
 def check_order(sources: Sequence[WeightSource]) -> None:
-    """Refuse sources of which one would undo, wholly and without being asked for, what comes before it.
+    """Refuse sources of which one would overwrite all that an earlier one gave, unless an entry states it.
 
     Raises:
         VesselError: with the order, or the entry, to use instead.
     """
     if sources and sources[0].kind.needs_base:
         first = sources[0].entry.source
-        if sources[0].kind is RUN and not sources[0].configured("weights"):
+        if sources[0].kind is RUN and not sources[0].run_config("weights"):
             raise VesselError(
                 f"{first}: a run that began with random weights is its own base; export it, and begin with the export: "
                 f"vessel.export ckpt={first} out=DIR layout=native dtype=fp32, then weights=[DIR]"
@@ -48,19 +48,19 @@ def check_order(sources: Sequence[WeightSource]) -> None:
         for before in sources[:position] if not source.kind.needs_base else ():
             if before.kind.needs_base or (before.entry.partial and not source.entry.partial):
                 raise VesselError(
-                    f"weights: {source.entry.source} is a {source.kind.name} and would undo what comes before it from "
-                    f"{before.entry.source}; put what is a base first"
+                    f"weights: {source.entry.source} is a {source.kind.name} and would overwrite the weights of "
+                    f"{before.entry.source}, which comes before it; put the base first"
                 )
-            if not source.entry.partial and (both := _shared(source.kind.modules, before.kind.modules)):
+            if not source.entry.partial and (both := _common_modules(source.kind.modules, before.kind.modules)):
                 raise VesselError(
-                    f"weights: {source.entry.source} is a {source.kind.name} and would undo {', '.join(both)} of "
+                    f"weights: {source.entry.source} is a {source.kind.name} and would overwrite {', '.join(both)} of "
                     f"{before.entry.source}; leave one of them out, or name the modules to take from the later one: "
                     f"{{source: {source.entry.source}, partial: [...]}}"
                 )
 
 
 def check_sizes(source: WeightSource, sizes: NetworkConfig) -> None:
-    """Refuse a source whose heads, rotary base and the like, which no tensor shows, are others than the network's.
+    """Refuse a source whose heads, rotary base and the like, which no tensor shows, differ from the network's.
 
     Raises:
         VesselError: with both values.
@@ -79,20 +79,20 @@ def check_sizes(source: WeightSource, sizes: NetworkConfig) -> None:
     for part, theirs in stated.items():
         ours = getattr(sizes, part)
         for name in (entry.name for entry in fields(ours) if entry.name not in _NOT_COMPARED):
-            here, there = getattr(ours, name), getattr(theirs, name)
-            if _plain(here) != _plain(there):
+            own, stated_value = getattr(ours, name), getattr(theirs, name)
+            if _plain(own) != _plain(stated_value):
                 raise VesselError(
-                    f"{source.entry.source}: model.{part}.{name} is {here} here and {there} there; choose the model= "
-                    f"that it was made for, or say ++model.{part}.{name}={there}, or name the modules to take: "
+                    f"{source.entry.source}: model.{part}.{name}={own}, and the source has {stated_value}; choose the "
+                    f"model= of the source, or set ++model.{part}.{name}={stated_value}, or name the modules to take: "
                     "{source: ..., partial: [grounding.mask_decoder]}"
                 )
 
 
 def check_adapters(source: WeightSource, lora: Lora, new_tokens: range) -> None:
-    """Refuse adapters of a kind, for tokens or at a scale that are others than the network's; no tensor shows them.
+    """Refuse adapters whose kind, tokens or scale differ from the network's; no tensor shows them.
 
     Raises:
-        VesselError: with what to choose.
+        VesselError: with the option to choose.
     """
     if not source.takes("mllm.lora"):
         return
@@ -101,28 +101,28 @@ def check_adapters(source: WeightSource, lora: Lora, new_tokens: range) -> None:
     ratio = source.alpha_ratio()
     if ratio is not None and ratio != lora.alpha_ratio:
         raise VesselError(
-            f"{source.entry.source}: its adapters were trained with alpha = {ratio:g} r, here it is "
+            f"{source.entry.source}: its adapters were trained with alpha = {ratio:g} r, and the configuration has "
             f"{lora.alpha_ratio:g} r; choose lora.alpha_ratio={ratio:g}"
         )
 
 
-def require_same_base(then: Sequence[Mapping[str, Any]], now: Sequence[LoadReport]) -> None:
-    """Refuse a base that is not, tensor by tensor, the one that a run was trained on.
+def require_same_base(recorded: Sequence[Mapping[str, Any]], current: Sequence[LoadReport]) -> None:
+    """Refuse a base that differs, in any tensor, from the one that a run was trained on.
 
     Args:
-        then: load reports of the run's manifest.
-        now: of the same sources today.
+        recorded: load reports of the run's manifest.
+        current: of the same sources, loaded now.
 
     Raises:
         VesselError: with both fingerprints.
     """
-    trained_on = [str(report.get("fingerprint")) for report in then]
-    found = [report.fingerprint for report in now]
+    trained_on = [str(report.get("fingerprint")) for report in recorded]
+    found = [report.fingerprint for report in current]
     if trained_on != found:
         raise VesselError(
-            f"base {', '.join(report.source for report in now) or 'none'}: its tensors (fingerprint "
+            f"base {', '.join(report.source for report in current) or 'none'}: its tensors (fingerprint "
             f"{', '.join(found)}) are not those that the run was trained on ({', '.join(trained_on)}); "
-            "put the old ones back"
+            "restore the weights that the run was trained on"
         )
 
 
@@ -155,22 +155,22 @@ def _has_rows(name: str, tensor: Tensor, table: str, vocabulary: int) -> bool:
     return tensor.shape[0] == vocabulary or "trainable_tokens" in name
 
 
-def _shared(one: Sequence[str], two: Sequence[str]) -> list[str]:
+def _common_modules(one: Sequence[str], two: Sequence[str]) -> list[str]:
     return [module for module in one if covers(two, module)]
 
 
 def _as_configured(source: WeightSource, part: str, sizes: type[Any]) -> Any:
-    """The sizes of a part of the network that a run trained."""
+    """Read the configuration of a part of the network that a run trained."""
     try:
-        stated = source.configured("model")[part]
+        stated = source.run_config("model")[part]
         return sizes(**{name: value for name, value in stated.items() if name != "_target_"})
     except (AttributeError, KeyError, TypeError) as error:
         raise VesselError(
-            f"{source.path}: its manifest's config.model.{part} is not what this vessel writes ({error}); read it with "
-            "the version that wrote it"
+            f"{source.path}: its manifest's config.model.{part} is not that of this version of vessel ({error}); read "
+            "it with the version that wrote it"
         ) from error
 
 
 def _plain(value: Any) -> Any:
-    """Lists compare equal whatever wrote them."""
+    """Turn any sequence into a list, so that a tuple and a list of OmegaConf compare equal."""
     return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def digests(state: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
-    """SHA-256 over name, dtype, shape and bytes of each tensor, by name."""
+    """Compute SHA-256 over name, dtype, shape and bytes of each tensor, by name."""
     found = {}
     for name, tensor in state:
         digest = hashlib.sha256(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -20,10 +20,10 @@ def digests(state: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
 
 
 def fingerprint(state: Iterable[tuple[str, Tensor]]) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes, independent of order: 16 hexadecimal digits."""
+    """Compute SHA-256 over names, dtypes, shapes and bytes, independent of order: 16 hexadecimal digits."""
     return combine_digests(digests(state))
 
 
 def combine_digests(digests: Mapping[str, str]) -> str:
-    """The fingerprint of tensors whose digests are known."""
+    """Compute the fingerprint of tensors from their digests."""
     return hashlib.sha256("".join(sorted(digests.values())).encode()).hexdigest()[:16]

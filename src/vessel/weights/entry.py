@@ -1,4 +1,4 @@
-"""An entry of the configuration's list `weights`: a name, and what to take of it."""
+"""An entry of the configuration's list `weights`: a source, and the modules to take from it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Weights:
         source: folder, file, or a name on the hub, `hf://owner/name[/file][@revision]`.
         revision: commit, tag or branch of a name on the hub, in place of the one in `source`.
         partial: modules to take and no others, such as `grounding.mask_decoder`; empty takes all.
-        share: of the elements of those modules, how many must be there at least, 0 to 1.
+        share: least fraction of the elements of those modules that the source must hold, 0 to 1.
         untie: take the embedding for the head as well, where a language model ties the two.
     """
 
@@ -53,7 +53,7 @@ class Weights:
 
     @classmethod
     def listed(cls, entries: Any) -> list[Weights]:
-        """The entries of a configuration: one or several, each a name or a mapping of this class's fields.
+        """Parse the entries of a configuration: one or several, each a name or a mapping of this class's fields.
 
         Raises:
             VesselError: an entry is neither, or has an unknown field.
@@ -73,7 +73,7 @@ class Weights:
 
     @property
     def hub_name(self) -> HubName | None:
-        """The repository or file on the hub, with the revision of this entry; None for a local path."""
+        """Return the repository or file on the hub, with the revision of this entry; None for a local path."""
         if not is_hub_name(self.source):
             return None
         name = HubName.parse(self.source)
@@ -93,7 +93,7 @@ class Weights:
             folder or file, and the commit of what is on the hub.
 
         Raises:
-            VesselError: nothing of that name here, or the hub does not give it.
+            VesselError: no such path on this machine, or the hub does not give it.
         """
         if (name := self.hub_name) is not None:
             return name.download(patterns=_FILES_OF_INTEREST)

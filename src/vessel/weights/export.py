@@ -1,4 +1,4 @@
-"""Weights out: the tensors of an export in each layout, written file by file."""
+"""Write the tensors of an export in each layout, file by file."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ from vessel.model.groups import module_of
 from vessel.model.lora import adapter_state, is_adapter, merged_name, merged_state
 from vessel.model.sa2va import Sa2VA
 from vessel.weights.digests import combine_digests, digests
-from vessel.weights.files import Named, open_pickle
-from vessel.weights.layouts import EXPORT_DTYPES
+from vessel.weights.files import NamedTensor, open_pickle
 from vessel.weights.names import PublicNames, mmengine_of_public
 from vessel.weights.sources import ADAPTER_WEIGHTS, OTHER_WEIGHTS, WeightSource
 
@@ -25,17 +24,17 @@ SHARD_BYTES = 5 * 10**9
 
 
 def exported_size(network: Sa2VA, layout: str, dtype: torch.dtype) -> int:
-    """Bytes of the exported tensors."""
+    """Count the bytes of the exported tensors."""
     state = network.state_dict()
     if layout == "adapter":
-        kept = sum(tensor.numel() for _, tensor in (*adapter_state(network), *_others(network)))
-    else:  # adapters vanish into the tensors they change
-        kept = sum(t.numel() for n, t in state.items() if not is_adapter(n))
-    return kept * dtype.itemsize
+        numel = sum(tensor.numel() for _, tensor in (*adapter_state(network), *_trained_without_adapter(network)))
+    else:  # adapters are merged into the tensors they change
+        numel = sum(t.numel() for n, t in state.items() if not is_adapter(n))
+    return numel * dtype.itemsize
 
 
-def exported_state(network: Sa2VA, dtype: torch.dtype) -> Iterator[Named]:
-    """Our names and tensors of a whole network, adapters merged in float32, then cast."""
+def exported_state(network: Sa2VA, dtype: torch.dtype) -> Iterator[NamedTensor]:
+    """Yield our names and tensors of a whole network, adapters merged in float32, then cast."""
     return ((name, tensor.to(dtype)) for name, tensor in merged_state(network))
 
 
@@ -45,30 +44,30 @@ def write_layout(
     """Write the tensors of a layout.
 
     Args:
-        folder: where.
+        folder: to write into.
         network: with or without adapters; it is not changed.
         names: public names of this network.
-        layout: one of `LAYOUTS`.
+        layout: one of `EXPORT_LAYOUTS`.
         dtype: of the tensors.
 
     Returns:
-        digest of each tensor as it was in memory, by its name in the files.
+        digest of each tensor in memory, by its name in the files.
     """
     if layout != "adapter":
         state = exported_state(network, dtype)
         return write_weights(folder, names.to_public(state) if layout == "sa2va" else state)
-    others = names.to_public(_others(network))
+    others = names.to_public(_trained_without_adapter(network))
     in_memory: dict[str, str] = {}
     for file, state in ((ADAPTER_WEIGHTS, adapter_state(network)), (OTHER_WEIGHTS, others)):
         # peft reads one file, so this one has no shards.
-        if tensors := {name: _own(tensor.to(dtype)) for name, tensor in state}:
+        if tensors := {name: _copy(tensor.to(dtype)) for name, tensor in state}:
             in_memory |= digests(tensors.items())
             _save(tensors, folder / file)
     return in_memory
 
 
-def _others(network: Sa2VA) -> Iterator[Named]:
-    """Every tensor of the modules that trained without an adapter, under our names."""
+def _trained_without_adapter(network: Sa2VA) -> Iterator[NamedTensor]:
+    """Yield every tensor of the modules that trained without an adapter, under our names."""
     trained = {
         module_of(name) for group in network.trainable_groups().values() for name, _ in group if not is_adapter(name)
     }
@@ -77,13 +76,13 @@ def _others(network: Sa2VA) -> Iterator[Named]:
             yield name, tensor.detach().cpu()
 
 
-def write_weights(folder: Path, state: Iterable[Named], *, shard_bytes: int = SHARD_BYTES) -> dict[str, str]:
+def write_weights(folder: Path, state: Iterable[NamedTensor], *, shard_bytes: int = SHARD_BYTES) -> dict[str, str]:
     """Write safetensors, and an index when there are several; one shard at a time is in memory.
 
     huggingface_hub's own function wants all tensors at once, which is a second network in memory.
 
     Returns:
-        digest of each tensor as it was in memory.
+        digest of each tensor in memory.
     """
     in_memory: dict[str, str] = {}
     shards: list[list[str]] = []
@@ -99,7 +98,7 @@ def write_weights(folder: Path, state: Iterable[Named], *, shard_bytes: int = SH
     for name, tensor in state:
         if waiting and size + tensor.nbytes > shard_bytes:
             flush()
-        waiting[name] = _own(tensor)
+        waiting[name] = _copy(tensor)
         in_memory |= digests([(name, tensor)])
         size += tensor.nbytes
         total += tensor.nbytes
@@ -108,8 +107,8 @@ def write_weights(folder: Path, state: Iterable[Named], *, shard_bytes: int = SH
     return in_memory
 
 
-def _own(tensor: Tensor) -> Tensor:
-    """A copy: safetensors refuses tensors that share memory."""
+def _copy(tensor: Tensor) -> Tensor:
+    """Copy a tensor: safetensors refuses tensors that share memory."""
     return tensor.contiguous().clone()
 
 
@@ -135,15 +134,15 @@ def _shard(index: int, count: int) -> str:
 
 
 def write_pth(file: Path, network: Sa2VA, names: PublicNames, dtype: torch.dtype) -> int:
-    """Write the whole network as the public training code keeps it: tensors by name and nothing around them.
+    """Write the whole network as the public training code does: a dictionary of tensors by name.
 
     `torch.save` wants all tensors at once: this takes the memory of a second network.
 
     Returns:
-        number of tensors, which read back without running code equal those in memory.
+        number of tensors; read back without running code, they equal those in memory.
 
     Raises:
-        VesselError: a tensor read back is another one; names it.
+        VesselError: a tensor read back differs; names it.
     """
     state = names.to_public(exported_state(network, dtype))
     tensors = {mmengine_of_public(name): tensor.contiguous() for name, tensor in state}
@@ -155,7 +154,7 @@ def write_pth(file: Path, network: Sa2VA, names: PublicNames, dtype: torch.dtype
 
 
 def require_equal(in_memory: dict[str, str], on_disk: dict[str, str], where: str) -> None:
-    """Raise VesselError, naming a tensor, where what was read back is not what was written."""
+    """Refuse tensors read back that differ from those written; VesselError names the first."""
     for name in sorted(in_memory.keys() | on_disk.keys()):
         if in_memory.get(name) != on_disk.get(name):
             what = "is missing" if name not in on_disk else "is not the one in memory"
@@ -163,33 +162,33 @@ def require_equal(in_memory: dict[str, str], on_disk: dict[str, str], where: str
 
 
 def read_back(source: WeightSource, names: PublicNames, in_memory: dict[str, str]) -> str:
-    """Read what was written, once, and compare every tensor.
+    """Read the written files once, and compare every tensor.
 
     Returns:
         the fingerprint of the tensors under our names, which is that of a load report.
 
     Raises:
-        VesselError: a tensor is not the one that was written; names it.
+        VesselError: a tensor differs from the one written; names it.
     """
     on_disk: dict[str, str] = {}
 
-    def watched() -> Iterator[Named]:
+    def digesting() -> Iterator[NamedTensor]:
         for name, tensor in source.files.read():
             on_disk.update(digests([(name, tensor)]))
             yield name, tensor
 
-    ours = digests(source.translate(watched(), names))
+    ours = digests(source.translate(digesting(), names))
     require_equal(in_memory, on_disk, source.path.name)
     return combine_digests(ours)
 
 
 def trained_changes(network: Sa2VA, base: dict[str, str], dtype: torch.dtype) -> dict[str, tuple[str, str]]:
-    """For each trained group its fingerprint in the base and in the export; equal ones were not trained.
+    """Compute the fingerprint of each trained group in the base and in the export; equal ones were not trained.
 
     An adapter that the base has as well is compared with it; a new one through the tensor it is merged into.
 
     Args:
-        network: whose parameters say what trained.
+        network: its parameters with `requires_grad` are those that trained.
         base: digests of the tensors that the training started from, under our names, cast to `dtype`.
         dtype: of the export.
     """

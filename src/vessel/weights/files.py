@@ -1,4 +1,4 @@
-"""Files of tensors: names, shapes and dtypes from their headers, and the tensors one by one. No code is ever run."""
+"""Read files of tensors: names, shapes and dtypes from headers, and tensors one by one. No code is ever run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from vessel.errors import VesselError
 from vessel.files import read_json
 
-Named = tuple[str, Tensor]
+NamedTensor = tuple[str, Tensor]
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _SHARD = re.compile(r"model-\d+-of-(\d+)\.safetensors")
 _DTYPES = {
@@ -32,25 +32,25 @@ class TensorFiles:
     Attributes:
         outline: tensors without content (meta device) by name, in the order of the files.
         read: yields names and tensors, one shard at a time in memory.
-        beside: what a pickle holds beside its tensors.
+        metadata: the content of a pickle other than tensors.
     """
 
     outline: Mapping[str, Tensor]
-    read: Callable[[], Iterator[Named]]
-    beside: Mapping[str, Any] = field(default_factory=dict)
+    read: Callable[[], Iterator[NamedTensor]]
+    metadata: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
-        """Size of all tensors."""
+        """Return the bytes of all tensors."""
         return sum(tensor.nbytes for tensor in self.outline.values())
 
 
 def open_safetensors(folder: Path) -> TensorFiles:
-    """The weights of a Hugging Face folder, after a look at every header.
+    """Open the weights of a Hugging Face folder; every header is read.
 
     Raises:
         VesselError: no weights, no index for several shards, an index beside a file that it does not name, or a shard
-            that is missing, damaged, or holds other tensors than the index says.
+            that is missing, damaged, or holds other tensors than the index states.
     """
     index = folder / INDEX
     if not index.is_file():
@@ -59,21 +59,19 @@ def open_safetensors(folder: Path) -> TensorFiles:
         if not (folder / SINGLE).is_file():
             raise VesselError(f"{folder}: no weights, neither {SINGLE} nor {INDEX}; only safetensors are read there")
         return open_files([folder / SINGLE])
-    place = read_json(index).get("weight_map")
-    if not isinstance(place, dict) or not all(isinstance(shard, str) for shard in place.values()):
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise VesselError(f"{index}: no weight_map with a file for each tensor, so no index of weights; copy it again")
-    shards = sorted(set(place.values()))
-    if (folder / SINGLE).is_file() and SINGLE not in shards:  # one of them is from before, and nothing says which
+    shards = sorted(set(weight_map.values()))
+    if (folder / SINGLE).is_file() and SINGLE not in shards:  # one of them is outdated, and no file states which
         raise VesselError(
-            f"{folder}: {SINGLE}, and beside it {INDEX}, which names {len(shards)} other files: two sets of weights; "
+            f"{folder}: {SINGLE} and {INDEX}, which names {len(shards)} other files: two sets of weights; "
             "remove the one that is out of date"
         )
     if lost := [shard for shard in shards if not (folder / shard).is_file()]:
-        raise VesselError(
-            f"{folder}: {lost[0]} is not there ({len(lost)} of {len(shards)}); copy the whole folder again"
-        )
+        raise VesselError(f"{folder}: {lost[0]} is missing ({len(lost)} of {len(shards)}); copy the whole folder again")
     files = open_files([folder / shard for shard in shards])
-    if differing := sorted(place.keys() ^ files.outline.keys()):
+    if differing := sorted(weight_map.keys() ^ files.outline.keys()):
         raise VesselError(
             f"{folder}: {len(differing)} tensors are in the index or in the shards, but not in both (first: "
             f"{differing[0]}); copy the whole folder again"
@@ -82,14 +80,14 @@ def open_safetensors(folder: Path) -> TensorFiles:
 
 
 def open_files(files: Sequence[Path]) -> TensorFiles:
-    """Safetensors files as one.
+    """Open safetensors files as one.
 
     Raises:
         VesselError: a file is damaged or truncated.
     """
     outline: dict[str, Tensor] = {}
     for file in files:
-        with _opened(file) as opened:
+        with _open(file) as opened:
             for name in opened.keys():  # noqa: SIM118 - not a mapping
                 part = opened.get_slice(name)
                 dtype = _DTYPES.get(part.get_dtype())
@@ -97,9 +95,9 @@ def open_files(files: Sequence[Path]) -> TensorFiles:
                     raise VesselError(f"{file}: {name} is of type {part.get_dtype()}, which no Sa2VA has")
                 outline[name] = torch.empty(part.get_shape(), dtype=dtype, device="meta")
 
-    def read() -> Iterator[Named]:
+    def read() -> Iterator[NamedTensor]:
         for file in files:
-            with _opened(file) as opened:
+            with _open(file) as opened:
                 for name in opened.keys():  # noqa: SIM118
                     yield name, opened.get_tensor(name)
 
@@ -107,7 +105,7 @@ def open_files(files: Sequence[Path]) -> TensorFiles:
 
 
 def open_pickle(file: Path) -> TensorFiles:
-    """A file written by `torch.save`: tensors at its root, or under `state_dict` or `model`.
+    """Open a file written by `torch.save`: tensors at its root, or under `state_dict` or `model`.
 
     Raises:
         VesselError: not such a file, damaged, or one that would run code when read in full.
@@ -120,12 +118,12 @@ def open_pickle(file: Path) -> TensorFiles:
     if not tensors:
         raise VesselError(f"{file}: holds no tensors by name")
     outline = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
-    beside = {key: value for key, value in content.items() if value is not inner and not isinstance(value, Tensor)}
-    return TensorFiles(outline, lambda: iter(tensors.items()), beside)
+    metadata = {key: value for key, value in content.items() if value is not inner and not isinstance(value, Tensor)}
+    return TensorFiles(outline, lambda: iter(tensors.items()), metadata)
 
 
 class _Ignored:
-    """Takes the place of the few objects that libraries keep beside their tensors; nothing of them is looked at."""
+    """A stand-in for the few objects that libraries store with their tensors; their content is dropped."""
 
     def __new__(cls, *args: object) -> _Ignored:
         return super().__new__(cls)
@@ -134,7 +132,7 @@ class _Ignored:
         pass
 
 
-# What the training files of the public code hold besides tensors: histories of logged values, which are numpy arrays.
+# Objects in the training files of the public code besides tensors: histories of logged values, as numpy arrays.
 _NUMPY = ("multiarray._reconstruct", "multiarray.scalar")
 _INERT = (
     "mmengine.logging.history_buffer.HistoryBuffer", "builtins.getattr", "_codecs.encode",
@@ -144,19 +142,18 @@ _INERT = (
 )  # fmt: skip
 
 
-def load_pickle(file: Path, passed_over: Sequence[str] = ()) -> Any:
+def load_pickle(file: Path, ignored: Sequence[str] = ()) -> Any:
     """Read a pickle with `weights_only=True`; tensors stay in the file until they are used.
 
     Args:
         file: written by `torch.save`.
-        passed_over: classes by full name whose objects are not made, beside the few of mmengine; an empty object takes
-            the place of each.
+        ignored: classes by full name whose objects are replaced by an empty one, in addition to the few of mmengine.
 
     Raises:
         VesselError: damaged, or holds objects that could run code.
     """
     try:
-        with torch.serialization.safe_globals([(_Ignored, name) for name in (*_INERT, *passed_over)]):
+        with torch.serialization.safe_globals([(_Ignored, name) for name in (*_INERT, *ignored)]):
             if file.suffix != ".safetensors":  # by which torch would take another reader
                 try:
                     return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
@@ -166,14 +163,14 @@ def load_pickle(file: Path, passed_over: Sequence[str] = ()) -> Any:
             with file.open("rb") as opened:
                 return torch.load(opened, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        what = re.search(r"GLOBAL ([\w.]+)", str(error))
-        held = f"it holds {what[1]}, which could run code" if what else "it is no file of tensors"
-        raise VesselError(f"{file}: not read, {held}; ask its maker for safetensors") from error
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        reason = f"it holds {found[1]}, which could run code" if found else "it is no file of tensors"
+        raise VesselError(f"{file}: not read, {reason}; ask its author for safetensors") from error
     except (RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
         raise VesselError(f"{file}: damaged, or not a file of tensors ({error}); copy it again") from error
 
 
-def _opened(file: Path) -> Any:
+def _open(file: Path) -> Any:
     try:
         return safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:

@@ -18,7 +18,7 @@ _PUBLIC_TILE, _PUBLIC_TILES = 448, 12
 
 
 def public_config(sizes: Sa2VAConfig, tokens: TokenIds, *, template: str, dtype: torch.dtype) -> dict[str, Any]:
-    """`config.json` as the public Sa2VA writes it.
+    """Return `config.json` as the public Sa2VA writes it.
 
     Its vocabulary is that of the embedding, which in every public Sa2VA has a row for each entry of the tokenizer.
 
@@ -53,19 +53,19 @@ def public_config(sizes: Sa2VAConfig, tokens: TokenIds, *, template: str, dtype:
 
 
 def native_config(sizes: Sa2VAConfig, tokens: TokenIds, *, template: str, dtype: torch.dtype) -> dict[str, Any]:
-    """As `public_config`, for tensors under our names, which no public class has a place for."""
+    """Return `config.json` for tensors under our names, which no public class reads."""
     config = public_config(sizes, tokens, template=template, dtype=dtype)
     del config["architectures"], config["auto_map"]
     return config | {"model_type": NATIVE_TYPE}
 
 
 def limits_of_public_code(sizes: Sa2VAConfig) -> list[str]:
-    """List in sentences what the public code fixes and this network has otherwise; none for a public network."""
+    """List, in sentences, settings of this network that the public code does not support; empty for a public one."""
     limits = []
     if (sizes.vision.tile_size, sizes.max_tiles) != (_PUBLIC_TILE, _PUBLIC_TILES):
         limits.append(
             f"The public code cuts an image into {_PUBLIC_TILES} tiles of {_PUBLIC_TILE} pixels at most, whatever "
-            f"config.json says; this network knows {sizes.max_tiles} of {sizes.vision.tile_size}."
+            f"config.json states; this network takes {sizes.max_tiles} of {sizes.vision.tile_size}."
         )
     large, own = GroundingConfig(), sizes.grounding
     if (own.frame_size, own.embed_dim, tuple(own.stages)) != (large.frame_size, large.embed_dim, tuple(large.stages)):
@@ -90,7 +90,7 @@ def _language_config(sizes: LanguageConfig, tokens: TokenIds) -> dict[str, Any]:
         "eos_token_id": tokens.eos,
         "pad_token_id": tokens.pad,
     }
-    if sizes.family == "internlm2":  # whose public class has biases unless told
+    if sizes.family == "internlm2":  # its public class has biases by default
         return {"architectures": ["InternLM2ForCausalLM"], "model_type": "internlm2", "bias": False, **common}
     own = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
     return {**own, "attention_dropout": 0.0, "use_sliding_window": False, "sliding_window": None, **common}

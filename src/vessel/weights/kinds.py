@@ -1,4 +1,4 @@
-"""Kinds of sources that weights come from."""
+"""Kinds of sources of weights."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ class Kind:
     """A kind of source.
 
     Attributes:
-        name: for people.
-        modules: those it holds completely; empty for a kind that holds what trained, whatever that was.
+        name: in messages.
+        modules: those it holds completely; empty for a kind that holds only the parameters that trained.
         has_trained_seg: its `[SEG]` is trained, where it holds the rows of it at all.
         resizes: its vocabulary lacks the added tokens.
     """
@@ -23,7 +23,7 @@ class Kind:
 
     @property
     def needs_base(self) -> bool:
-        """It needs a base loaded before."""
+        """Return True if a base must be loaded before."""
         return not self.modules
 
 

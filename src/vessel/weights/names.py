@@ -1,4 +1,4 @@
-"""Names of tensors: ours and those of every layout that weights come in or go out, each a table read both ways.
+"""Names of tensors: ours and those of every layout that is read or written, each a table for both directions.
 
 Ours are those of `Sa2VA`: transformers' InternVL under `mllm`, the sam2 package's SAM2 under `grounding`. Some layouts
 store query, key and value of a layer as one tensor; reading splits them and writing joins them again.
@@ -15,8 +15,8 @@ from torch import Tensor
 
 from vessel.errors import VesselError
 from vessel.model.mllm import Language
+from vessel.weights.files import NamedTensor
 
-Named = tuple[str, Tensor]
 Pairs = Sequence[tuple[str, str]]
 
 # (our prefix or part, public prefix or part); `{}` stands for a layer number. The first that fits is taken.
@@ -78,7 +78,7 @@ def _rename(name: str, pairs: Pairs, source: int) -> str:
 
 @dataclass(frozen=True)
 class PublicNames:
-    """The names of public Sa2VA and InternVL folders.
+    """Names of tensors in public Sa2VA and InternVL folders.
 
     Attributes:
         language: `qwen2` or `internlm2`, as the folder names its language model.
@@ -94,8 +94,8 @@ class PublicNames:
     def _pairs(self) -> Pairs:
         return _INTERNLM2 if self.language == "internlm2" else _PUBLIC
 
-    def to_public(self, state: Iterable[Named]) -> Iterator[Named]:
-        """Our tensors under public names; query, key and value are joined where the layout has one tensor."""
+    def to_public(self, state: Iterable[NamedTensor]) -> Iterator[NamedTensor]:
+        """Rename our tensors to public names; query, key and value are joined where the layout has one tensor."""
         waiting: dict[str, dict[str, Tensor]] = {}
         for name, tensor in state:
             joined = self._joined(name)
@@ -111,10 +111,10 @@ class PublicNames:
                 del waiting[fused]
         assert not waiting, f"query, key or value missing for {list(waiting)}"
 
-    def to_native(self, state: Iterable[Named]) -> Iterator[Named]:
-        """The inverse of `to_public`; an adapter of a joined tensor becomes three that add up to the same.
+    def to_native(self, state: Iterable[NamedTensor]) -> Iterator[NamedTensor]:
+        """Rename public tensors to ours, the inverse of `to_public`; an adapter of a joined tensor becomes three.
 
-        What cannot be split by these heads keeps its joined name, which no network has.
+        A tensor that cannot be split by these heads keeps its joined name, which no network has.
         """
         for name, tensor in state:
             native = _rename(name, self._pairs, 1)
@@ -129,7 +129,7 @@ class PublicNames:
             # The first factor of an adapter reads the layer's input, which is the same for all three.
             parts = [tensor] * 3 if "lora_A" in native else split(tensor)
             yield from zip((native.replace(fused, f".{k}_proj.") for k in "qkv"), parts, strict=True)
-            del parts  # they would keep the shard that they are read from in memory
+            del parts  # views would hold their shard in memory
 
     def _joined(self, name: str) -> tuple[str, str] | None:
         if match := _QKV.fullmatch(name):
@@ -143,7 +143,7 @@ class PublicNames:
         return tensor.shape[0] % (self.kv_heads * (self.groups + 2)) == 0
 
     def _split_groups(self, tensor: Tensor) -> list[Tensor]:
-        """InternLM2 stores, for each key head, its query heads, then the key, then the value: [heads * head, d]."""
+        """Split [heads * head, d] of InternLM2: for each key head its query heads, then the key, then the value."""
         heads = tensor.unflatten(0, (self.kv_heads, self.groups + 2, -1))
         parts = heads[:, : self.groups], heads[:, -2:-1], heads[:, -1:]
         return [part.flatten(0, 2) for part in parts]
@@ -153,20 +153,20 @@ class PublicNames:
         return torch.cat([part.unflatten(0, (self.kv_heads, n, -1)) for part, n in heads], dim=1).flatten(0, 2)
 
 
-def from_transformers(state: Iterable[Named]) -> Iterator[Named]:
-    """Names of transformers' own InternVL folders made ours."""
+def from_transformers(state: Iterable[NamedTensor]) -> Iterator[NamedTensor]:
+    """Rename tensors of transformers' own InternVL folders to ours."""
     return ((_rename(name, _TRANSFORMERS, 1), tensor) for name, tensor in state)
 
 
-def from_sam2(state: Iterable[Named]) -> Iterator[Named]:
-    """Names of the sam2 package made ours."""
+def from_sam2(state: Iterable[NamedTensor]) -> Iterator[NamedTensor]:
+    """Rename tensors of the sam2 package to ours."""
     return ((f"grounding.{name}", tensor) for name, tensor in state)
 
 
-def from_resnet(state: Iterable[Named]) -> Iterator[Named]:
-    """Names of a ResNet, as torchvision and timm have them, made ours; its classifier falls away.
+def from_resnet(state: Iterable[NamedTensor]) -> Iterator[NamedTensor]:
+    """Rename tensors of a ResNet of torchvision or timm to ours; its classifier is dropped.
 
-    Older files lack the counts of batches that batch normalisation keeps; nothing reads them, they begin at 0.
+    Older files lack the batch counts of batch normalisation; they are not used, and set to 0.
     """
     tensors = {name: tensor for name, tensor in state if not name.startswith("fc.")}
     for name, tensor in tensors.items():
@@ -177,20 +177,20 @@ def from_resnet(state: Iterable[Named]) -> Iterator[Named]:
 
 
 def public_of_mmengine(name: str) -> str:
-    """A name of the public training code's files as the public folders have it; adapters keep their suffix."""
+    """Translate a name of the public training code's files to that of public folders; adapters keep their suffix."""
     name = name.removeprefix("mllm.model.").replace("language_model.base_model.model.", "language_model.")
     return re.sub(r"(memory_encoder\.fuser\.layers\.\d+)\.gamma$", r"\1.g_weight", name)
 
 
 def mmengine_of_public(name: str) -> str:
-    """The inverse of `public_of_mmengine`, for files that hold a whole network."""
+    """Translate a name of a whole network back; the inverse of `public_of_mmengine`."""
     if not name.startswith(("grounding_encoder.", "text_hidden_fcs.")):
         return f"mllm.model.{name}"
     return name.replace(".g_weight", ".gamma")
 
 
 def public_of_peft(name: str) -> str:
-    """A name of a peft adapter of the language model as the public folders name it, with the adapter's own suffix.
+    """Translate a name of a peft adapter of the language model to that of public folders, with the adapter's suffix.
 
     peft leaves the adapter's name out of its files, and calls a saved copy of a module like the module.
     """

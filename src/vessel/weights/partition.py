@@ -1,8 +1,8 @@
-"""Content into a network's tensors: whole, or under ZeRO-3 each rank's part of it.
+"""Assign content to a network's tensors: whole, or under ZeRO-3 each rank's part of it.
 
-DeepSpeed's `zero.Init` partitions whatever a constructor makes, and so spoils what libraries do to it afterwards
-(transformers' initialisation, peft's zeros); buffers it rounds. A network is therefore built as anywhere else while
-that context rests, and each parameter is partitioned as soon as it has its content.
+DeepSpeed's `zero.Init` partitions parameters inside constructors, which breaks initialisations that follow (those of
+transformers, the zeros of peft), and it rounds buffers. A network is therefore built while that context is suspended,
+and each parameter is partitioned as soon as it has its content.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from torch import Tensor, nn
 
 @contextmanager
 def suspend_zero_init() -> Iterator[ZeroRanks | None]:
-    """Let an active `zero.Init` rest.
+    """Suspend an active `zero.Init` inside the block.
 
     Yields:
         the ranks that parameters are to be partitioned over; None where there is no such context.
     """
-    # Whoever is inside that context has imported its module.
+    # Code inside that context has imported its module.
     zero = sys.modules.get("deepspeed.runtime.zero.partition_parameters")
     if zero is None or zero.top_level_context is None:
         yield None
@@ -47,15 +47,15 @@ class ZeroRanks:
 
     @property
     def is_first(self) -> bool:
-        """Return True on rank 0, whose content every other rank gets."""
+        """Return True on rank 0, which sends its content to the others."""
         from deepspeed import comm
 
         return bool(comm.get_rank(group=self._context.ds_process_group) == 0)
 
     def partition(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Keep this rank's part of each, in the dtype that DeepSpeed is set to; what is partitioned already stays.
+        """Keep this rank's part of each parameter, in the dtype of DeepSpeed; partitioned ones stay.
 
-        Every rank calls this for the same parameters and gets what rank 0 holds.
+        Every rank calls this for the same parameters and gets the content of rank 0.
         """
         for parameter in parameters:
             if not is_partitioned(parameter):
@@ -63,7 +63,7 @@ class ZeroRanks:
                 self._context._convert_to_zero_parameters([parameter])
 
     def partition_network(self, network: nn.Module) -> None:
-        """Partition all parameters, and give every rank the buffers of rank 0; those stay whole.
+        """Partition all parameters, and send the buffers of rank 0 to every rank; buffers stay whole.
 
         On ranks other than 0 both may be without content (meta device).
         """
@@ -77,11 +77,11 @@ class ZeroRanks:
                     setattr(module, name, own)
                 self.partition([own])
             for name, buffer in module.named_buffers(recurse=False):
-                here = torch.empty_like(buffer, device=self._context.local_device)
+                full = torch.empty_like(buffer, device=self._context.local_device)
                 if not buffer.is_meta:
-                    here.copy_(buffer)
-                comm.broadcast(here, 0, group=self._context.ds_process_group)
-                setattr(module, name, here)
+                    full.copy_(buffer)
+                comm.broadcast(full, 0, group=self._context.ds_process_group)
+                setattr(module, name, full)
 
 
 def assign(network: nn.Module, name: str, tensor: Tensor, dtype: torch.dtype) -> nn.Parameter | None:
@@ -96,7 +96,7 @@ def assign(network: nn.Module, name: str, tensor: Tensor, dtype: torch.dtype) ->
         dtype: of a parameter that had no content.
 
     Returns:
-        the parameter made for one that had no content; rows that `tensor` lacks are drawn like an embedding.
+        the parameter made for one that had no content; rows that `tensor` lacks are initialised like an embedding.
     """
     prefix, _, leaf = name.rpartition(".")
     module = network.get_submodule(prefix)
@@ -115,11 +115,11 @@ def assign(network: nn.Module, name: str, tensor: Tensor, dtype: torch.dtype) ->
 
 
 def gathered(tensors: Sequence[Tensor], *, change: bool = False) -> AbstractContextManager[None]:
-    """Have partitioned ones whole for a while; every rank calls this.
+    """Gather partitioned tensors inside the block; every rank calls this.
 
     Args:
         tensors: all partitioned or none.
-        change: what rank 0 makes of them is kept.
+        change: keep the changes that rank 0 makes.
     """
     if not any(is_partitioned(tensor) for tensor in tensors):
         return nullcontext()
@@ -129,7 +129,7 @@ def gathered(tensors: Sequence[Tensor], *, change: bool = False) -> AbstractCont
 
 
 def full_shape(tensor: Tensor) -> tuple[int, ...]:
-    """Shape of the whole tensor, of which a rank holds a part under ZeRO-3."""
+    """Return the shape of the whole tensor, of which a rank holds a part under ZeRO-3."""
     return tuple(getattr(tensor, "ds_shape", tensor.shape))
 
 

@@ -1,4 +1,4 @@
-"""The outcome of a load of weights, module by module: for people, and for the manifest."""
+"""The outcome of a load of weights, module by module: as a table to print, and for the manifest."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class ModuleReport:
         module: such as `grounding.mask_decoder`.
         loaded, missing, unexpected, mismatched: names; missing ones are the network's, unexpected ones the source's,
             and a mismatched one comes with both shapes.
-        elements: loaded, and those that the source had to give: all that the network has there, or those that train
-            where the source holds what trained.
+        elements: loaded, and required of the source: all of the network in this module, or those that train where the
+            source holds trained parameters only.
         dtypes: in the source.
     """
 
@@ -30,8 +30,8 @@ class ModuleReport:
     dtypes: tuple[str, ...]
 
     @property
-    def share(self) -> float:
-        """Loaded share of the elements that the source had to give."""
+    def fraction(self) -> float:
+        """Return the loaded fraction of the required elements, 0 to 1."""
         return self.elements[0] / self.elements[1] if self.elements[1] else 0.0
 
 
@@ -40,11 +40,11 @@ class LoadReport:
     """The outcome of a load, made from the load itself.
 
     Attributes:
-        source: as it was named.
+        source: as the configuration names it.
         kind: what it was recognised as.
         revision: commit of a hub id.
         modules: in the network's order.
-        left_out: tensors of modules that were not asked for.
+        left_out: number of tensors of modules outside `partial`.
         grown: rows of embedding and head in the source, where the network has more for its added tokens.
         fingerprint: of the tensors taken, under our names, as the source has them.
     """
@@ -57,32 +57,32 @@ class LoadReport:
     grown: int | None = None
     fingerprint: str = ""
 
-    def all(self, field: str) -> list[str]:
-        """Names of one kind over all modules."""
+    def names(self, field: str) -> list[str]:
+        """Return the names of one list, such as `missing`, over all modules."""
         return [name for module in self.modules for name in getattr(module, field)]
 
     def summary(self) -> dict[str, Any]:
-        """Plain values for a manifest: counts instead of names."""
+        """Return plain values for a manifest: counts instead of names."""
         modules = [
             {
                 "module": m.module, "loaded": len(m.loaded), "missing": len(m.missing), "unexpected": len(m.unexpected),
-                "mismatched": len(m.mismatched), "share": m.share, "dtypes": list(m.dtypes),
+                "mismatched": len(m.mismatched), "share": m.fraction, "dtypes": list(m.dtypes),
             }
             for m in self.modules
         ]  # fmt: skip
         return {**asdict(self), "modules": modules}
 
     def table(self) -> Table:
-        """For people."""
-        told = f"{self.kind} {self.source}" + (f"@{self.revision[:12]}" if self.revision else "")
+        """Return the report as a table to print."""
+        title = f"{self.kind} {self.source}" + (f"@{self.revision[:12]}" if self.revision else "")
         if self.grown is not None:
-            told += f"; {self.grown} rows of its vocabulary, those of added tokens are new"
+            title += f"; {self.grown} rows of its vocabulary, those of added tokens are new"
         if self.left_out:
-            told += f"; {self.left_out} tensors not asked for"
-        table = Table(title=f"{told}\nfingerprint {self.fingerprint}", title_justify="left", box=None, pad_edge=False)
+            title += f"; {self.left_out} tensors of other modules"
+        table = Table(title=f"{title}\nfingerprint {self.fingerprint}", title_justify="left", box=None, pad_edge=False)
         for column in ("module", "loaded", "missing", "unexpected", "other\nshape", "share", "dtype"):
             table.add_column(column, justify="left" if column in ("module", "dtype") else "right")
         for m in self.modules:
             counts = (str(len(names)) for names in (m.loaded, m.missing, m.unexpected, m.mismatched))
-            table.add_row(m.module, *counts, f"{m.share:.2%}", " ".join(m.dtypes))
+            table.add_row(m.module, *counts, f"{m.fraction:.2%}", " ".join(m.dtypes))
         return table

@@ -16,7 +16,7 @@ from vessel.runs.old_names import present_config
 from vessel.weights.adapters import alpha_ratio
 from vessel.weights.architecture import language_family
 from vessel.weights.entry import Weights
-from vessel.weights.files import Named, TensorFiles, open_files, open_pickle, open_safetensors
+from vessel.weights.files import NamedTensor, TensorFiles, open_files, open_pickle, open_safetensors
 from vessel.weights.kinds import ADAPTER, ENCODER, INTERNVL, MMENGINE, NATIVE, RUN, SA2VA, SAM2, TRAINING, Kind
 from vessel.weights.names import (
     PublicNames,
@@ -44,15 +44,15 @@ _OF_FOLDERS = ("vision_model.", "language_model.", "mlp1.", "base_model.", "visi
 
 @dataclass(frozen=True)
 class WeightSource:
-    """Weights that can be read.
+    """A source of weights that can be read.
 
     Attributes:
-        entry: as it was asked for.
-        kind: what it was recognised as.
+        entry: of the configuration.
+        kind: by its contents.
         path: on this machine.
         files: its tensors under its own names.
-        translate: gives them our names; a file that does not say how many heads its language model has is read with
-            those of the network.
+        translate: renames them to ours; a file that does not state the heads of its language model is read with those
+            of the network.
         config: of a folder that has one.
         revision: commit of a hub id.
     """
@@ -61,78 +61,78 @@ class WeightSource:
     kind: Kind
     path: Path
     files: TensorFiles
-    translate: Callable[[Iterable[Named], PublicNames], Iterator[Named]]
+    translate: Callable[[Iterable[NamedTensor], PublicNames], Iterator[NamedTensor]]
     config: Mapping[str, Any] = field(default_factory=dict)
     revision: str | None = None
 
     def takes(self, module: str) -> bool:
-        """Return True if a module of that name, such as `mllm.language`, is to be taken."""
+        """Return True if the module, such as `mllm.language`, is taken from this source."""
         return not self.entry.partial or covers(self.entry.partial, module)
 
     @property
-    def ties_its_head(self) -> bool:
-        """Some place of its configuration says that its language model uses the embedding as head."""
+    def has_tied_head(self) -> bool:
+        """Return True if its configuration ties the head of its language model to the embedding."""
         return _ties(self.config) or self._language_ties
 
     @property
-    def denies_its_head(self) -> bool:
-        """Its language model's own configuration says so, and no entry says which of the two to take."""
+    def requires_tied_head(self) -> bool:
+        """Return True if the configuration of its language model ties the head, and the entry does not choose one."""
         return self._language_ties and not self.entry.untie and not self.entry.partial
 
     @property
     def _language_ties(self) -> bool:
         return any(_ties(self.config.get(part)) for part in _LANGUAGE_PARTS)
 
-    def configured(self, part: str) -> Mapping[str, Any]:
-        """A part of the configuration of the run that wrote a checkpoint, such as `model`.
+    def run_config(self, part: str) -> Mapping[str, Any]:
+        """Return a part of the configuration of the run that wrote a checkpoint, such as `model`.
 
         Raises:
             VesselError: its manifest has none.
         """
         try:
-            found: Mapping[str, Any] = present_config(self.files.beside["vessel"]["config"])[part]
+            found: Mapping[str, Any] = present_config(self.files.metadata["vessel"]["config"])[part]
         except (AttributeError, KeyError, TypeError) as error:
             raise VesselError(f"{self.path}: its manifest has no config.{part}; copy the checkpoint again") from error
         return found
 
     def alpha_ratio(self) -> float | None:
-        """Alpha over rank of its adapters; None where it does not say, or has none.
+        """Return alpha over rank of its adapters; None if it states none, or has no adapters.
 
         Raises:
-            VesselError: it should say so, and does not.
+            VesselError: an adapter folder or a run that does not state it.
         """
         if self.kind is ADAPTER:
             return alpha_ratio(self.config, self.path)
         if self.kind is RUN:
-            lora = self.configured("lora")
+            lora = self.run_config("lora")
             return float(lora["alpha_ratio"]) if lora["r"] else None
         # The public training code keeps its configuration as text.
-        told = str((self.files.beside.get("meta") or {}).get("cfg", ""))
-        alpha, rank = (re.search(rf"\b{name}\s*=\s*(\d+)", told) for name in ("lora_alpha", "r"))
+        text = str((self.files.metadata.get("meta") or {}).get("cfg", ""))
+        alpha, rank = (re.search(rf"\b{name}\s*=\s*(\d+)", text) for name in ("lora_alpha", "r"))
         return int(alpha[1]) / int(rank[1]) if alpha and rank and int(rank[1]) else None
 
-    def tensors(self, names: PublicNames = _QWEN2) -> Iterator[Named]:
-        """Names of ours and tensors, shard by shard."""
+    def tensors(self, names: PublicNames = _QWEN2) -> Iterator[NamedTensor]:
+        """Yield tensors under our names, shard by shard."""
         return self._with_head(self.translate(self.files.read(), names))
 
     def outline(self, names: PublicNames = _QWEN2) -> dict[str, Tensor]:
-        """Names of ours and tensors without content.
+        """Return tensors without content (meta device) under our names.
 
         Raises:
-            VesselError: two tensors have one name here.
+            VesselError: two tensors have the same name.
         """
         outline: dict[str, Tensor] = {}
         for name, tensor in self._with_head(self.translate(self.files.outline.items(), names)):
             if name in outline:
                 raise VesselError(
-                    f"{self.path}: holds {name} twice, under two spellings of its name; which is meant is not to be "
-                    "known, so take a file that one program wrote"
+                    f"{self.path}: holds {name} twice, under two spellings of its name, and which one is valid cannot "
+                    "be known; take a file that one program wrote"
                 )
             outline[name] = tensor
         return outline
 
-    def _with_head(self, state: Iterable[Named]) -> Iterator[Named]:
-        """With `untie`, the embedding stands for whatever head there is."""
+    def _with_head(self, state: Iterable[NamedTensor]) -> Iterator[NamedTensor]:
+        """Replace the head by the embedding with `untie`; otherwise yield all as they are."""
         for name, tensor in state:
             if not (self.entry.untie and name == HEAD):
                 yield name, tensor
@@ -146,14 +146,14 @@ def _ties(config: Any) -> bool:
 
 def covers(modules: Sequence[str], module: str) -> bool:
     """Return True if a module is one of these or lies within one."""
-    return any(module == asked or module.startswith(f"{asked}.") for asked in modules)
+    return any(module == name or module.startswith(f"{name}.") for name in modules)
 
 
 def open_source(entry: Weights | str) -> WeightSource:
     """Find the weights, recognise their kind, and read their headers.
 
     Raises:
-        VesselError: nothing there, damaged, or of no kind that is known, with the remedy.
+        VesselError: missing, damaged, or of an unknown kind, with the remedy.
     """
     entry = Weights(entry) if isinstance(entry, str) else entry
     path, revision = entry.fetch()
@@ -167,7 +167,7 @@ def _of_folder(entry: Weights, folder: Path) -> WeightSource:
     if is_zero_folder(folder):
         return _of_run(entry, folder, open_zero(folder))
     config = read_json(folder / "config.json") if (folder / "config.json").is_file() else None
-    if not any(part in (config or {}) for part in _LANGUAGE_PARTS) and (file := _only_pickle(entry, folder)):
+    if not any(part in (config or {}) for part in _LANGUAGE_PARTS) and (file := _single_pickle(entry, folder)):
         return _of_file(entry, file)
     if config is None:
         raise VesselError(
@@ -191,18 +191,18 @@ def _of_folder(entry: Weights, folder: Path) -> WeightSource:
     return WeightSource(entry, kind, folder, files, lambda state, _: names.to_native(state), config)
 
 
-def _only_pickle(entry: Weights, folder: Path) -> Path | None:
-    """The file of a folder that holds nothing else to load, as the hub has SAM 2.0; None without any.
+def _single_pickle(entry: Weights, folder: Path) -> Path | None:
+    """Find the single pickle of a folder without other weights, as SAM 2.0 on the hub; None without any.
 
     Raises:
         VesselError: there are several.
     """
     files = sorted(file for file in folder.iterdir() if file.suffix in (".pt", ".pth") and file.is_file())
     if len(files) > 1:
-        told = ", ".join(file.name for file in files[:6])
+        listed = ", ".join(file.name for file in files[:6])
         repository, _, at = entry.source.partition("@")
         named = f"{repository.rstrip('/')}/{files[0].name}" + (f"@{at}" if at else "")
-        raise VesselError(f"{folder}: holds {len(files)} files of weights ({told}); name one of them: {named}")
+        raise VesselError(f"{folder}: holds {len(files)} files of weights ({listed}); name one of them: {named}")
     return files[0] if files else None
 
 
@@ -234,16 +234,16 @@ def _of_file(entry: Weights, file: Path) -> WeightSource:
     is_safetensors = start[8:9] == b"{"
     files = open_files([file]) if is_safetensors else open_pickle(file)
     names = files.outline
-    if "vessel" in files.beside:
+    if "vessel" in files.metadata:
         return _of_run(entry, file, files)
     if {"conv1.weight", "layer1.0.conv1.weight"} <= names.keys():
         return WeightSource(entry, ENCODER, file, files, lambda state, _: from_resnet(state))
     if any(name.startswith("image_encoder.trunk.") for name in names):
         return WeightSource(entry, SAM2, file, files, lambda state, _: from_sam2(state))
-    beside = any((file.parent / name).is_file() for name in ("config.json", ADAPTER_CONFIG))
-    if is_safetensors and (beside or any(name.startswith(_OF_FOLDERS) for name in names)):
+    has_config = any((file.parent / name).is_file() for name in ("config.json", ADAPTER_CONFIG))
+    if is_safetensors and (has_config or any(name.startswith(_OF_FOLDERS) for name in names)):
         raise VesselError(
-            f"{file}: one file of a folder, whose other files say what it holds; name the folder: "
+            f"{file}: one file of a folder, whose other files describe it; name the folder: "
             f"{entry.source.partition('@')[0].rpartition('/')[0] or '.'}"
         )
     if any("lora_A" in name for name in names):
@@ -254,27 +254,27 @@ def _of_file(entry: Weights, file: Path) -> WeightSource:
         # Trained without adapters: a decoder and its projection, perhaps.
         return _public(entry, TRAINING, file, files, public_of_mmengine)
     raise VesselError(
-        f"{file}: weights of no kind that vessel knows (first tensor: {next(iter(names))}); it knows Sa2VA and "
+        f"{file}: unknown kind of weights (first tensor: {next(iter(names))}); vessel reads Sa2VA and "
         "InternVL folders, SAM 2.0 files, ResNets, .pth of the public training code, peft adapters and its own runs"
     )
 
 
 def _public(entry: Weights, kind: Kind, path: Path, files: TensorFiles, rename: Callable[[str], str]) -> WeightSource:
-    """A source whose names become public ones by `rename`."""
+    """Make a source whose names become public ones by `rename`."""
 
-    def translate(state: Iterable[Named], names: PublicNames) -> Iterator[Named]:
+    def translate(state: Iterable[NamedTensor], names: PublicNames) -> Iterator[NamedTensor]:
         return names.to_native((rename(name), tensor) for name, tensor in state)
 
     return WeightSource(entry, kind, path, files, translate)
 
 
 def _of_run(entry: Weights, path: Path, files: TensorFiles) -> WeightSource:
-    if "vessel" not in files.beside:
+    if "vessel" not in files.metadata:
         raise VesselError(f"{path}: a checkpoint of DeepSpeed, but none of vessel.train")
-    return WeightSource(entry, RUN, path, files, _of_task)
+    return WeightSource(entry, RUN, path, files, _strip_task_prefix)
 
 
-def _of_task(state: Iterable[Named], _: PublicNames) -> Iterator[Named]:
-    """Tensors of the network from those of a task: the prefix `network.` falls away."""
+def _strip_task_prefix(state: Iterable[NamedTensor], _: PublicNames) -> Iterator[NamedTensor]:
+    """Yield the tensors of the network from those of a task, without the prefix `network.`."""
     prefix = "network."
     return ((name.removeprefix(prefix), tensor) for name, tensor in state if name.startswith(prefix))

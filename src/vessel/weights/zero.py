@@ -1,9 +1,9 @@
-"""Checkpoints that DeepSpeed writes under ZeRO: a folder with the files of each rank, put together tensor by tensor.
+"""Read checkpoints that DeepSpeed writes under ZeRO: a folder with files of each rank, joined tensor by tensor.
 
-The ranks share, in float32, what trains and what Adam knows of it. Under stage 3 each parameter is flattened and cut
-into as many equal parts as there are ranks (zeros fill the last), and a rank's parts lie one after the other. Under
-stage 2 all parameters of a group are laid end to end, and that is cut. Frozen parameters, where they were saved at all,
-are kept by their names: in parts under stage 3, whole under stage 2.
+Trained parameters and the states of Adam are partitioned over the ranks, in float32. Under stage 3 each parameter is
+flattened and partitioned into as many equal parts as there are ranks (zeros pad the last), and the parts of a rank lie
+one after the other. Under stage 2 all parameters of a group are concatenated, and the result is partitioned. Frozen
+parameters, if saved at all, have their names: in parts under stage 3, whole under stage 2.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ import torch
 from torch import Tensor
 
 from vessel.errors import VesselError
-from vessel.weights.files import Named, TensorFiles, load_pickle
+from vessel.weights.files import NamedTensor, TensorFiles, load_pickle
 
 LATEST = "latest"  # names the folder within that holds the ranks' files
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam, as torch names them
 _SCRIPT = "zero_to_fp32.py"
 _FILE = re.compile(r"(?:\w+_)?zero_pp_rank_(\d+)_mp_rank_00_(model|optim)_states\.pt")
 _STAGE_2 = "mp_rank_00_model_states.pt"  # the one file of the parameters that all ranks hold
-# Objects that DeepSpeed saves beside its tensors.
+# Objects that DeepSpeed saves with its tensors.
 _OBJECTS = tuple(
     f"deepspeed.{name}"
     for name in (
@@ -40,10 +40,10 @@ _WEIGHTS = ("module", "buffer_names", "param_shapes", "frozen_param_shapes", "fr
 
 @dataclass(frozen=True)
 class PartitionedTensor:
-    """A flattened tensor in parts, one after the other; zeros may follow.
+    """A flattened tensor in consecutive parts; zeros may follow.
 
     Attributes:
-        shape: of the whole.
+        shape: of the full tensor.
         parts: of one dtype, each flat.
     """
 
@@ -51,25 +51,25 @@ class PartitionedTensor:
     parts: Sequence[Tensor]
 
     def outline(self) -> Tensor:
-        """The whole without content."""
+        """Return the full tensor without content (meta device)."""
         return torch.empty(self.shape, dtype=self.parts[0].dtype, device="meta")
 
-    def whole(self) -> Tensor:
-        """The tensor itself."""
-        return self.piece(0, self.shape.numel()).view(self.shape)
+    def full(self) -> Tensor:
+        """Return the full tensor."""
+        return self.elements(0, self.shape.numel()).view(self.shape)
 
-    def piece(self, start: int, stop: int) -> Tensor:
-        """Elements of the flattened whole from `start` to before `stop`."""
-        return torch.cat(_between(self.parts, start, stop))
+    def elements(self, start: int, stop: int) -> Tensor:
+        """Return elements `start` to `stop` - 1 of the flattened tensor."""
+        return torch.cat(_slices(self.parts, start, stop))
 
 
 @dataclass(frozen=True)
 class TrainedParameter:
-    """A parameter that trains.
+    """A trained parameter.
 
     Attributes:
         values: float32.
-        moments: of Adam by its names for them; empty before the first step.
+        moments: of Adam, by the names in `MOMENTS`; empty before the first step.
     """
 
     values: PartitionedTensor
@@ -78,13 +78,13 @@ class TrainedParameter:
 
 @dataclass(frozen=True)
 class ZeroCheckpoint:
-    """The contents of a folder.
+    """The contents of a checkpoint folder.
 
     Attributes:
         trained, frozen, buffers: tensors by name.
         groups: settings of each group of the optimizer, the learning rate among them.
         steps: of the optimizer.
-        beside: whatever else was saved.
+        metadata: all other values that were saved.
     """
 
     trained: Mapping[str, TrainedParameter]
@@ -92,10 +92,10 @@ class ZeroCheckpoint:
     buffers: Mapping[str, Tensor]
     groups: Sequence[Mapping[str, Any]]
     steps: int
-    beside: Mapping[str, Any]
+    metadata: Mapping[str, Any]
 
     def tensors(self) -> dict[str, PartitionedTensor]:
-        """Parameters by name."""
+        """Return the parameters by name."""
         return {name: of.values for name, of in self.trained.items()} | dict(self.frozen)
 
 
@@ -105,16 +105,16 @@ def is_zero_folder(folder: Path) -> bool:
 
 
 def time_written(checkpoint: Path) -> float:
-    """Return the time at which a checkpoint, a file or a folder of DeepSpeed, was written, in seconds of the clock.
+    """Return the time at which a checkpoint, a file or a folder of DeepSpeed, was written, in seconds since the epoch.
 
-    A folder that is written over in place keeps its own time.
+    The modification time of a folder does not change when files in it are rewritten; that of its `latest` does.
     """
     latest = checkpoint / LATEST
     return (latest if latest.is_file() else checkpoint).stat().st_mtime
 
 
 def open_zero(folder: Path) -> TensorFiles:
-    """Open what trained, in float32, with buffers and saved frozen parameters; one tensor at a time in memory.
+    """Open trained parameters, in float32, buffers and saved frozen parameters; one tensor at a time in memory.
 
     Raises:
         VesselError: a file is missing or damaged, or the ranks' files do not belong together.
@@ -123,16 +123,16 @@ def open_zero(folder: Path) -> TensorFiles:
     outline = {name: torch.empty_like(buffer, device="meta") for name, buffer in saved.buffers.items()}
     outline |= {name: parts.outline() for name, parts in saved.tensors().items()}
 
-    def read() -> Iterator[Named]:
+    def read() -> Iterator[NamedTensor]:
         yield from saved.buffers.items()
         for name, parts in saved.tensors().items():
-            yield name, parts.whole()
+            yield name, parts.full()
 
-    return TensorFiles(outline, read, saved.beside)
+    return TensorFiles(outline, read, saved.metadata)
 
 
 def open_zero_checkpoint(folder: Path) -> ZeroCheckpoint:
-    """The same with the state of the optimizer; tensors stay in the files until they are used.
+    """Open a checkpoint with the state of the optimizer; tensors stay in the files until they are used.
 
     Raises:
         VesselError: as `open_zero`.
@@ -147,22 +147,24 @@ def open_zero_checkpoint(folder: Path) -> ZeroCheckpoint:
             buffers={name: first["module"][name] for name in first["buffer_names"]},
             groups=inner[0]["param_groups"],
             steps=int(first["global_steps"]),
-            beside={key: value for key, value in first.items() if key not in _WEIGHTS},
+            metadata={key: value for key, value in first.items() if key not in _WEIGHTS},
         )
     except (LookupError, TypeError, AttributeError) as error:
         raise VesselError(f"{folder}: not what DeepSpeed writes under ZeRO ({error!r}); copy it again") from error
 
 
 def _states(folder: Path) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]:
-    """Model files, of each rank or the one for all, and each rank's optimizer file; no tensor is read yet."""
+    """Open the model files, of each rank or one for all, and each rank's optimizer file; no tensor is read yet."""
     if not (folder / LATEST).is_file():
-        raise VesselError(f"{folder}: {LATEST} is not there, which names its content; copy the whole folder again")
+        raise VesselError(
+            f"{folder}: {LATEST} is missing, which names the folder of the ranks' files; copy the whole folder again"
+        )
     inner = folder / (folder / LATEST).read_text(encoding="utf-8").strip()
     found = {(m[2], int(m[1])): path for path in inner.glob("*.pt") if (m := _FILE.fullmatch(path.name))}
     for_all = inner / _STAGE_2
     if ("model", 0) not in found and not for_all.is_file():
         raise VesselError(
-            f"{inner}: zero_pp_rank_0_mp_rank_00_model_states.pt is not there; only folders of ZeRO-2 and 3 are read"
+            f"{inner}: zero_pp_rank_0_mp_rank_00_model_states.pt is missing; only folders of ZeRO-2 and 3 are read"
         )
     first = _state(found.get(("model", 0), for_all), "dp_world_size")
     ranks = range(first["dp_world_size"])
@@ -171,13 +173,15 @@ def _states(folder: Path) -> tuple[list[Mapping[str, Any]], list[Mapping[str, An
         f"zero_pp_rank_{rank}_mp_rank_00_{kind}_states.pt" for kind, rank in needed if (kind, rank) not in found
     ]:
         raise VesselError(
-            f"{inner}: {lost[0]} is not there ({len(lost)} of {len(needed)} files); copy the folders of all ranks"
+            f"{inner}: {lost[0]} is missing ({len(lost)} of {len(needed)} files); copy the folders of all ranks"
         )
     of_ranks = [key for key in needed if key[0] == "model"]
     models = [first, *(_state(found[key], "dp_world_size") for key in of_ranks[1:])]
     optimizers = [_state(found["optim", r], "optimizer_state_dict")["optimizer_state_dict"] for r in ranks]
     if len({model["global_steps"] for model in models}) > 1 or len({_steps(state) for state in optimizers}) > 1:
-        raise VesselError(f"{inner}: its files are of different steps, so its writing was cut short; take another")
+        raise VesselError(
+            f"{inner}: its files are of different steps, as of an interrupted save; take another checkpoint"
+        )
     return models, optimizers
 
 
@@ -194,7 +198,7 @@ def _inner(optimizer: Mapping[str, Any]) -> str:
 
 
 def _steps(optimizer: Mapping[str, Any]) -> frozenset[float]:
-    """Steps that an optimizer has done, as it counts them for each of its flat groups."""
+    """Return the numbers of steps that an optimizer counts for its flat groups."""
     states = optimizer[_inner(optimizer)]["state"].values()
     return frozenset(float(state["step"]) for state in states if "step" in state)
 
@@ -207,23 +211,25 @@ def _trained(
 ) -> Iterator[tuple[str, TrainedParameter]]:
     stage_2 = "single_partition_of_fp32_groups" in optimizers[0]
     key = "single_partition_of_fp32_groups" if stage_2 else "fp32_flat_groups"
-    cut = _cut_end_to_end if stage_2 else _cut_each
+    partition = _partition_end_to_end if stage_2 else _partition_each
     for group, of_group in enumerate(shapes):
         flat = [optimizer[key][group] for optimizer in optimizers]
-        held = sum(part.numel() for part in flat)
+        found = sum(part.numel() for part in flat)
         sizes = [shape.numel() if stage_2 else math.ceil(shape.numel() / len(flat)) for shape in of_group.values()]
-        wanted = sum(sizes) * (1 if stage_2 else len(flat))
-        if held != wanted or (not stage_2 and any(part.numel() != sum(sizes) for part in flat)):
-            raise VesselError(f"{folder}: holds {held} numbers of a group for {wanted}; copy it again")
+        required = sum(sizes) * (1 if stage_2 else len(flat))
+        if found != required or (not stage_2 and any(part.numel() != sum(sizes) for part in flat)):
+            raise VesselError(f"{folder}: holds {found} numbers of a parameter group of {required}; copy it again")
         known = [name for name in MOMENTS if all(name in state.get(group, {}) for state in states)]
-        values = cut(flat, of_group)
-        moments = {name: dict(cut([state[group][name] for state in states], of_group)) for name in known}
+        values = partition(flat, of_group)
+        moments = {name: dict(partition([state[group][name] for state in states], of_group)) for name in known}
         for name, parts in values:
             yield name, TrainedParameter(parts, {moment: by_name[name] for moment, by_name in moments.items()})
 
 
-def _cut_each(flat: Sequence[Tensor], shapes: Mapping[str, torch.Size]) -> Iterator[tuple[str, PartitionedTensor]]:
-    """As stage 3 does."""
+def _partition_each(
+    flat: Sequence[Tensor], shapes: Mapping[str, torch.Size]
+) -> Iterator[tuple[str, PartitionedTensor]]:
+    """Partition as stage 3: each parameter into equal parts."""
     start = 0
     for name, shape in shapes.items():
         stop = start + math.ceil(shape.numel() / len(flat))
@@ -231,21 +237,21 @@ def _cut_each(flat: Sequence[Tensor], shapes: Mapping[str, torch.Size]) -> Itera
         start = stop
 
 
-def _cut_end_to_end(
+def _partition_end_to_end(
     flat: Sequence[Tensor], shapes: Mapping[str, torch.Size]
 ) -> Iterator[tuple[str, PartitionedTensor]]:
-    """As stage 2 does."""
+    """Partition as stage 2: all parameters of a group concatenated."""
     start = 0
     for name, shape in shapes.items():
-        yield name, PartitionedTensor(shape, _between(flat, start, start + shape.numel()))
+        yield name, PartitionedTensor(shape, _slices(flat, start, start + shape.numel()))
         start += shape.numel()
 
 
-def _between(parts: Sequence[Tensor], start: int, stop: int) -> list[Tensor]:
-    """Elements `start` to before `stop` of flat tensors that follow each other."""
+def _slices(parts: Sequence[Tensor], start: int, stop: int) -> list[Tensor]:
+    """Return elements `start` to `stop` - 1 of consecutive flat tensors, as views."""
     ends = list(chain((0,), torch.tensor([part.numel() for part in parts]).cumsum(0).tolist()))
-    cut = [part[max(0, start - at) : max(0, stop - at)] for part, at in zip(parts, ends, strict=False)]
-    return [piece for piece in cut if piece.numel()] or [parts[0][:0]]
+    slices = [part[max(0, start - at) : max(0, stop - at)] for part, at in zip(parts, ends, strict=False)]
+    return [piece for piece in slices if piece.numel()] or [parts[0][:0]]
 
 
 def _frozen(models: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, PartitionedTensor]]:
