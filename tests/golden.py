@@ -54,11 +54,11 @@ class Golden:
     tensors: dict[str, torch.Tensor]
 
     def image(self, name: str) -> np.ndarray:
-        """A picture of the case, uint8 [H, W, 3]."""
+        """Read an image of a case, uint8 [H, W, 3]."""
         return np.array(Image.open(self.folder / "images" / f"{name}.png").convert("RGB"))
 
     def mask(self, case: str) -> np.ndarray:
-        """bool [frames, H, W]."""
+        """Unpack the recorded mask of a case: bool [frames, H, W]."""
         width = self.cases[case]["mask_shape"][-1]
         return np.unpackbits(self.tensors[f"{case}.mask"].numpy(), axis=-1)[..., :width].astype(bool)
 

@@ -83,15 +83,15 @@ def test_guard_W9_retention_never_touches_inputs(finished, tmp_path):
     given = finished / "checkpoints/last-000004.ckpt"
     run = tmp_path / "second"
     (run / "checkpoints").mkdir(parents=True)
-    metadata = [run / "checkpoints" / name for name in ("base.pt", "last-mine.ckpt", "best.ckpt", ".hidden.ckpt")]
-    for number, file in enumerate(metadata):
+    others = [run / "checkpoints" / name for name in ("base.pt", "last-mine.ckpt", "best.ckpt", ".hidden.ckpt")]
+    for number, file in enumerate(others):
         file.write_bytes(bytes([number]))
-    inputs = [given, finished / "checkpoints/best-000003.ckpt", *metadata]
+    inputs = [given, finished / "checkpoints/best-000003.ckpt", *others]
     were = content_of(*inputs)
     fit(run, 7, given)
     discard_superseded(run, run / "checkpoints/last-000007.ckpt", savers(run))
     assert content_of(*inputs) == were
-    assert {"last-000007.ckpt"} | {file.name for file in metadata} <= set(names(run))
+    assert {"last-000007.ckpt"} | {file.name for file in others} <= set(names(run))
 
 
 def test_guard_W9_the_checkpoint_that_a_run_is_resumed_from_stays(finished):

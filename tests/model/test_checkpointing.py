@@ -1,4 +1,4 @@
-"""Gradient checkpointing: the same gradients from less memory, the same names, the same validation."""
+"""Activation checkpointing: the same gradients from less memory, the same names, the same validation."""
 
 from dataclasses import replace
 
@@ -10,13 +10,13 @@ from vessel.losses import NativeLoss, lm_loss
 from vessel.model.grounding import trains
 from vessel.model.lora import Lora
 
-# More layers than the shared network: with two, what a layer keeps hardly shows beside the rest.
+# More layers than in other tests: of two, the activations are hardly measurable beside the rest.
 LAYERS = 6
 
 
 @pytest.fixture
 def built(plan):
-    """Networks that differ in nothing else: `built(activation_checkpointing=True, trainable="all")`."""
+    """Return a function that builds networks equal but for its options, such as `activation_checkpointing=True`."""
 
     def make(**changes):
         made = plan()
@@ -38,7 +38,7 @@ def built(plan):
 
 
 def step(network, batch):
-    """Gradients by name, and the bytes of the distinct tensors that the graph holds beside the parameters."""
+    """Return gradients by name, and the bytes of the distinct tensors that the graph holds beside the parameters."""
     weights = {p.untyped_storage().data_ptr() for p in network.parameters()}
     held: dict[int, int] = {}
 
@@ -48,7 +48,7 @@ def step(network, batch):
             held[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    torch.manual_seed(3)  # dropout draws the same
+    torch.manual_seed(3)  # the same dropout
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         output = network(batch)
         losses = NativeLoss()(output.mask_logits, batch.masks, network.grounding.image_size)
@@ -106,7 +106,7 @@ def test_encoders_are_recomputed_only_where_they_train(built, make_batch):
     assert not trains(network.grounding.image_encoder)
     assert not any(layer.gradient_checkpointing for layer in network.mllm.model.vision_tower.encoder.layer)
     network = built(activation_checkpointing=True, trainable="decoder_only")
-    seen = []
-    network.mllm.get_input_embeddings().register_forward_hook(lambda *call: seen.append(call[2].requires_grad))
+    requires_grad = []
+    network.mllm.get_input_embeddings().register_forward_hook(lambda *call: requires_grad.append(call[2].requires_grad))
     network(make_batch([["lumen"]]))
-    assert seen == [False]  # a frozen language model keeps no graph
+    assert requires_grad == [False]  # a frozen language model keeps no graph

@@ -1,4 +1,4 @@
-"""vessel computes what the public code computed with its own weights: both code generations, recorded."""
+"""vessel gives the recorded outputs of the public code with its own weights, of both code generations."""
 
 import pytest
 import torch
@@ -16,19 +16,19 @@ def golden(request, golden_network):
 
 
 def test_loads_with_a_full_report(golden):
-    (report,) = golden.model.reports
+    (report,) = golden.loaded.reports
     assert report.kind == "Sa2VA folder"
     assert {module.fraction for module in report.modules} == {1.0}
     assert not report.names("missing") + report.names("unexpected") + report.names("mismatched")
     assert (
-        golden.model.prompt.name
-        == {"qwen2": "qwen_chat", "llama": "internlm2_chat"}[golden.model.network.mllm.config.text_config.model_type]
+        golden.loaded.prompt.name
+        == {"qwen2": "qwen_chat", "llama": "internlm2_chat"}[golden.loaded.network.mllm.config.text_config.model_type]
     )
 
 
 def check_state_and_embedding(golden, case):
-    """Compare both with the recorded ones; gives the image and the state for what follows from them."""
-    network, prompt, geometry = golden.model.network, golden.model.prompt, golden.model.geometry
+    """Compare both with the recorded ones; return image and state."""
+    network, prompt, geometry = golden.loaded.network, golden.loaded.prompt, golden.loaded.geometry
     image = golden.image(case)
     tiles = cut_tiles(image, geometry)
     ids, _ = prompt.conversation([golden.cases[case]["text"]], ["[SEG]"], len(tiles) * 256)
@@ -36,8 +36,8 @@ def check_state_and_embedding(golden, case):
     hidden = network.mllm.model.language_model(inputs_embeds=embeddings).last_hidden_state
     state = hidden[ids[None] == prompt.token_ids.seg]
     embedding = network.text_hidden_fcs(state)
-    asked = int((ids == prompt.token_ids.seg).nonzero()[0])
-    assert asked == golden.cases[case]["prompt_tokens"]
+    length = int((ids == prompt.token_ids.seg).nonzero()[0])
+    assert length == golden.cases[case]["prompt_tokens"]
     for name, found in {"seg_state": state, "seg_embedding": embedding}.items():
         recorded = golden.tensors[f"{case}.{name}"]
         assert (found - recorded).norm() / recorded.norm() < 1e-4, name
@@ -54,7 +54,7 @@ def test_state_and_embedding_are_the_recorded_ones(golden_network, name, case):
 @pytest.mark.parametrize(("name", "case"), cases_of(*WITH_MASKS))
 def test_state_embedding_logits_and_mask_are_the_recorded_ones(golden_network, name, case):
     golden = golden_network(name)
-    network, geometry = golden.model.network, golden.model.geometry
+    network, geometry = golden.loaded.network, golden.loaded.geometry
     image, state = check_state_and_embedding(golden, case)
     logits = network.decode_masks(network.encode_frame(whole_frame(image, geometry)[None]), state, torch.tensor([0]))
     at_1024 = upsample(logits, 1024, (1024, 1024))
@@ -64,8 +64,8 @@ def test_state_embedding_logits_and_mask_are_the_recorded_ones(golden_network, n
 
 
 def test_every_tensor_goes_out_again_under_its_own_name(golden):
-    names = public_names(golden.model.sizes.language)
+    names = public_names(golden.loaded.sizes.language)
     stored = dict(open_safetensors(golden.folder).read())
-    out = dict(names.to_public(golden.model.network.state_dict().items()))
+    out = dict(names.to_public(golden.loaded.network.state_dict().items()))
     assert out.keys() == stored.keys()
     assert all(torch.equal(out[name], stored[name]) for name in stored)

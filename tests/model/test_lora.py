@@ -42,7 +42,7 @@ def test_new_rows_are_the_only_rows_that_train(plan, prompt):
 
 
 def test_guard_T3_seg_rows_must_be_trainable_or_trained(plan):
-    with pytest.raises(VesselError, match="random for ever"):
+    with pytest.raises(VesselError, match=r"lora\.tokens=frozen"):
         plan(trainable="lora", lora=Lora(r=4, tokens="frozen")).build()
     network = plan().build()
     add_lora(network, Lora(r=4, tokens="frozen"), new_tokens=range(5), seg_is_trained=True)
@@ -73,9 +73,9 @@ def test_all_with_adapters_keeps_the_adapted_language_model_frozen(plan):
 
 
 def test_unknown_choices_are_refused(plan):
-    with pytest.raises(VesselError, match="use one of lora, decoder_only, nothing, all"):
+    with pytest.raises(VesselError, match=r"trainable=decoder: .*lora, decoder_only, nothing, all"):
         plan(trainable="decoder").build()
-    with pytest.raises(VesselError, match="use full, new or frozen"):
+    with pytest.raises(VesselError, match=r"lora\.tokens=some: .*full, new or frozen"):
         plan(lora=Lora(r=4, tokens="some")).build()
 
 
@@ -88,7 +88,7 @@ def test_every_parameter_has_a_group(plan):
 
 
 @pytest.mark.parametrize("tokens", ["full", "new"])
-def test_every_tensor_of_an_adapted_network_has_its_place_in_a_merged_one(plan, tokens):
+def test_every_tensor_of_an_adapted_network_has_its_name_in_a_merged_one(plan, tokens):
     adapted, plain = plan(trainable="lora", lora=Lora(r=4, tokens=tokens)).build(), plan().build().state_dict()
     assert {merged_name(name) for name in adapted.state_dict()} == plain.keys()
     own = {name for name in adapted.state_dict() if is_adapter(name)}
@@ -97,7 +97,7 @@ def test_every_tensor_of_an_adapted_network_has_its_place_in_a_merged_one(plan, 
 
 
 def test_merging_is_done_in_float32(plan):
-    """A base in bf16 and a small update: the sum is that of float32, not rounded on the way."""
+    """Merge a small update into a base in bf16: the sum is that of float32, not rounded on the way."""
     adapted = plan(trainable="lora", lora=Lora(r=4), frozen_dtype=torch.bfloat16).build()
     _shake(adapted)
     name = "mllm.model.language_model.layers.0.mlp.up_proj"

@@ -1,4 +1,4 @@
-"""Each architecture against a naive forward written here from its description."""
+"""Each architecture against a naive forward pass, written from its description."""
 
 from dataclasses import replace
 
@@ -25,7 +25,7 @@ def rms_norm(x, weight, eps):
 
 
 def filled(network):
-    """Every parameter drawn at random, so that no norm is one and no bias zero."""
+    """Fill every parameter with random values, so that no norm is one and no bias zero."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in network.parameters():
@@ -34,12 +34,12 @@ def filled(network):
 
 
 def public(network, names):
-    """Tensors under public names; `mllm.` is what a Sa2VA calls this part of it."""
+    """Return the tensors under public names; a Sa2VA has this part under `mllm.`."""
     return dict(names.to_public((f"mllm.{name}", tensor) for name, tensor in network.state_dict().items()))
 
 
 def rotated(x, theta):
-    """Rotary embedding of [L, heads, head]: pair (i, i + head / 2) turns by position / theta^(2 i / head)."""
+    """Apply the rotary embedding to [L, heads, head]: pair (i, i + head / 2) turns by position / theta^(2 i / head)."""
     half = x.shape[-1] // 2
     angles = torch.arange(len(x))[:, None] / theta ** (torch.arange(half) / half)
     cos, sin = angles.cos()[:, None], angles.sin()[:, None]
@@ -48,7 +48,7 @@ def rotated(x, theta):
 
 
 def attention(q, k, v, mask=None):
-    """[L, heads, head] each -> [L, heads * head]."""
+    """Compute attention: [L, heads, head] each -> [L, heads * head]."""
     scores = torch.einsum("qhd,khd->hqk", q, k) / q.shape[-1] ** 0.5
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)
@@ -56,7 +56,7 @@ def attention(q, k, v, mask=None):
 
 
 def naive_internlm2(state, ids, sizes):
-    """Logits [L, vocabulary] of token ids [L] from public tensors.
+    """Compute logits [L, vocabulary] of token ids [L] from public tensors.
 
     `wqkv` holds, for each key head, its query heads, then the key, then the value.
     """
@@ -79,7 +79,7 @@ def naive_internlm2(state, ids, sizes):
     return x @ state["language_model.output.weight"].T
 
 
-def test_internlm2_as_a_llama_computes_what_internlm2_computes():
+def test_internlm2_as_a_llama_equals_its_description():
     network = filled(build_mllm(INTERNLM2, VISION, TOKENS))
     ids = torch.randint(4, 40, (20,), generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
@@ -90,7 +90,7 @@ def test_internlm2_as_a_llama_computes_what_internlm2_computes():
 
 
 def naive_internvit(state, tiles, sizes):
-    """Last hidden states [T, 1 + patches, width] from public tensors."""
+    """Compute the last hidden states [T, 1 + patches, width] from public tensors."""
 
     def norm(x, name):
         if sizes.norm == "rms_norm":
@@ -122,7 +122,7 @@ def naive_internvit(state, tiles, sizes):
 
 
 @pytest.mark.parametrize("sizes", [VISION, VISION_6B], ids=["300M", "6B"])
-def test_internvit_computes_what_the_description_says(sizes):
+def test_internvit_equals_its_description(sizes):
     network = filled(build_mllm(INTERNLM2, sizes, TOKENS))
     tiles = torch.randn(2, 3, 56, 56, generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
@@ -149,7 +149,7 @@ def test_only_qwen2_has_biases_and_each_its_own_eps(family, biases):
 
 
 def test_unknown_families_and_norms_are_refused():
-    with pytest.raises(VesselError, match=r"model\.language\.family=phi3: use one of qwen2, internlm2"):
+    with pytest.raises(VesselError, match=r"model\.language\.family=phi3: .*qwen2, internlm2"):
         replace(INTERNLM2, family="phi3")
-    with pytest.raises(VesselError, match=r"model\.vision\.norm=batch_norm: use one of layer_norm, rms_norm"):
+    with pytest.raises(VesselError, match=r"model\.vision\.norm=batch_norm: .*layer_norm, rms_norm"):
         replace(VISION, norm="batch_norm")

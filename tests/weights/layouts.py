@@ -1,4 +1,4 @@
-"""Writes small folders and files in the layouts of public checkpoints, with the libraries that write the real ones."""
+"""Write small folders and files in the layouts of public checkpoints, with the libraries that write the real ones."""
 
 import json
 from pathlib import Path
@@ -37,13 +37,13 @@ CONFIG = {
 
 
 def public_state(network: Sa2VA) -> dict[str, torch.Tensor]:
-    """A network without adapters under the names that the published key list confirms."""
+    """Return the tensors of a network without adapters under the names that the published key list confirms."""
     state = network.state_dict().items()
     return {name: tensor.clone().contiguous() for name, tensor in PublicNames().to_public(state)}
 
 
 def write_folder(folder: Path, state: dict[str, torch.Tensor], *, shards: int = 1, **config) -> Path:
-    """A Hugging Face folder; several shards get an index."""
+    """Write a Hugging Face folder; several shards get an index."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(CONFIG | config))
     if shards == 1:
@@ -64,7 +64,7 @@ def write_sa2va(folder: Path, network: Sa2VA, *, shards: int = 1, **config) -> P
 
 
 def internvl_state(network: Sa2VA, rows: int) -> dict[str, torch.Tensor]:
-    """The language and vision part alone, with a vocabulary of `rows`."""
+    """Return the tensors of the language and vision part alone, with a vocabulary of `rows`."""
     parts = ("vision_model.", "mlp1.", "language_model.")
     state = {name: tensor for name, tensor in public_state(network).items() if name.startswith(parts)}
     for name in ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight"):
@@ -73,7 +73,7 @@ def internvl_state(network: Sa2VA, rows: int) -> dict[str, torch.Tensor]:
 
 
 def write_transformers(folder: Path, network: Sa2VA, *, old_names: bool = False) -> Path:
-    """A folder as transformers writes its own InternVL today, or as it was written for the hub."""
+    """Write a folder as transformers writes its own InternVL today, or as it was written for the hub."""
     network.mllm.save_pretrained(folder)
     if old_names:
         state = {}
@@ -95,8 +95,8 @@ def write_sam2(file: Path, network: Sa2VA, **more: torch.Tensor) -> Path:
     return file
 
 
-def as_training_code_holds_it(network: Sa2VA, rank: int) -> nn.Module:
-    """The module tree of the public training code around the language model of `network`, adapters injected by peft."""
+def training_tree(network: Sa2VA, rank: int) -> nn.Module:
+    """Build the module tree of the public training code around the language model of `network`, adapters by peft."""
     config = network.mllm.config.text_config
     language = Qwen2ForCausalLM(config)
     language.model.load_state_dict(network.mllm.model.language_model.state_dict())
@@ -121,5 +121,5 @@ def as_training_code_holds_it(network: Sa2VA, rank: int) -> nn.Module:
 
 def training_state(tree: nn.Module) -> dict[str, torch.Tensor]:
     """Make the state of the training code: adapters, saved modules, projector, mask decoder, projection of `[SEG]`."""
-    kept = ("lora_", "modules_to_save", "mlp1", "sam_mask_decoder", "text_hidden_fcs")
-    return {name: tensor.clone() for name, tensor in tree.state_dict().items() if any(part in name for part in kept)}
+    parts = ("lora_", "modules_to_save", "mlp1", "sam_mask_decoder", "text_hidden_fcs")
+    return {name: tensor.clone() for name, tensor in tree.state_dict().items() if any(part in name for part in parts)}

@@ -1,8 +1,9 @@
-"""Files of tensors are read without running code, and refused when something is wrong with them."""
+"""Files of tensors are read without running code, and damaged ones are refused."""
 
 import json
 import os
 import pickle
+import re
 import sys
 import types
 from collections import OrderedDict
@@ -34,21 +35,21 @@ def test_a_truncated_shard_is_refused(tmp_path):
     write_folder(tmp_path, STATE, shards=2)
     shard = tmp_path / "model-00002-of-00002.safetensors"
     shard.write_bytes(shard.read_bytes()[:-8])
-    with pytest.raises(VesselError, match=r"model-00002-of-00002\.safetensors: damaged or truncated"):
+    with pytest.raises(VesselError, match=r"model-00002-of-00002\.safetensors: .*truncated"):
         open_safetensors(tmp_path)
 
 
 def test_a_missing_shard_is_named(tmp_path):
     write_folder(tmp_path, STATE, shards=3)
     (tmp_path / "model-00002-of-00003.safetensors").unlink()
-    with pytest.raises(VesselError, match=r"model-00002-of-00003\.safetensors is not there"):
+    with pytest.raises(VesselError, match=r"model-00002-of-00003\.safetensors .*1 of 3"):
         open_safetensors(tmp_path)
 
 
 def test_shards_without_their_index_are_refused(tmp_path):
     write_folder(tmp_path, STATE, shards=3)
     (tmp_path / INDEX).unlink()
-    with pytest.raises(VesselError, match=f"but no {INDEX}"):
+    with pytest.raises(VesselError, match=rf"model-00001-of-00003\.safetensors .*{re.escape(INDEX)}"):
         open_safetensors(tmp_path)
 
 
@@ -57,7 +58,7 @@ def test_an_index_that_names_other_tensors_is_refused(tmp_path):
     index = json.loads((tmp_path / INDEX).read_text())
     index["weight_map"]["part.9"] = index["weight_map"].pop("part.1")
     (tmp_path / INDEX).write_text(json.dumps(index))
-    with pytest.raises(VesselError, match=r"2 tensors .* not in both \(first: part.1\)"):
+    with pytest.raises(VesselError, match=r"2 tensors .*first: part\.1"):
         open_safetensors(tmp_path)
 
 
@@ -67,32 +68,32 @@ def test_an_index_that_names_no_file_is_refused(tmp_path, shard):
     index = json.loads((tmp_path / INDEX).read_text())
     index["weight_map"]["part.1"] = shard
     (tmp_path / INDEX).write_text(json.dumps(index))
-    with pytest.raises(VesselError, match="no weight_map with a file for each tensor"):
+    with pytest.raises(VesselError, match="weight_map"):
         open_safetensors(tmp_path)
 
 
 def test_two_sets_of_weights_in_a_folder_are_refused(tmp_path):
-    """An index of older shards would win over a newer single file without a word."""
+    """Refuse them: an index of older shards would silently win over a newer single file."""
     write_folder(tmp_path, STATE, shards=2)
     write_folder(tmp_path, {name: tensor + 1 for name, tensor in STATE.items()})
-    with pytest.raises(VesselError, match=f"model.safetensors, and beside it {INDEX}.* two sets of weights"):
+    with pytest.raises(VesselError, match=rf"model\.safetensors and {re.escape(INDEX)}, .* 2 "):
         open_safetensors(tmp_path)
     for shard in tmp_path.glob("model-*"):
         shard.unlink()
-    with pytest.raises(VesselError, match="two sets of weights"):
+    with pytest.raises(VesselError, match=rf"model\.safetensors and {re.escape(INDEX)}, "):
         open_safetensors(tmp_path)
     (tmp_path / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(STATE, "model.safetensors")}))
     assert dict(open_safetensors(tmp_path).read())["part.0"].eq(1).all()
 
 
 def test_a_folder_without_weights_is_refused(tmp_path):
-    with pytest.raises(VesselError, match="no weights"):
+    with pytest.raises(VesselError, match=rf"model\.safetensors nor {re.escape(INDEX)}"):
         open_safetensors(tmp_path)
 
 
 def test_numbers_of_an_unknown_type_are_refused(tmp_path):
     save_file({"a": torch.zeros(2, dtype=torch.complex64)}, tmp_path / "model.safetensors")
-    with pytest.raises(VesselError, match="no Sa2VA has"):
+    with pytest.raises(VesselError, match="type C64"):
         open_safetensors(tmp_path)
 
 
@@ -114,7 +115,7 @@ class Evil:
 def test_a_pickle_with_code_in_it_is_refused_and_not_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"state_dict": STATE, "meta": Evil()}, "evil.pth")
-    with pytest.raises(VesselError, match=r"evil.pth: not read, it holds .*system, which could run code"):
+    with pytest.raises(VesselError, match=r"evil\.pth: .*\.system"):
         open_pickle(tmp_path / "evil.pth")
     assert not (tmp_path / "pwned").exists()
 
@@ -128,7 +129,7 @@ def test_other_files_are_refused(tmp_path, content):
 
 @pytest.fixture
 def history(monkeypatch):
-    """mmengine's history of a logged value, as far as a pickle sees it: arrays, and methods of its own by name."""
+    """Define mmengine's history of a logged value, as a pickle stores it: arrays, and its own methods by name."""
     for name in ("mmengine", "mmengine.logging", "mmengine.logging.history_buffer"):
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
 
@@ -148,7 +149,7 @@ def history(monkeypatch):
     return HistoryBuffer
 
 
-def test_what_mmengine_keeps_beside_the_tensors_is_passed_over(tmp_path, history):
+def test_objects_of_mmengine_with_the_tensors_are_ignored(tmp_path, history):
     hub = {"log_scalars": OrderedDict({"train/loss": history()}), "runtime_info": OrderedDict(iter=np.float64(3))}
     torch.save({"meta": {"iter": 3672, "cfg": "text"}, "state_dict": STATE, "message_hub": hub}, tmp_path / "i.pth")
     files = open_pickle(tmp_path / "i.pth")
@@ -158,5 +159,5 @@ def test_what_mmengine_keeps_beside_the_tensors_is_passed_over(tmp_path, history
 
 def test_the_exception_holds_for_mmengine_alone(tmp_path, history):
     torch.save({"state_dict": STATE, "cfg": types.SimpleNamespace(a=1)}, tmp_path / "i.pth")
-    with pytest.raises(VesselError, match="could run code"):
+    with pytest.raises(VesselError, match=r"SimpleNamespace"):
         load_pickle(tmp_path / "i.pth")

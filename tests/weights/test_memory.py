@@ -16,22 +16,22 @@ SIZES = (
     "model=internvl3_1b", "sam2@model.grounding=tiny", "+model.vision.layers=6", "model.language.layers=2",
     "+model.language.vocabulary=40000",
 )  # fmt: skip
-SLACK = 60e6  # pages of libraries that are used for the first time, and what allocators keep; less than a shard
+SLACK = 60e6  # pages of libraries that are used for the first time, and memory that allocators keep; less than a shard
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
 
 
 def test_one_shard_at_a_time_is_mapped(plan, tmp_path, monkeypatch):
-    """A view of a tensor, wherever it is kept, keeps the whole shard."""
+    """Map one shard at a time; a view of a tensor would hold the whole shard."""
     folder = write_sa2va(tmp_path, plan().build(), shards=8)
     mapped = []
 
-    def noted(*arguments):
+    def record(*arguments):
         lines = Path("/proc/self/maps").read_text().splitlines()
         mapped.append({Path(line.split()[-1]).name for line in lines if str(folder) in line})
         return assign(*arguments)
 
-    monkeypatch.setattr(loading, "assign", noted)
+    monkeypatch.setattr(loading, "assign", record)
     loaded = plan(weights=[Weights(str(folder))]).build()
     assert len(mapped) == len(loaded.state_dict())
     assert set().union(*mapped) == {file.name for file in folder.glob("*.safetensors")}

@@ -1,4 +1,4 @@
-"""Tables of names are bijections, and joined tensors come apart as their layout says."""
+"""Tables of names are bijections, and joined tensors are split as their layout requires."""
 
 from dataclasses import replace
 
@@ -69,7 +69,7 @@ def test_internlm2_has_the_names_of_its_code(plan):
 
 
 def test_wqkv_holds_the_queries_key_and_value_of_each_key_head():
-    """Rows numbered: key head 0 has rows 0-31, its queries 0-15, its key 16-23, its value 24-31; then head 1."""
+    """Split numbered rows: key head 0 has rows 0-31, its queries 0-15, its key 16-23, its value 24-31; then head 1."""
     rows = torch.arange(64.0)[:, None].expand(64, 32)
     parts = {name.split(".")[-2]: t[:, 0].tolist() for name, t in NAMES.to_native([(f"{WQKV}.weight", rows)])}
     assert parts == {
@@ -100,7 +100,7 @@ def test_mmengine_names_go_there_and_back(plan):
     assert [public_of_mmengine(name) for name in theirs] == list(public)
 
 
-def test_names_of_adapters_keep_what_they_adapt():
+def test_names_of_adapters_keep_the_module_that_they_adapt():
     layer = "model.layers.0.self_attn.q_proj"
     of_peft = public_of_peft(f"base_model.model.{layer}.lora_A.weight")
     of_mmengine = public_of_mmengine(f"mllm.model.language_model.base_model.model.{layer}.lora_A.default.weight")
@@ -124,5 +124,5 @@ def test_names_of_transformers_and_of_sam2_are_those_of_the_parts(plan):
 
 
 def test_a_name_of_no_part_is_an_error():
-    with pytest.raises(VesselError, match=r"encoder\.weight belongs to no part"):
+    with pytest.raises(VesselError, match=r"encoder\.weight"):
         list(PublicNames().to_native([("encoder.weight", torch.zeros(1))]))

@@ -1,6 +1,7 @@
-"""Refusals of what does not fit: they name the remedy and change nothing."""
+"""Refusals of sources that do not fit: they name the remedy and change nothing."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -9,10 +10,10 @@ from tests.weights.conftest import same
 from tests.weights.layouts import (
     CONFIG,
     LANGUAGE_CONFIG,
-    as_training_code_holds_it,
     internvl_state,
     public_state,
     training_state,
+    training_tree,
     write_folder,
     write_sa2va,
     write_sam2,
@@ -28,7 +29,7 @@ from vessel.weights.sources import open_source
 
 def test_guard_W1_a_file_of_another_width_is_refused(network, load, tmp_path):
     wide = {name: torch.zeros(*(2 * s for s in t.shape)) for name, t in public_state(network).items()}
-    with pytest.raises(VesselError, match=r"does not fit this network: .* of another shape .*Choose the model="):
+    with pytest.raises(VesselError, match=r" another shape .*model="):
         load(write_folder(tmp_path, wide))
 
 
@@ -48,9 +49,9 @@ def test_guard_W1_parts_of_another_network_only_by_name_and_share(network, plan,
     assert report.left_out == len(other) - 131 + 2 * 2  # query, key and value of the one vision layer are one tensor
     assert not same(loaded, network, "sam_mask_decoder")
     assert same(loaded, network, "text_hidden_fcs")
-    with pytest.raises(VesselError, match=r"0.0% of the elements of text_hidden_fcs fit, 100.0% are asked for"):
+    with pytest.raises(VesselError, match=r"0\.0% .*text_hidden_fcs.* 100\.0%"):
         load(folder, entry | {"partial": ["grounding.mask_decoder", "text_hidden_fcs"]})
-    with pytest.raises(VesselError, match=r"partial=grounding\.decoder is no module"):
+    with pytest.raises(VesselError, match=r"partial=grounding\.decoder"):
         load(folder, entry | {"partial": ["grounding.decoder"]})
 
 
@@ -64,7 +65,7 @@ def test_guard_W1_a_stated_share_is_enough_and_less_is_not(network, load, tmp_pa
         assert torch.equal(state[name], before[name] + 1)
     for name in ("text_hidden_fcs.2.weight", "text_hidden_fcs.2.bias"):
         assert torch.equal(state[name], before[name])
-    with pytest.raises(VesselError, match=r"50.0% of the elements of text_hidden_fcs fit, 51.0%"):
+    with pytest.raises(VesselError, match=r"50\.0% .*text_hidden_fcs.* 51\.0%"):
         load(folder, entry | {"share": 0.51})
 
 
@@ -77,7 +78,7 @@ def test_guard_W1_a_share_over_random_layers_keeps_what_was_loaded(network, load
     for name in report.names("loaded"):
         assert torch.equal(loaded.state_dict()[name], network.state_dict()[name])
     bias = loaded.text_hidden_fcs[0].bias.detach()
-    assert 0 < float(bias.abs().max()) <= 32**-0.5  # as torch draws it
+    assert 0 < float(bias.abs().max()) <= 32**-0.5  # as torch initialises it
     assert not torch.equal(bias, network.text_hidden_fcs[0].bias)
 
 
@@ -95,20 +96,20 @@ def test_guard_W2_sam_2_1_is_refused_by_name(network, load, internvl, tmp_path, 
     more = {"no_obj_embed_spatial": torch.zeros(1, 8), "obj_ptr_tpos_proj.weight": torch.zeros(8, 32)}
     file = write_sam2(tmp_path / "sam2.1.pt", network, **more)
     base = write_sa2va(tmp_path / "base", network) if partial else internvl
-    with pytest.raises(VesselError, match=r"SAM 2\.1, and Sa2VA is built on SAM 2\.0"):
+    with pytest.raises(VesselError, match=r"SAM 2\.1"):
         load(base, {"source": str(file), "partial": partial})
 
 
 @pytest.mark.parametrize("lora", [Lora(r=0), Lora(r=8)], ids=["none", "another rank"])
 def test_guard_W5_adapters_that_match_nothing_are_refused(network, load, tmp_path, lora):
-    torch.save({"state_dict": training_state(as_training_code_holds_it(network, rank=4))}, tmp_path / "iter.pth")
+    torch.save({"state_dict": training_state(training_tree(network, rank=4))}, tmp_path / "iter.pth")
     base = write_sa2va(tmp_path / "base", network)
-    with pytest.raises(VesselError, match=r"adapters of rank 4 have no place .*choose lora\.r=4"):
+    with pytest.raises(VesselError, match=r"rank 4 .*lora\.r=4"):
         load(base, tmp_path / "iter.pth", lora=lora, trainable="lora")
 
 
 def test_guard_W5_one_lost_adapter_is_enough_to_refuse(network, load, tmp_path):
-    state = training_state(as_training_code_holds_it(network, rank=4))
+    state = training_state(training_tree(network, rank=4))
     lost = next(name for name in state if "lora_B" in name)
     del state[lost]
     torch.save({"state_dict": state}, tmp_path / "iter.pth")
@@ -117,10 +118,10 @@ def test_guard_W5_one_lost_adapter_is_enough_to_refuse(network, load, tmp_path):
         load(base, tmp_path / "iter.pth", lora=Lora(r=4), trainable="lora")
 
 
-def test_copies_of_the_tables_need_a_place(network, load, tmp_path):
-    torch.save({"state_dict": training_state(as_training_code_holds_it(network, rank=4))}, tmp_path / "iter.pth")
+def test_copies_of_the_tables_need_lora_tokens_full(network, load, tmp_path):
+    torch.save({"state_dict": training_state(training_tree(network, rank=4))}, tmp_path / "iter.pth")
     base = write_sa2va(tmp_path / "base", network)
-    with pytest.raises(VesselError, match=r"choose lora\.tokens=full"):
+    with pytest.raises(VesselError, match=r"lora\.tokens=full"):
         load(base, tmp_path / "iter.pth", lora=Lora(r=4, tokens="new"), trainable="lora")
 
 
@@ -145,15 +146,15 @@ def test_a_refused_source_changes_nothing(network, plan, tmp_path):
 
 def test_a_part_that_nothing_gives_is_an_error(network, load, prompt, tmp_path):
     write_folder(tmp_path / "vlm", internvl_state(network, prompt.new_tokens.start))
-    with pytest.raises(VesselError, match=r"nothing gives grounding .*SAM 2\.0 file"):
+    with pytest.raises(VesselError, match=r"weights=.* grounding .*SAM 2\.0"):
         load(tmp_path / "vlm")
 
 
 def test_names_of_no_sa2va_are_refused(load, tmp_path):
-    with pytest.raises(VesselError, match="neither a Sa2VA nor an InternVL"):
+    with pytest.raises(VesselError, match=r"begin with bert"):
         load(write_folder(tmp_path, {"bert.encoder.weight": torch.zeros(1)}))
     torch.save({"conv1.weight": torch.zeros(1)}, tmp_path / "resnet.pth")
-    with pytest.raises(VesselError, match="weights of no kind that vessel knows"):
+    with pytest.raises(VesselError, match=r"first tensor: conv1\.weight"):
         load(tmp_path / "resnet.pth")
 
 
@@ -163,13 +164,13 @@ def test_an_absent_source_is_refused_with_the_remedy(load, monkeypatch):
         load("somebody/no-such-network")
 
 
-def test_plain_tables_of_a_training_file_say_what_to_choose(network, load, tmp_path):
-    """The first public training code saved embedding and head without peft's copies."""
-    state = training_state(as_training_code_holds_it(network, rank=4))
+def test_plain_tables_of_a_training_file_are_refused_with_the_option(network, load, tmp_path):
+    """Load a file of the first public training code, which saved embedding and head without peft's copies."""
+    state = training_state(training_tree(network, rank=4))
     state = {name.replace(".modules_to_save.default.", "."): tensor for name, tensor in state.items()}
     torch.save({"state_dict": state}, tmp_path / "iter.pth")
     base = write_sa2va(tmp_path / "base", network)
-    with pytest.raises(VesselError, match=r"choose lora\.tokens=frozen"):
+    with pytest.raises(VesselError, match=r"lora\.tokens=frozen"):
         load(base, tmp_path / "iter.pth", lora=Lora(r=4), trainable="lora")
     load(base, tmp_path / "iter.pth", lora=Lora(r=4, tokens="frozen"), trainable="lora")
 
@@ -180,12 +181,12 @@ def test_numbers_that_are_not_finite_are_refused_by_name(network, load, tmp_path
     state = public_state(network)
     state["text_hidden_fcs.2.weight"] = state["text_hidden_fcs.2.weight"].to(dtype)
     state["text_hidden_fcs.2.weight"][3, 5] = value
-    with pytest.raises(VesselError, match=r"text_hidden_fcs\.2\.weight holds NaN or infinite"):
+    with pytest.raises(VesselError, match=r"text_hidden_fcs\.2\.weight .*NaN"):
         load(write_folder(tmp_path, state))
 
 
 def test_large_numbers_are_finite(network, load, tmp_path):
-    """Their sum is not."""
+    """Load large numbers, though their sum is infinite."""
     state = public_state(network)
     state["text_hidden_fcs.2.weight"] = torch.full((32, 32), 3e38)
     load(write_folder(tmp_path, state))
@@ -202,15 +203,15 @@ def test_two_tensors_of_one_name_are_refused(network, load, tmp_path):
     state = public_state(network)
     name = next(name for name in state if name.endswith(".g_weight"))
     state[name.replace(".g_weight", ".gamma")] = state[name] + 1
-    with pytest.raises(VesselError, match=r"memory_encoder\.fuser\.layers\.0\.gamma twice"):
+    with pytest.raises(VesselError, match=r"fuser\.layers\.0\.gamma twice"):
         load(write_folder(tmp_path, state))
 
 
-def test_a_head_that_its_configuration_denies_is_refused(network, load, tmp_path):
+def test_a_head_that_the_configuration_ties_is_refused_if_it_differs(network, load, tmp_path):
     tied = LANGUAGE_CONFIG | {"tie_word_embeddings": True}
     state = public_state(network)
     folder = write_folder(tmp_path / "two", state, llm_config=tied)
-    with pytest.raises(VesselError, match=r"tie_word_embeddings.*differs.*untie: true.*partial: \[mllm, grounding"):
+    with pytest.raises(VesselError, match=r"tie_word_embeddings.*untie: true.*partial: \[mllm, grounding"):
         load(folder)
     embedding = network.mllm.get_input_embeddings().weight
     loaded, _ = load({"source": str(folder), "untie": True})
@@ -222,22 +223,22 @@ def test_a_head_that_its_configuration_denies_is_refused(network, load, tmp_path
     assert torch.equal(loaded.mllm.lm_head.weight, embedding)
 
 
-def test_a_tied_head_may_be_told_at_the_top_alone(network, load, sam2, tmp_path):
-    """transformers 5 moves it there."""
+def test_a_tied_head_may_be_stated_at_the_top_alone(network, load, sam2, tmp_path):
+    """Tie the head at the top level of config.json, as transformers 5 does."""
     network.mllm.save_pretrained(tmp_path)
     file = tmp_path / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"tie_word_embeddings": True}))
     state = {name: tensor.clone() for name, tensor in network.mllm.state_dict().items() if "lm_head" not in name}
     save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(VesselError, match=r"uses the embedding as head.*untie: true"):
+    with pytest.raises(VesselError, match=r"untie: true"):
         load(tmp_path, sam2)
     load({"source": str(tmp_path), "untie": True}, sam2)
 
 
-# What is a source ----------------------------------------------------------------------------------------------------
+# Recognising a source -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("config", [None, {"model_type": "sam2_video"}], ids=["alone", "beside another layout"])
+@pytest.mark.parametrize("config", [None, {"model_type": "sam2_video"}], ids=["alone", "with another layout"])
 def test_a_folder_with_one_sam2_file_stands_for_it(network, internvl, load, tmp_path, config):
     folder = tmp_path / "sam2-hiera-large"
     folder.mkdir()
@@ -249,18 +250,18 @@ def test_a_folder_with_one_sam2_file_stands_for_it(network, internvl, load, tmp_
     assert report.kind == "SAM 2.0 file"
     assert same(loaded, network, "grounding.")
     write_sam2(folder / "sam2_hiera_small.pt", network)
-    with pytest.raises(VesselError, match=r"2 files of weights .*name one of them: .*/sam2_hiera_large\.pt"):
+    with pytest.raises(VesselError, match=r"sam2_hiera_large\.pt, sam2_hiera_small\.pt.*: .*/sam2_hiera_large\.pt"):
         load(internvl, f"{folder}/")
 
 
 @pytest.mark.parametrize("shards", [1, 3])
-def test_a_file_out_of_a_folder_is_told_from_a_training_file(network, load, tmp_path, shards):
+def test_a_file_of_a_folder_is_not_taken_for_a_training_file(network, load, tmp_path, shards):
     base = write_sa2va(tmp_path, network, shards=shards)
     for file in base.glob("*.safetensors"):
-        with pytest.raises(VesselError, match=f"name the folder: {tmp_path}$"):
+        with pytest.raises(VesselError, match=f": {re.escape(str(tmp_path))}$"):
             load(base, file)
     (base / "config.json").unlink()
-    with pytest.raises(VesselError, match="name the folder"):
+    with pytest.raises(VesselError, match=f": {re.escape(str(tmp_path))}$"):
         load(base / ("model.safetensors" if shards == 1 else "model-00001-of-00003.safetensors"))
 
 
@@ -268,12 +269,12 @@ def test_a_file_out_of_a_folder_is_told_from_a_training_file(network, load, tmp_
     "heads", [{"num_key_value_heads": 0}, {"num_key_value_heads": 3}, {"num_attention_heads": "4"}]
 )
 def test_heads_that_cannot_be_are_refused(network, load, tmp_path, heads):
-    with pytest.raises(VesselError, match=r"num_attention_heads=4 are no multiple of num_key_value_heads=[023]"):
+    with pytest.raises(VesselError, match=r"num_attention_heads=4 .*num_key_value_heads=[023]"):
         load(write_folder(tmp_path, public_state(network), llm_config=CONFIG["llm_config"] | heads))
 
 
-def test_an_entry_of_the_wrong_type_says_so():
-    with pytest.raises(VesselError, match=r"partial=grounding\.mask_decoder of a: a list, partial: \[grounding\.mask"):
+def test_an_entry_of_the_wrong_type_is_refused():
+    with pytest.raises(VesselError, match=r"partial=grounding\.mask_decoder .*partial: \[grounding\.mask_decoder\]"):
         Weights.listed([{"source": "a", "partial": "grounding.mask_decoder"}])
     with pytest.raises(VesselError, match=r"weights: source=5"):
         Weights.listed([{"source": 5}])

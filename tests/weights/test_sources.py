@@ -1,4 +1,4 @@
-"""Hub ids: downloaded once, pinned to the commit they stood for."""
+"""Hub ids: downloaded once, pinned to their commit."""
 
 import re
 from pathlib import Path
@@ -15,15 +15,15 @@ from vessel.weights.sources import open_source
 
 @pytest.fixture
 def hub(plan, tmp_path, monkeypatch):
-    """A hub with one repository, `somebody/Sa2VA-tiny`, and a cache of its own."""
+    """Serve a hub with one repository, `somebody/Sa2VA-tiny`, and a cache of its own; yield the requested paths."""
     folder = write_sa2va(tmp_path / "repository", plan().build(), shards=2)
-    with serve({"somebody/Sa2VA-tiny": folder}) as (address, asked):
+    with serve({"somebody/Sa2VA-tiny": folder}) as (address, requests):
         monkeypatch.setattr(constants, "ENDPOINT", address)
         monkeypatch.setattr(
             constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}"
         )
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        yield asked
+        yield requests
 
 
 def test_a_hub_id_is_downloaded_and_pinned(hub, plan):
@@ -42,7 +42,7 @@ def test_a_revision_may_stand_in_the_name(hub):
     assert any(COMMIT in path for path in hub)
 
 
-def test_the_hub_is_meant_only_where_it_is_named(hub, tmp_path, monkeypatch):
+def test_the_hub_is_used_only_where_it_is_named(hub, tmp_path, monkeypatch):
     (tmp_path / "somebody" / "Sa2VA-tiny").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     assert Weights("somebody/Sa2VA-tiny").fetch() == (Path("somebody/Sa2VA-tiny"), None)
@@ -51,7 +51,7 @@ def test_the_hub_is_meant_only_where_it_is_named(hub, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("revision", [None, COMMIT])
-def test_guard_D22_a_path_that_is_not_there_is_sent_nowhere(hub, revision):
+def test_guard_D22_a_missing_path_is_sent_nowhere(hub, revision):
     with pytest.raises(VesselError, match="hf://patients/smith_john"):
         Weights("patients/smith_john", revision=revision).fetch()
     for missing in ("outputs/x", "x.pt", "a/b/c.pth", "../a/b"):
@@ -67,12 +67,12 @@ def test_a_file_of_a_repository_is_downloaded_alone(hub, plan):
     assert [file.name for file in path.parent.iterdir()] == [index]
 
 
-def test_a_repository_that_is_not_there_is_refused(hub):
+def test_a_missing_repository_is_refused(hub):
     with pytest.raises(VesselError, match="hf://somebody/else"):
         open_source("hf://somebody/else")
 
 
-def test_a_hub_that_cannot_be_reached_is_told(hub, monkeypatch):
+def test_a_hub_that_cannot_be_reached_is_named(hub, monkeypatch):
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(VesselError, match="hf://somebody/unreachable"):
         open_source("hf://somebody/unreachable")

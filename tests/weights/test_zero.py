@@ -1,4 +1,4 @@
-"""ZeRO-3: what DeepSpeed writes is read exactly, and a network is built and loaded in parts; ranks are processes."""
+"""ZeRO-3: folders of DeepSpeed are read exactly, and a network is built and loaded in parts; ranks are processes."""
 
 import os
 from collections import OrderedDict
@@ -10,9 +10,9 @@ from hydra.utils import instantiate
 from tests.conftest import TINY_NETWORK
 from tests.launching import ROOT, on_ranks
 from tests.weights.layouts import (
-    as_training_code_holds_it,
     internvl_state,
     training_state,
+    training_tree,
     write_folder,
     write_sa2va,
     write_sam2,
@@ -36,7 +36,7 @@ WHOLE = {name: torch.randn(shape, generator=torch.Generator().manual_seed(1)) fo
 
 
 def parts(tensor: torch.Tensor, ranks: int) -> list[torch.Tensor]:
-    """A tensor flattened, padded with zeros and cut: [1, 2, 3] for two ranks is [1, 2] and [3, 0]."""
+    """Flatten a tensor, pad it with zeros and partition it: [1, 2, 3] for two ranks is [1, 2] and [3, 0]."""
     size = -(-tensor.numel() // ranks)
     return list(torch.cat([tensor.flatten(), torch.zeros(size * ranks - tensor.numel())]).split(size))
 
@@ -45,7 +45,7 @@ MOMENTS = {"exp_avg": 2.0, "exp_avg_sq": 3.0}  # times the values
 
 
 def write_zero2(folder: Path, *, ranks: int = 2) -> Path:
-    """The same under stage 2: `a` and `c` end to end in one group, of which only the numbers that count are saved."""
+    """Write a folder of stage 2: `a` and `c` concatenated in one group, saved without the padding."""
     inner = folder / "checkpoint"
     inner.mkdir(parents=True)
     (folder / "latest").write_text("checkpoint")
@@ -60,9 +60,9 @@ def write_zero2(folder: Path, *, ranks: int = 2) -> Path:
     end_to_end = torch.cat([WHOLE["network.a"], WHOLE["network.c"].flatten()])
     for rank, part in enumerate(parts(end_to_end, ranks)):
         state = {name: part * factor for name, factor in MOMENTS.items()} | {"step": torch.tensor(4.0)}
-        counts = end_to_end[rank * len(part) : (rank + 1) * len(part)]
+        unpadded = end_to_end[rank * len(part) : (rank + 1) * len(part)]
         optimizer = {
-            "single_partition_of_fp32_groups": [counts],
+            "single_partition_of_fp32_groups": [unpadded],
             "base_optimizer_state": {"state": {0: state}, "param_groups": [{"lr": 0.1}]},
         }
         torch.save({"optimizer_state_dict": optimizer}, inner / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
@@ -70,7 +70,7 @@ def write_zero2(folder: Path, *, ranks: int = 2) -> Path:
 
 
 def write_zero(folder: Path, *, ranks: int = 2) -> Path:
-    """A folder in the layout of DeepSpeed: `b` frozen, `a` and `c` trained in a flat group of their own each."""
+    """Write a folder of stage 3: `b` frozen, `a` and `c` trained in a flat group of their own each."""
     inner = folder / "checkpoint"
     inner.mkdir(parents=True)
     (folder / "latest").write_text("checkpoint")
@@ -117,7 +117,7 @@ def test_parts_of_stage_2_make_the_whole_with_its_moments(tmp_path, ranks):
             assert torch.equal(saved.trained[name].moments[moment].full(), WHOLE[name] * factor)
     assert torch.equal(saved.trained["network.a"].values.elements(1, 3), WHOLE["network.a"][1:])
     change(folder / "checkpoint/zero_pp_rank_0_mp_rank_00_optim_states.pt", lengthen)
-    with pytest.raises(VesselError, match="numbers of a group for 4; copy it again"):
+    with pytest.raises(VesselError, match=r"last\.ckpt: .*5 numbers .* 4;"):
         open_zero(folder)
 
 
@@ -131,7 +131,7 @@ def lengthen(content) -> None:
 def test_a_missing_file_of_a_rank_is_named(tmp_path, kind, rank):
     lost = f"zero_pp_rank_{rank}_mp_rank_00_{kind}_states.pt"
     (write_zero(tmp_path / "z") / "checkpoint" / lost).unlink()
-    with pytest.raises(VesselError, match=f"{lost} is not there"):
+    with pytest.raises(VesselError, match=f"{lost} .*1 of 4"):
         open_zero(tmp_path / "z")
 
 
@@ -139,7 +139,7 @@ def test_a_missing_file_of_a_rank_is_named(tmp_path, kind, rank):
 def test_a_truncated_file_is_named(tmp_path, kind):
     file = write_zero(tmp_path / "z") / f"checkpoint/zero_pp_rank_1_mp_rank_00_{kind}_states.pt"
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(VesselError, match=f"{file.name}: damaged"):
+    with pytest.raises(VesselError, match=f"{file.name}: "):
         open_zero(tmp_path / "z")
 
 
@@ -150,19 +150,23 @@ def change(file: Path, edit) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "edit", "told"),
+    ("kind", "edit", "message"),
     [
-        ("model", lambda s: s.update(global_steps=5), "of different steps"),
-        ("optim", lambda s: s["optimizer_state_dict"]["optimizer_state_dict"]["state"][0]["step"].add_(1), "steps"),
-        ("optim", lambda s: s["optimizer_state_dict"]["fp32_flat_groups"].pop(), "not what DeepSpeed writes"),
-        ("optim", lambda s: s.clear(), r"rank_1_mp_rank_00_optim_states\.pt: not what DeepSpeed writes"),
-        ("optim", lambda s: s["optimizer_state_dict"]["fp32_flat_groups"].insert(0, torch.ones(9)), "copy it again"),
-        ("model", lambda s: s.update(frozen_param_fragments={}), "not what DeepSpeed writes"),
+        ("model", lambda s: s.update(global_steps=5), "different steps"),
+        (
+            "optim",
+            lambda s: s["optimizer_state_dict"]["optimizer_state_dict"]["state"][0]["step"].add_(1),
+            "different steps",
+        ),
+        ("optim", lambda s: s["optimizer_state_dict"]["fp32_flat_groups"].pop(), "DeepSpeed"),
+        ("optim", lambda s: s.clear(), r"rank_1_mp_rank_00_optim_states\.pt: .*optimizer_state_dict"),
+        ("optim", lambda s: s["optimizer_state_dict"]["fp32_flat_groups"].insert(0, torch.ones(9)), "numbers"),
+        ("model", lambda s: s.update(frozen_param_fragments={}), "DeepSpeed"),
     ],
 )
-def test_files_that_do_not_belong_together_are_refused(tmp_path, kind, edit, told):
+def test_files_that_do_not_belong_together_are_refused(tmp_path, kind, edit, message):
     change(write_zero(tmp_path / "z") / f"checkpoint/zero_pp_rank_1_mp_rank_00_{kind}_states.pt", edit)
-    with pytest.raises(VesselError, match=told):
+    with pytest.raises(VesselError, match=message):
         open_zero(tmp_path / "z")
 
 
@@ -171,7 +175,7 @@ def test_a_folder_without_latest_is_refused_by_every_reader(tmp_path):
     (folder / "latest").unlink()
     (folder / "zero_to_fp32.py").write_text("")
     for read in (open_zero, lambda path: open_source(str(path)), lambda path: load_model(str(path))):
-        with pytest.raises(VesselError, match=r"best\.ckpt: latest is not there"):
+        with pytest.raises(VesselError, match=r"best\.ckpt: latest "):
             read(folder)
 
 
@@ -186,7 +190,7 @@ def test_code_in_a_file_is_refused_and_not_run(tmp_path, monkeypatch):
         write_zero(tmp_path / "z") / "checkpoint/zero_pp_rank_1_mp_rank_00_optim_states.pt",
         lambda s: s.update(a=Evil()),
     )
-    with pytest.raises(VesselError, match="which could run code"):
+    with pytest.raises(VesselError, match=r"\.system"):
         open_zero(tmp_path / "z")
     assert not (tmp_path / "pwned").exists()
 
@@ -201,7 +205,7 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path):
 
 
 def test_the_newest_folder_or_file_is_found(tmp_path):
-    """A folder that is written over keeps its own time."""
+    """Order by the time of `latest`: that of a folder does not change when its files are rewritten."""
     folder = write_zero(tmp_path / "checkpoints/best-1.ckpt")
     (tmp_path / "checkpoints/best-2.ckpt").write_bytes(b"")
     os.utime(folder, (100, 100))
@@ -217,13 +221,13 @@ def test_the_newest_folder_or_file_is_found(tmp_path):
 
 
 def launch(ranks: int, out: Path, *arguments: str) -> None:
-    """Run `tests/zero_ranks.py` on some ranks."""
+    """Run `tests/training/zero_ranks.py` on some ranks."""
     status, printed = on_ranks(ranks, str(ROOT / "tests/training/zero_ranks.py"), str(out), *arguments, cwd=out)
     assert status == 0, printed[-4000:]
 
 
 def plan_of(compose, *overrides: str, weights=()) -> NetworkPlan:
-    """The plan of a configuration, without ranks."""
+    """Make the plan of a configuration, without ranks."""
     config, prompt = compose("train", [*TINY, *overrides]), instantiate({"_target_": "vessel.data.prompt.Prompt"})
     return NetworkPlan(
         config.model, prompt.token_ids, prompt.new_tokens, lora=config.lora, trainable=config.trainable,
@@ -233,7 +237,7 @@ def plan_of(compose, *overrides: str, weights=()) -> NetworkPlan:
 
 @pytest.mark.slow
 def test_each_rank_holds_its_part_of_a_network_that_is_the_same(compose, tmp_path):
-    """Every kind of base and adapters under `zero.Init`, against the same plan without ranks."""
+    """Build every kind of base and adapters under `zero.Init`, and compare with the same plan without ranks."""
     torch.manual_seed(3)
     whole = plan_of(compose).build()
     base = write_sa2va(tmp_path / "base", whole, shards=3)
@@ -241,7 +245,7 @@ def test_each_rank_holds_its_part_of_a_network_that_is_the_same(compose, tmp_pat
     vlm = write_folder(tmp_path / "vlm", internvl_state(whole, first_new))
     sam2 = write_sam2(tmp_path / "sam2.pt", whole)
     tuned = tmp_path / "tuned.pth"
-    torch.save({"state_dict": training_state(as_training_code_holds_it(whole, rank=8))}, tuned)
+    torch.save({"state_dict": training_state(training_tree(whole, rank=8))}, tuned)
     lora = "lora.r=8 trainable=lora"
     variants = (
         ([], "trainable=all"),  # random
@@ -249,7 +253,7 @@ def test_each_rank_holds_its_part_of_a_network_that_is_the_same(compose, tmp_pat
         ([base], lora),
         ([base], f"{lora} lora.tokens=new"),
         ([base, tuned], lora),
-        ([vlm, sam2], "trainable=all"),  # rows of added tokens and the projection of [SEG] are drawn
+        ([vlm, sam2], "trainable=all"),  # rows of added tokens and the projection of [SEG] are random
     )
     fields = [f"{' '.join(TINY)} {choice} weights=[{','.join(map(str, weights))}]" for weights, choice in variants]
     launch(2, tmp_path, "build", *fields)
