@@ -111,7 +111,7 @@ def test_endless_augmentation_is_logged_and_validation_is_cached(train_tiny, tmp
 
 def test_encoders_that_train_and_too_little_room_are_refused(train_tiny, tmp_path):
     cache = ("cache=features", f"cache.root={tmp_path}/cache")
-    with pytest.raises(VesselError, match=r"cache=features: .*vision encoder.*trainable=lora"):
+    with pytest.raises(VesselError, match=r"cache=features: .*SAM2.*trainable=lora"):
         train_tiny(tmp_path / "run", *cache)
     assert not (tmp_path / "cache").exists()
     with pytest.raises(VesselError, match=r"0\.7\d+ MB .*0\.5 MB.*cache\.max_gb=1"):

@@ -113,7 +113,7 @@ def test_guard_T2_image_tokens_must_equal_vision_features(network, make_batch, p
     batch = make_batch([["lumen"]])
     blind = batch.input_ids.clone()
     blind[blind == prompt.token_ids.image] = prompt.token_ids.pad
-    with pytest.raises(VesselError, match=r" 0 image tokens .* 4 features"):
+    with pytest.raises(VesselError, match=r" 0 .* 4 features"):
         network(replace(batch, input_ids=blind))
 
 

@@ -216,7 +216,7 @@ def test_a_missing_setting_is_named(original):
     del config["llm_config"]["num_attention_heads"]
     with pytest.raises(VesselError, match=r"'num_attention_heads'"):
         read_sizes(config, shapes)
-    with pytest.raises(VesselError, match="no template"):
+    with pytest.raises(VesselError, match="template"):
         read_template({"model_type": "sa2va_chat", "llm_config": {"model_type": "qwen2"}})
 
 

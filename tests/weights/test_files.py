@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from tests.weights.layouts import write_folder
 
 from vessel.errors import VesselError
-from vessel.weights.files import INDEX, load_pickle, open_pickle, open_safetensors
+from vessel.weights.files import INDEX, SINGLE, load_pickle, open_pickle, open_safetensors
 
 STATE = {f"part.{i}": torch.full((4, i + 1), float(i)) for i in range(5)}
 
@@ -76,18 +76,18 @@ def test_two_sets_of_weights_in_a_folder_are_refused(tmp_path):
     """Refuse them: an index of older shards would silently win over a newer single file."""
     write_folder(tmp_path, STATE, shards=2)
     write_folder(tmp_path, {name: tensor + 1 for name, tensor in STATE.items()})
-    with pytest.raises(VesselError, match=rf"model\.safetensors and {re.escape(INDEX)}, .* 2 "):
+    with pytest.raises(VesselError, match=rf"{re.escape(SINGLE)}.*{re.escape(INDEX)}, .* 2 "):
         open_safetensors(tmp_path)
     for shard in tmp_path.glob("model-*"):
         shard.unlink()
-    with pytest.raises(VesselError, match=rf"model\.safetensors and {re.escape(INDEX)}, "):
+    with pytest.raises(VesselError, match=rf"{re.escape(SINGLE)}.*{re.escape(INDEX)}, "):
         open_safetensors(tmp_path)
     (tmp_path / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(STATE, "model.safetensors")}))
     assert dict(open_safetensors(tmp_path).read())["part.0"].eq(1).all()
 
 
 def test_a_folder_without_weights_is_refused(tmp_path):
-    with pytest.raises(VesselError, match=rf"model\.safetensors nor {re.escape(INDEX)}"):
+    with pytest.raises(VesselError, match=rf"{re.escape(SINGLE)} nor {re.escape(INDEX)}"):
         open_safetensors(tmp_path)
 
 

@@ -29,7 +29,7 @@ from vessel.weights.sources import open_source
 
 def test_guard_W1_a_file_of_another_width_is_refused(network, load, tmp_path):
     wide = {name: torch.zeros(*(2 * s for s in t.shape)) for name, t in public_state(network).items()}
-    with pytest.raises(VesselError, match=r" another shape .*model="):
+    with pytest.raises(VesselError, match=r"shape .*model="):
         load(write_folder(tmp_path, wide))
 
 
@@ -151,10 +151,10 @@ def test_a_part_that_nothing_gives_is_an_error(network, load, prompt, tmp_path):
 
 
 def test_names_of_no_sa2va_are_refused(load, tmp_path):
-    with pytest.raises(VesselError, match=r"begin with bert"):
+    with pytest.raises(VesselError, match=r" bert$"):
         load(write_folder(tmp_path, {"bert.encoder.weight": torch.zeros(1)}))
     torch.save({"conv1.weight": torch.zeros(1)}, tmp_path / "resnet.pth")
-    with pytest.raises(VesselError, match=r"first tensor: conv1\.weight"):
+    with pytest.raises(VesselError, match=r"tensor: conv1\.weight"):
         load(tmp_path / "resnet.pth")
 
 

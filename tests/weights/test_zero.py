@@ -200,7 +200,7 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path):
     for rank in range(2):
         change(tmp_path / f"z/checkpoint/zero_pp_rank_{rank}_mp_rank_00_model_states.pt", lambda s: s.pop("vessel"))
     for read in (open_source, load_model):
-        with pytest.raises(VesselError, match=r"(none|no checkpoint) of vessel\.train"):
+        with pytest.raises(VesselError, match=r"/z: .*vessel\.train"):
             read(str(tmp_path / "z"))
 
 

@@ -135,7 +135,7 @@ def read_checkpoint(path: Path) -> Mapping[str, Any]:
         ) from error
     if not isinstance(checkpoint, dict) or "vessel" not in checkpoint:
         raise VesselError(
-            f"{path}: weights, but no checkpoint of vessel.train: nothing says what network or data they belong to. "
+            f"{path}: weights, but no checkpoint of vessel.train, so their network and data are unknown. "
             "Base weights belong into `weights=[...]` of vessel.train"
         )
     return checkpoint

@@ -51,7 +51,7 @@ def require_checkpoint_space(run: Path, nbytes: int, number: int) -> None:
         number: of checkpoints.
 
     Raises:
-        VesselError: says how much is needed and free, and what helps.
+        VesselError: names the bytes needed and free, and options that need less.
     """
     remedy = (
         "put the run on another disk with hydra.run.dir=FOLDER, or write less: callbacks.checkpoint=null keeps no best "

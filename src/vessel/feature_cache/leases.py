@@ -74,7 +74,7 @@ class Lease:
             limit: of all namespaces together, bytes.
 
         Raises:
-            VesselError: there is not enough space; says how much there is and what helps.
+            VesselError: there is not enough space; names the bytes and the options to change.
         """
         with _explain_errors(self.root), _exclusive(self.root):
             own, others = size_on_disk(self.root / self.namespace), list(_others(self.root, self.namespace))

@@ -68,7 +68,7 @@ class FeatureStore:
             return None
         file = self._file(key)
         try:
-            with safe_open(str(file), "pt") as opened:  # refuses a file that is longer or shorter than its header says
+            with safe_open(str(file), "pt") as opened:  # refuses a file of another length than its header states
                 stated = opened.metadata() or {}
                 tensors = {name: opened.get_tensor(name) for name in NAMES}
         except FileNotFoundError:

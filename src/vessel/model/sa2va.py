@@ -149,8 +149,8 @@ class Sa2VA(Network):
 
     def encode_frame(self, frames: Tensor) -> FeaturePyramid:
         """Encode frames uint8 [B, 3, S, S] by SAM2's image encoder."""
-        here = self.grounding.no_mem_embed
-        return self.grounding.encode_frame(normalise(frames.to(here.device)).to(here.dtype))
+        parameter = self.grounding.no_mem_embed
+        return self.grounding.encode_frame(normalise(frames.to(parameter.device)).to(parameter.dtype))
 
     def decode_masks(self, pyramid: FeaturePyramid, seg_states: Tensor, seg_to_image: Tensor) -> Tensor:
         """Decode the masks of N `[SEG]` tokens.
@@ -163,10 +163,10 @@ class Sa2VA(Network):
         Returns:
             logits float32 [N, S/4, S/4], of the candidate with the highest predicted IoU.
         """
-        here = self.grounding.no_mem_embed.device
-        prompts = self.text_hidden_fcs(seg_states.to(_device(self.text_hidden_fcs))).to(here)
+        device = self.grounding.no_mem_embed.device
+        prompts = self.text_hidden_fcs(seg_states.to(_device(self.text_hidden_fcs))).to(device)
         features = self.grounding.features(pyramid)
-        return best_candidate(*self.grounding.decode(features.of(seg_to_image.to(here)), prompts))
+        return best_candidate(*self.grounding.decode(features.of(seg_to_image.to(device)), prompts))
 
     def tile_features(self, batch: Batch) -> Tensor:
         """Encode the tiles of a batch, but for features that it brings: [sum of T, P, v]."""
@@ -186,12 +186,12 @@ class Sa2VA(Network):
         """Encode the frames of a batch, but for features that it brings."""
         if batch.features is None:
             return self.encode_frame(batch.frames)
-        here = self.grounding.no_mem_embed
+        parameter = self.grounding.no_mem_embed
         fresh: Iterator[Iterable[Tensor]] = iter(())
         if len(batch.frames):
             fresh = zip(*(level.split(1) for level in self.encode_frame(batch.frames)), strict=True)
         images = (
-            next(fresh) if known is None else (level.to(here.device, here.dtype) for level in known.pyramid)
+            next(fresh) if known is None else (level.to(parameter.device, parameter.dtype) for level in known.pyramid)
             for known in batch.features
         )
         return FeaturePyramid(*(torch.cat(levels) for levels in zip(*images, strict=True)))

@@ -92,5 +92,5 @@ class Tracker:
 
 
 def _flat(features: Tensor) -> Tensor:
-    """[N, C, h, w] -> [h * w, N, C], as SAM2's video methods want it."""
+    """Flatten [N, C, h, w] to [h * w, N, C], as SAM2's video methods take it."""
     return features.flatten(2).permute(2, 0, 1)

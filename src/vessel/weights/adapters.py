@@ -42,7 +42,7 @@ def require_plain_lora(config: Mapping[str, Any], new_tokens: range, path: Path)
     for table in rows.values() if isinstance(rows, Mapping) else [rows]:
         if list(table) != list(new_tokens):
             raise VesselError(
-                f"{path}: its trained rows are those of tokens {list(table)}, and here the added tokens are "
+                f"{path}: its trained rows are those of tokens {list(table)}, and the added tokens of this network are "
                 f"{list(new_tokens)}; choose the prompt= whose tokenizer it was trained with"
             )
 
@@ -59,5 +59,5 @@ def alpha_ratio(config: Mapping[str, Any], path: Path) -> float:
     """
     alpha, rank = config.get("lora_alpha"), config.get("r")
     if not (isinstance(alpha, int | float) and isinstance(rank, int) and rank > 0):
-        raise VesselError(f"{path}: adapter_config.json says lora_alpha={alpha} and r={rank}; copy it again")
+        raise VesselError(f"{path}: adapter_config.json has lora_alpha={alpha} and r={rank}; copy it again")
     return float(alpha / rank)
