@@ -24,7 +24,7 @@ from vessel.publishing import folder as folder_module
 from vessel.publishing import upload
 from vessel.publishing.command import ExportNetworkOptions, ExportOptions, export
 from vessel.weights.entry import Weights
-from vessel.weights.sources import open_source
+from vessel.weights.recognition import open_source
 
 pytestmark = pytest.mark.slow
 CODE = {"modeling_sa2va_chat.py": "raise SystemExit('never imported')\n", "sam2.py": "x = 1\n"}

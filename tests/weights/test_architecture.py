@@ -24,7 +24,7 @@ from vessel.weights.architecture import PUBLIC_SAM2, language_family, public_nam
 from vessel.weights.entry import Weights
 from vessel.weights.hub_config import NATIVE_TYPE
 from vessel.weights.names import PublicNames
-from vessel.weights.sources import open_source
+from vessel.weights.recognition import open_source
 
 TOKENS = TokenIds(seg=40, image=41, pad=2, eos=3)
 GOLDEN_SAM2 = GroundingConfig(

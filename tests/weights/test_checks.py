@@ -25,7 +25,8 @@ from vessel.model.lora import Lora, adapter_config, adapter_state
 from vessel.weights.checks import check_sizes
 from vessel.weights.digests import fingerprint
 from vessel.weights.entry import Weights
-from vessel.weights.sources import ADAPTER_CONFIG, ADAPTER_WEIGHTS, open_source
+from vessel.weights.recognition import open_source
+from vessel.weights.sources import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 
 def write_adapter(folder, network, **settings):

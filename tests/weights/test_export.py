@@ -29,7 +29,7 @@ from vessel.weights.export import (
 from vessel.weights.files import open_pickle
 from vessel.weights.hub_config import native_config, public_config
 from vessel.weights.names import public_of_mmengine
-from vessel.weights.sources import open_source
+from vessel.weights.recognition import open_source
 
 FP32, BF16 = torch.float32, torch.bfloat16
 INTERNLM2 = replace(SIZES, language=replace(SIZES.language, family="internlm2", rms_eps=1e-5, rope_factor=2.0))

@@ -23,7 +23,7 @@ from vessel.errors import VesselError
 from vessel.model.lora import Lora, merged_state
 from vessel.weights.digests import fingerprint
 from vessel.weights.entry import Weights
-from vessel.weights.sources import open_source
+from vessel.weights.recognition import open_source
 
 
 @pytest.mark.parametrize("shards", [1, 4])

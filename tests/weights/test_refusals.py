@@ -24,7 +24,7 @@ from vessel.model.lora import Lora
 from vessel.weights import load as loading
 from vessel.weights.entry import Weights
 from vessel.weights.names import PublicNames
-from vessel.weights.sources import open_source
+from vessel.weights.recognition import open_source
 
 
 def test_guard_W1_a_file_of_another_width_is_refused(network, load, tmp_path):

@@ -23,7 +23,7 @@ from vessel.errors import VesselError
 from vessel.inference.loading import load_model
 from vessel.weights.build import NetworkPlan
 from vessel.weights.entry import Weights
-from vessel.weights.sources import open_source
+from vessel.weights.recognition import open_source
 from vessel.weights.zero import open_zero, open_zero_checkpoint
 
 TINY = ("experiment=tiny", "prompt=small", "run=.", "data.root=none", *TINY_NETWORK)

@@ -31,8 +31,9 @@ from vessel.weights.checks import require_same_base
 from vessel.weights.entry import Weights
 from vessel.weights.kinds import INTERNVL
 from vessel.weights.load import load
+from vessel.weights.recognition import open_source
 from vessel.weights.report import LoadReport
-from vessel.weights.sources import ADAPTER_CONFIG, WeightSource, open_source
+from vessel.weights.sources import ADAPTER_CONFIG, WeightSource
 
 
 @dataclass(frozen=True)

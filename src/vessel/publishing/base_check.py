@@ -9,7 +9,7 @@ from vessel.inference.loading import LoadedModel
 from vessel.weights.architecture import public_names
 from vessel.weights.digests import digests
 from vessel.weights.export import trained_changes
-from vessel.weights.sources import open_source
+from vessel.weights.recognition import open_source
 
 
 def compare_with_base(model: LoadedModel, dtype: torch.dtype) -> str:

@@ -21,7 +21,7 @@ from vessel.weights.architecture import public_names
 from vessel.weights.entry import Weights
 from vessel.weights.export import DTYPES, read_back, write_layout
 from vessel.weights.hub_config import REMOTE_CODE, limits_of_public_code, native_config, public_config
-from vessel.weights.sources import open_source
+from vessel.weights.recognition import open_source
 
 _EVALUATION = "evaluate/test/metrics.json"  # where vessel.evaluate leaves it in a run
 _OF_TRANSFORMERS_5 = ("backend", "is_local", "local_files_only")

@@ -18,7 +18,7 @@ from vessel.paths import expanded
 from vessel.runs.manifest import EXPORT_MANIFEST, Manifest
 from vessel.runs.record import differing
 from vessel.weights.digests import fingerprint
-from vessel.weights.sources import open_source
+from vessel.weights.recognition import open_source
 from vessel.weights.zero import is_zero_folder
 
 

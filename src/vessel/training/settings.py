@@ -15,7 +15,7 @@ from vessel.runs.manifest import Manifest
 from vessel.runs.old_names import OPTIONS
 from vessel.weights.architecture import read_template
 from vessel.weights.entry import Weights
-from vessel.weights.sources import open_source
+from vessel.weights.recognition import open_source
 
 WEIGHTS = "weights"  # of prompt.tokenizer and prompt.template: those of the weights; with AUTO only if there are any
 SMALL: dict[str, str | None] = {"tokenizer": None, "template": "qwen_chat"}

@@ -24,8 +24,9 @@ from vessel.weights.kinds import RUN
 from vessel.weights.load import load
 from vessel.weights.names import PublicNames
 from vessel.weights.partition import ZeroRanks, gathered, suspend_zero_init
+from vessel.weights.recognition import open_source
 from vessel.weights.report import LoadReport
-from vessel.weights.sources import EMBEDDING, HEAD, WeightSource, covers, open_source
+from vessel.weights.sources import EMBEDDING, HEAD, WeightSource, covers
 
 
 @dataclass

@@ -10,7 +10,7 @@ from tests.weights.layouts import write_sa2va
 
 from vessel.errors import VesselError
 from vessel.weights.entry import Weights
-from vessel.weights.sources import open_source
+from vessel.weights.recognition import open_source
 
 
 @pytest.fixture
