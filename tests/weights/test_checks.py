@@ -68,7 +68,7 @@ def test_guard_W3_a_training_checkpoint_is_no_base(network, load, tmp_path):
 def test_guard_W3_a_base_does_not_follow_what_was_trained_on_it(network, load, tmp_path):
     torch.save({"state_dict": training_state(training_tree(network, rank=4))}, tmp_path / "iter.pth")
     base = write_sa2va(tmp_path / "base", network)
-    with pytest.raises(VesselError, match=r"weights: .*overwrite.*iter\.pth"):
+    with pytest.raises(VesselError, match=r"weights: .*overwrite mllm"):
         load(base, tmp_path / "iter.pth", base, lora=Lora(r=4), trainable="lora")
 
 

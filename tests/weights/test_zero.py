@@ -131,7 +131,7 @@ def lengthen(content) -> None:
 def test_a_missing_file_of_a_rank_is_named(tmp_path, kind, rank):
     lost = f"zero_pp_rank_{rank}_mp_rank_00_{kind}_states.pt"
     (write_zero(tmp_path / "z") / "checkpoint" / lost).unlink()
-    with pytest.raises(VesselError, match=f"{lost} .*1 of 4"):
+    with pytest.raises(VesselError, match=f"{lost} is missing"):
         open_zero(tmp_path / "z")
 
 
