@@ -16,19 +16,19 @@ def golden(request, golden_network):
 
 
 def test_loads_with_a_full_report(golden):
-    (report,) = golden.loaded.reports
+    (report,) = golden.model.reports
     assert report.kind == "Sa2VA folder"
     assert {module.fraction for module in report.modules} == {1.0}
     assert not report.names("missing") + report.names("unexpected") + report.names("mismatched")
     assert (
-        golden.loaded.prompt.name
-        == {"qwen2": "qwen_chat", "llama": "internlm2_chat"}[golden.loaded.network.mllm.config.text_config.model_type]
+        golden.model.prompt.name
+        == {"qwen2": "qwen_chat", "llama": "internlm2_chat"}[golden.model.network.mllm.config.text_config.model_type]
     )
 
 
 def check_state_and_embedding(golden, case):
     """Compare both with the recorded ones; return image and state."""
-    network, prompt, geometry = golden.loaded.network, golden.loaded.prompt, golden.loaded.geometry
+    network, prompt, geometry = golden.model.network, golden.model.prompt, golden.model.geometry
     image = golden.image(case)
     tiles = cut_tiles(image, geometry)
     ids, _ = prompt.conversation([golden.cases[case]["text"]], ["[SEG]"], len(tiles) * 256)
@@ -54,7 +54,7 @@ def test_state_and_embedding_are_the_recorded_ones(golden_network, name, case):
 @pytest.mark.parametrize(("name", "case"), cases_of(*WITH_MASKS))
 def test_state_embedding_logits_and_mask_are_the_recorded_ones(golden_network, name, case):
     golden = golden_network(name)
-    network, geometry = golden.loaded.network, golden.loaded.geometry
+    network, geometry = golden.model.network, golden.model.geometry
     image, state = check_state_and_embedding(golden, case)
     logits = network.decode_masks(network.encode_frame(whole_frame(image, geometry)[None]), state, torch.tensor([0]))
     at_1024 = upsample(logits, 1024, (1024, 1024))
@@ -64,8 +64,8 @@ def test_state_embedding_logits_and_mask_are_the_recorded_ones(golden_network, n
 
 
 def test_every_tensor_goes_out_again_under_its_own_name(golden):
-    names = public_names(golden.loaded.sizes.language)
+    names = public_names(golden.model.sizes.language)
     stored = dict(open_safetensors(golden.folder).read())
-    out = dict(names.to_public(golden.loaded.network.state_dict().items()))
+    out = dict(names.to_public(golden.model.network.state_dict().items()))
     assert out.keys() == stored.keys()
     assert all(torch.equal(out[name], stored[name]) for name in stored)

@@ -47,11 +47,11 @@ class FullMemory(Tracker):
 @pytest.mark.parametrize("name", WITH_MASKS)
 def test_golden_pullback_equals_the_recorded_masks(golden_network, name):
     golden = golden_network(name)
-    grounding = golden.loaded.network.grounding
+    grounding = golden.model.network.grounding
     tracker = Tracker(grounding, golden.tensors["pullback.seg_embedding"])
     for index, ground_truth in enumerate(golden.mask("pullback")):
         image = golden.image(f"pullback_{index}")
-        frame = whole_frame(image, golden.loaded.geometry)
+        frame = whole_frame(image, golden.model.geometry)
         with torch.inference_mode():
             logits = tracker.step(grounding.encode(normalise(frame[None])))
         at_1024 = upsample(logits, 1024, (1024, 1024))[0, 8::16, 8::16]

@@ -28,6 +28,7 @@ from vessel.weights.export import (
 )
 from vessel.weights.files import open_pickle
 from vessel.weights.hub_config import native_config, public_config
+from vessel.weights.layouts import EXPORT_LAYOUTS
 from vessel.weights.names import public_of_mmengine
 from vessel.weights.recognition import open_source
 
@@ -268,7 +269,7 @@ def golden(request, golden_network):
 
 
 def test_the_recorded_networks_are_exported_as_they_were(golden, tmp_path):
-    model = golden.loaded
+    model = golden.model
     in_memory = write(tmp_path, model.network, model.sizes, model.prompt.token_ids, layout="sa2va")
     theirs = load_file(golden.folder / "model.safetensors")
     ours = load_file(tmp_path / "model.safetensors")

@@ -69,7 +69,7 @@ def golden(request, golden_network):
 
 
 def test_config_of_the_recorded_networks_equals_theirs(golden):
-    model, family = golden.loaded, golden.loaded.sizes.language.family
+    model, family = golden.model, golden.model.sizes.language.family
     ours = public_config(model.sizes, model.prompt.token_ids, template=model.prompt.name, dtype=FP32)
     theirs = json.loads((golden.folder / "config.json").read_text())
     for part, keys in KEYS.items():

@@ -159,7 +159,7 @@ def _from_checkpoint(path: Path, settings: LoadSettings) -> LoadedModel:
 def _from_export(source: WeightSource, settings: LoadSettings) -> LoadedModel:
     manifest = Manifest.from_dict(read_json(source.path / EXPORT_MANIFEST))
     prompt = _prompt(manifest.config, str(source.path))
-    if source.kind.on_top:
+    if source.kind.needs_base:
         base = settings.base or Weights.listed(manifest.config["weights"])
         if not base or any(entry.source == LOCAL for entry in base):
             raise VesselError(

@@ -25,7 +25,7 @@ from vessel.inference.options import choose_device
 from vessel.inference.results import Failure, Prediction
 from vessel.inference.samples import AugmentedSamples, SamplesOrFailures
 from vessel.inference.tta import average_augmented, check_augmentations
-from vessel.model.placement import place
+from vessel.model.placement import distribute
 from vessel.model.sa2va import Sa2VA
 
 
@@ -61,7 +61,7 @@ class Predictor:
         self.decode, self.max_new_tokens = decode, max_new_tokens
         self.prompt, self.geometry = model.prompt, model.geometry
         network = model.network.eval()
-        self.network = network.to(self.device) if device_map is None else place(network, device_map)
+        self.network = network.to(self.device) if device_map is None else distribute(network, device_map)
 
     def with_tta(self, tta: Sequence[str]) -> Predictor:
         """The same network, asked with other views."""

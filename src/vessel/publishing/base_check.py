@@ -31,7 +31,7 @@ def compare_with_base(model: LoadedModel, dtype: torch.dtype) -> str:
         return "no base to differ from: training began with random weights"
     names, before = public_names(model.sa2va_config.language), dict[str, str]()
     for entry, report in zip(model.base, model.reports[:-1], strict=True):
-        loaded = set(report.all("loaded"))
+        loaded = set(report.names("loaded"))
         tensors = open_source(entry).tensors(names)
         before |= digests((name, tensor.to(dtype)) for name, tensor in tensors if name in loaded)
     changes = trained_changes(model.sa2va, before, dtype)

@@ -16,6 +16,7 @@ from vessel.model.lora import adapter_state, is_adapter, merged_name, merged_sta
 from vessel.model.sa2va import Sa2VA
 from vessel.weights.digests import combine_digests, digests
 from vessel.weights.files import NamedTensor, open_pickle
+from vessel.weights.layouts import EXPORT_DTYPES
 from vessel.weights.names import PublicNames, mmengine_of_public
 from vessel.weights.sources import ADAPTER_WEIGHTS, OTHER_WEIGHTS, WeightSource
 
