@@ -21,7 +21,7 @@ from vessel.memory_plan.plan import Setup, memory_plan
 from vessel.model.baselines import PromptedSam2, PromptedSam2Config, UNetConfig
 from vessel.model.lora import Lora
 from vessel.model.placement import distribute
-from vessel.training.callbacks.first_step_check import check_gradients, signs
+from vessel.training.callbacks.first_step_check import check_gradients, gradient_flags
 from vessel.training.optimizer import OptimizerSettings
 from vessel.training.task import VesselTask
 from vessel.weights.entry import Weights

@@ -61,7 +61,7 @@ class VesselDataModule(LightningDataModule):
 
     Attributes:
         features: returns cached features of an image or None, for the data sets made from then on; None for no cache.
-        complete: turns a batch on the device into the one that the network takes; None where they are the same.
+        complete_batch: turns a batch on the device into the one that the network takes; None where they are the same.
     """
 
     def __init__(

@@ -37,9 +37,9 @@ class Shard:
         """Return the shard in the flat tensor of the group, or in a moment of it."""
         return flat.narrow(0, self.offset, self.count)
 
-    def out_of(self, parts: Parts) -> Tensor:
+    def out_of(self, parts: PartitionedTensor) -> Tensor:
         """Return the shard of a saved tensor."""
-        return parts.piece(self.start, self.start + self.count)
+        return parts.elements(self.start, self.start + self.count)
 
 
 def values(parameter: nn.Parameter) -> Tensor:
@@ -88,7 +88,7 @@ def shard_of(parameter: nn.Parameter) -> Shard | None:
 
 
 @torch.no_grad()
-def load_shards(saved: Saved, engine: Any) -> None:
+def load_shards(saved: ZeroCheckpoint, engine: Any) -> None:
     """Load tensors, moments and counts of a checkpoint of any number of ranks into an engine; each reads its own shard.
 
     Tensors that the checkpoint lacks or has in another shape stay as they are.
@@ -106,7 +106,7 @@ def load_shards(saved: Saved, engine: Any) -> None:
     for name, parameter in engine.module.named_parameters():
         if name in saved.trained and parameter.requires_grad:
             _load_trained(saved, name, parameter, flat, states)
-        elif name in saved.frozen and saved.frozen[name].shape == whole_shape(parameter):
+        elif name in saved.frozen and saved.frozen[name].shape == full_shape(parameter):
             _load_frozen(saved.frozen[name], parameter)
     optimizer.optimizer.state.update(zip(flat, states, strict=True))
     for name, buffer in engine.module.named_buffers():
@@ -131,17 +131,21 @@ def _fresh_state(flat: Tensor, steps: int) -> dict[str, Tensor]:
 
 
 def _load_trained(
-    saved: Saved, name: str, parameter: nn.Parameter, flat: Sequence[Tensor], states: Sequence[Mapping[str, Tensor]]
+    saved: ZeroCheckpoint,
+    name: str,
+    parameter: nn.Parameter,
+    flat: Sequence[Tensor],
+    states: Sequence[Mapping[str, Tensor]],
 ) -> None:
     trained, shard = saved.trained[name], shard_of(parameter)
-    if shard is None or trained.values.shape != whole_shape(parameter):
+    if shard is None or trained.values.shape != full_shape(parameter):
         return
     shard.of(flat[shard.group]).copy_(shard.out_of(trained.values))
     for moment, parts in trained.moments.items():
         shard.of(states[shard.group][moment]).copy_(shard.out_of(parts))
 
 
-def _load_frozen(parts: Parts, parameter: nn.Parameter) -> None:
+def _load_frozen(parts: PartitionedTensor, parameter: nn.Parameter) -> None:
     if not is_partitioned(parameter):
         parameter.copy_(parts.full())
         return

@@ -16,7 +16,7 @@ from typing_extensions import override
 from vessel.checkpoints.writing import atomic_write, defer_write_errors
 from vessel.errors import VesselError
 from vessel.training.shards import load_shards
-from vessel.weights.zero import LATEST, is_zero, open_saved
+from vessel.weights.zero import LATEST, is_zero_folder, open_zero_checkpoint
 
 _TAG = "checkpoint"  # folder within a checkpoint that holds the files of the ranks
 _SETTINGS = {
@@ -143,7 +143,7 @@ class ZeroStrategy(DeepSpeedStrategy):
                 f"ckpt={path}: written without ZeRO, so its optimizer cannot be sharded; go on with the trainer "
                 f"of that run, or start from its weights: weights=[...,{path}]"
             )
-        saved = open_saved(path)
+        saved = open_zero_checkpoint(path)
         load_shards(saved, self.deepspeed_engine)
         shapes = {name: parts.outline() for name, parts in saved.tensors().items()}
         return dict(saved.metadata) | {"state_dict": shapes}
