@@ -129,11 +129,11 @@ def test_guard_T2_regions_must_be_those_of_the_prompt(plan, prompt):
     network = plan().build().eval()
     sample = question_sample(picture(50, 50), "What is region1?", prompt, VIEWS, regions=corners([0, 3]))
     for other in (None, [corners([0])], [corners([0, 3], [1])]):
-        with pytest.raises(VesselError, match="6 image tokens but the vision encoder made"):
+        with pytest.raises(VesselError, match=r"\b6 image.* features"):
             network.embed(sample.input_ids[None], network.encode_tiles(sample.tiles), other)
 
 
 def test_samples_with_and_without_regions_do_not_mix(prompt):
     sample = question_sample(picture(50, 50), "What is region1?", prompt, VIEWS, regions=corners([0]))
-    with pytest.raises(ValueError, match="with and without regions"):
+    with pytest.raises(ValueError, match="regions"):
         collate([sample, replace(sample, regions=None)], prompt.token_ids.pad)
